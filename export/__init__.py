@@ -1,0 +1,1 @@
+"""Checkpoint in, proved artifact out: one file a target."""

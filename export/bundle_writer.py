@@ -1,0 +1,171 @@
+"""What every export does around its target's own work: configs, tokenizer, manifest, proof, and the last rename.
+
+    bundle = write_bundle(checkpoint, out, find_format("onnx", "fp16"), write, verify=True)
+
+`write(part, folder)` is the target's own work: it puts one component's files into `folder` and names them, the
+one that the engine opens first. The folder stands at `out` only when everything, the proof included, is done.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kdc_edge import __version__
+from kdc_edge.bundle import (
+    MANIFEST,
+    Bundle,
+    Check,
+    ComponentInfo,
+    ComponentName,
+    Manifest,
+    Parity,
+    Provenance,
+    list_files,
+    write_manifest,
+)
+from kdc_edge.checkpoint import hash_checkpoint, read_model
+from kdc_edge.errors import CheckpointError, ParityError
+from kdc_edge.export.components import ExportComponent, describe, load_component
+from kdc_edge.export.parity import PROMPTS, check_parity
+from kdc_edge.files import atomic_folder, inside, read_json
+from kdc_edge.formats import Format
+
+Write = Callable[[ExportComponent, Path], list[str]]
+
+PACKAGES = ("torch", "diffusers", "transformers", "optimum", "onnx", "onnxscript", "onnxruntime", "numpy")
+CONFIGS: dict[ComponentName, str] = {
+    "text_encoder": "text_encoder",
+    "unet": "unet",
+    "vae_decoder": "vae",
+}  # bundle <- checkpoint
+NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+def write_bundle(
+    checkpoint: Path,
+    out: Path,
+    row: Format,
+    write: Write,
+    *,
+    verify: bool = True,
+    prompts: Sequence[str] | None = None,
+    command: str | None = None,
+) -> Bundle:
+    """Fill a folder beside `out`, prove it, and rename it in. Raises a KdcError and leaves `out` as it was."""
+    model = read_model(checkpoint)
+    with atomic_folder(out, marker=MANIFEST) as folder:
+        copy_configs(checkpoint, folder)
+        copy_tokenizer(checkpoint / "tokenizer", folder / "tokenizer")
+        components: dict[ComponentName, ComponentInfo] = {
+            name: _write_component(checkpoint, name, folder, write) for name in CONFIGS
+        }
+        manifest = Manifest(
+            target=row.target,
+            precision=row.precision,
+            model=model,
+            components=components,
+            files=list_files(folder),
+            provenance=Provenance(
+                checkpoint=checkpoint.resolve().name,
+                checkpoint_sha256=hash_checkpoint(checkpoint),
+                packages=_versions(),
+                command=command,
+                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            ),
+        )
+        write_manifest(folder, manifest)
+        if verify:
+            parity = check_parity(checkpoint, folder, row, prompts or PROMPTS)
+            _demand(parity, row)
+            write_manifest(folder, manifest.model_copy(update={"parity": parity}))
+    return Bundle.open(out)
+
+
+def _write_component(checkpoint: Path, name: ComponentName, folder: Path, write: Write) -> ComponentInfo:
+    """One component from file to file; its weights are in memory only while this runs."""
+    part = load_component(checkpoint, name)
+    files = write(part, folder / name)
+    return ComponentInfo(
+        files=[f"{name}/{file}" for file in files],
+        inputs=describe(part.config.input_shapes),
+        outputs=describe(part.config.output_shapes),
+    )
+
+
+def copy_configs(checkpoint: Path, folder: Path) -> None:
+    """model_index.json, the scheduler's and each component's config, as optimum's pipelines read them."""
+    index = read_json(checkpoint / "model_index.json", CheckpointError)
+    _write_json(folder / "model_index.json", index | {k: [None, None] for k in NOT_EXPORTED if k in index})
+    copies = {**CONFIGS, "scheduler": "scheduler"}
+    for target, source in copies.items():
+        name = "scheduler_config.json" if target == "scheduler" else "config.json"
+        config = read_json(checkpoint / source / name, CheckpointError)
+        config.pop("_name_or_path", None)  # a path of this machine
+        _write_json(folder / target / name, config)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """The tokenizer's JSON and text files; vocab.json and merges.txt are made where only tokenizer.json is.
+
+    transformers 5 saves tokenizer.json alone; the device, and Apple's and older programs, read the other two.
+    """
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is missing: the checkpoint is incomplete")
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.suffix in {".json", ".txt"} and path.is_file():
+            shutil.copyfile(inside(source, path.name, CheckpointError), target / path.name)
+    if (target / "vocab.json").exists() and (target / "merges.txt").exists():
+        return
+    whole = read_json(target / "tokenizer.json", CheckpointError).get("model")
+    try:
+        vocab, merges = (
+            dict(whole["vocab"]),
+            [m if isinstance(m, str) else " ".join(m) for m in whole["merges"]],
+        )  # type: ignore[index]
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(
+            f"{source / 'tokenizer.json'} holds no byte-pair vocabulary: save it again"
+        ) from None
+    _write_json(target / "vocab.json", vocab)
+    (target / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{m}\n" for m in merges), "utf-8")
+
+
+def _demand(parity: Parity, row: Format) -> None:
+    """Raise ParityError naming each check that fails, with its numbers."""
+    failed = [_words(check) for check in parity.checks if not check.passed]
+    if failed:
+        raise ParityError(
+            f"{row.name} does not compute what PyTorch computes, nothing was written: {'; '.join(failed)};"
+            " try a higher precision, or look at it with --no-verify"
+        )
+
+
+def _words(check: Check) -> str:
+    if check.psnr_db is None or not math.isfinite(check.psnr_db):
+        return f"{check.what}: values that are no numbers, or of another shape"
+    return (
+        f"{check.what}: {check.psnr_db:.1f} dB where {check.threshold_db:g} dB are needed"
+        f" (largest error {check.max_abs_error:.3g})"
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"kdc-edge": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

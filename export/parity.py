@@ -1,0 +1,130 @@
+"""The proof: a bundle computes what PyTorch computes, shown on inputs that the student really sees.
+
+    parity = check_parity(checkpoint, Path("bundles/onnx-fp16"), find_format("onnx", "fp16"), ["a red flower"])
+    [c.what for c in parity.checks if not c.passed]
+
+The checkpoint denoises a few prompts in fp32 while everything that goes into its components, and comes out, is
+recorded. The bundle's components then compute the same inputs, and the bundle makes the same pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from kdc_edge.bundle import Check, Parity
+from kdc_edge.checkpoint import read_model
+from kdc_edge.errors import CheckpointError, KdcError
+from kdc_edge.formats import Format
+from kdc_edge.pipeline import Component, Pipeline, Request
+from kdc_edge.runtimes.base import COMPONENTS, get_runtime, open_pipeline
+from kdc_edge.tokenizer import Tokenizer
+
+PROMPTS = ("a photo of a red flower", "a blue butterfly with white spots on a dark background")
+STEPS = 4  # enough to visit noise, structure and detail; each one costs a U-Net call on both sides
+GUIDANCE = 4.0
+
+Call = tuple[dict[str, np.ndarray], np.ndarray]  # a component's inputs by name, and its answer
+
+
+@dataclass
+class Recorder:
+    """A component that remembers what it was given and what it answered."""
+
+    component: Component
+    calls: list[Call] = field(default_factory=list)
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        output = self.component(**inputs)
+        self.calls.append(({name: value.copy() for name, value in inputs.items()}, output.copy()))
+        return output
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What PyTorch computed: each component's calls, and the pictures."""
+
+    calls: dict[str, list[Call]]
+    pictures: list[np.ndarray]  # uint8 (H, W, 3), one a prompt
+
+
+def check_parity(checkpoint: Path, bundle: Path, row: Format, prompts: Sequence[str]) -> Parity:
+    """Compare the bundle with its checkpoint: one check a component, one for the pictures.
+
+    The checks are returned, passed or not. Raises CheckpointError when PyTorch itself computes no numbers.
+    """
+    requests = [Request(prompt, steps=STEPS, guidance=GUIDANCE, seed=i) for i, prompt in enumerate(prompts)]
+    reference = record(checkpoint, bundle / "tokenizer", requests)  # its networks are gone when this returns
+    candidate = open_pipeline(bundle)
+    checks = [
+        compare(name, reference.calls[name], candidate.components[name], row.min_component_psnr_db)
+        for name in COMPONENTS
+    ]
+    checks.append(_compare_pictures(reference.pictures, candidate, requests, row.min_image_psnr_db))
+    torch_version, engine = get_runtime("torch").version, get_runtime(row.engines[0])
+    size = candidate.model.picture_size
+    return Parity(
+        reference=f"the checkpoint in PyTorch {torch_version}, fp32, on the CPU",
+        conditions=f"{engine.name} {engine.version}, {len(requests)} prompts, {size}x{size}, {STEPS} steps"
+        f" of {requests[0].sampler}, guidance {GUIDANCE:g}, worst case",
+        checks=checks,
+    )
+
+
+def record(checkpoint: Path, tokenizer: Path, requests: Iterable[Request]) -> Reference:
+    """Make the pictures with PyTorch, remembering what each component was given and answered."""
+    runtime = get_runtime("torch")
+    recorders = {c: Recorder(runtime.load(checkpoint, c, device="CPU", threads=None)) for c in COMPONENTS}
+    pipeline = Pipeline(read_model(checkpoint), Tokenizer.from_folder(tokenizer), recorders)
+    try:
+        pictures = [pipeline.generate(request) for request in requests]
+    except KdcError as error:
+        raise CheckpointError(f"{checkpoint} makes no picture in PyTorch either: {error}") from None
+    return Reference({name: recorder.calls for name, recorder in recorders.items()}, pictures)
+
+
+def compare(what: str, calls: Sequence[Call], component: Component, threshold_db: float) -> Check:
+    """The worst signal-to-noise ratio over the recorded calls; the peak is the reference's largest magnitude.
+
+    An answer of another shape, or with values that are no numbers, fails: its error is infinite.
+    """
+    found = [_distance(component(**inputs), expected) for inputs, expected in calls]
+    return _worst(what, found, threshold_db)
+
+
+def _compare_pictures(
+    expected: Sequence[np.ndarray], pipeline: Pipeline, requests: Sequence[Request], threshold_db: float
+) -> Check:
+    try:
+        pictures = [pipeline.generate(request) for request in requests]
+    except KdcError:  # values that are no numbers reached the end
+        return _worst("picture", [(-math.inf, math.inf)], threshold_db)
+    return _worst(
+        "picture", [_distance(p, e, peak=255) for p, e in zip(pictures, expected, strict=True)], threshold_db
+    )
+
+
+def _distance(found: np.ndarray, expected: np.ndarray, peak: float | None = None) -> tuple[float, float]:
+    """PSNR in dB, infinite when both are equal to the last bit, and the largest absolute error."""
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        return -math.inf, math.inf
+    error = found.astype(np.float64) - expected
+    mean_square = float(np.mean(error**2))
+    if mean_square == 0:
+        return math.inf, 0.0
+    top = float(np.abs(expected).max()) if peak is None else peak
+    return (10 * math.log10(top**2 / mean_square) if top else -math.inf), float(np.abs(error).max())
+
+
+def _worst(what: str, found: Sequence[tuple[float, float]], threshold_db: float) -> Check:
+    worst_db = min(db for db, _ in found)
+    return Check(
+        what=what,
+        psnr_db=None if worst_db == math.inf else round(worst_db, 2),
+        threshold_db=threshold_db,
+        max_abs_error=max(error for _, error in found),
+    )

@@ -1,0 +1,52 @@
+"""The child process of a benchmark: a job as JSON on standard input, result.json and picture.png in its folder.
+
+    python -m kdc_edge.bench.worker < job.json
+
+Run by `measure_in_fresh_process`. What the engines print stays out of the result, which is why that is a file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+
+from kdc_edge.bench.measure import JOB, OUTCOME, Job, Outcome, measure
+from kdc_edge.errors import KdcError
+from kdc_edge.pipeline import Request
+
+
+def work(job: Job) -> Outcome:
+    """Measure, and leave the picture in the job's folder; every failure that can be caught becomes a reason."""
+    try:
+        module, _, function = job.opener.partition(":")
+        opener = getattr(importlib.import_module(module), function)
+        options = {"engine": job.engine, "device": job.device, "threads": job.threads}
+        request = Request(**job.request)  # type: ignore[arg-type]  # the parent took them from a Request
+        found = measure(
+            partial(opener, Path(job.folder), **options), request, repeats=job.repeats, warmup=job.warmup
+        )
+    except KdcError as error:
+        return Outcome(failure=_one_line(error))
+    except MemoryError:
+        return Outcome(failure="out of memory")
+    except Exception as error:
+        return Outcome(failure=f"{type(error).__name__}: {_one_line(error)}")
+    Image.fromarray(found.pixels).save(Path(job.out) / "picture.png")
+    return Outcome(found.timings, found.peak_rss_bytes)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
+
+
+def main() -> None:
+    job = JOB.validate_json(sys.stdin.buffer.read())
+    (Path(job.out) / "result.json").write_bytes(OUTCOME.dump_json(work(job)))
+
+
+if __name__ == "__main__":
+    main()

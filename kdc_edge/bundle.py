@@ -1,0 +1,188 @@
+"""The bundle: a folder that a device can run, and the manifest in it that says what it is.
+
+    bundle = Bundle.open(Path("bundles/onnx-fp16"))     # schema, paths and sizes are checked
+    bundle.manifest.model.picture_size                  # 512
+    bundle.verify()                                     # every hash; raises BundleError naming the file
+
+The folder keeps diffusers' and optimum's names (unet/model.onnx, tokenizer/vocab.json, model_index.json), so
+other tools open it too. `kdc-edge.json` is the manifest. Bundles are untrusted: nothing in a manifest may
+name a path outside its folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kdc_edge.errors import BundleError
+from kdc_edge.files import inside, read_json, sha256, write_atomic
+
+MANIFEST = "kdc-edge.json"
+FORMAT_VERSION = 1
+
+Text = Annotated[str, Field(max_length=10_000)]
+ComponentName = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(_Record):
+    """What the artifact computes, in the numbers that a pipeline needs."""
+
+    preset: Text | None = None
+    unet_parameters: int = Field(ge=0)
+    latent_channels: int = Field(ge=1, le=64)
+    latent_size: int = Field(ge=1, le=1024)  # of the pictures it was trained on
+    vae_scale: int = Field(ge=1, le=64)  # pixels a latent, each way
+    scaling_factor: float = Field(gt=0)  # of the VAE's latents
+    scheduler: dict[str, object]  # diffusers' scheduler_config.json
+
+    @property
+    def picture_size(self) -> int:
+        return self.latent_size * self.vae_scale
+
+
+class Tensor(_Record):
+    dtype: Text
+    shape: list[int | str]  # a name where the size is free
+
+
+class ComponentInfo(_Record):
+    """One exported network. `files[0]` is the one that the engine opens."""
+
+    files: list[Text] = Field(min_length=1)
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+class FileInfo(_Record):
+    size_bytes: int = Field(ge=0)
+    sha256: Sha256
+
+
+class Check(_Record):
+    """One proof of equality with PyTorch: PSNR of what was compared, beside its threshold."""
+
+    what: Text
+    psnr_db: float | None  # None when both were equal to the last bit
+    threshold_db: float
+    max_abs_error: float
+
+    @property
+    def passed(self) -> bool:
+        return self.psnr_db is None or self.psnr_db >= self.threshold_db
+
+
+class Parity(_Record):
+    reference: Text  # what it was compared with, in words
+    conditions: Text
+    checks: list[Check]
+
+
+class Provenance(_Record):
+    checkpoint: Text  # name of the source folder
+    checkpoint_sha256: Sha256
+    packages: dict[str, Text]
+    command: Text | None = None
+    created: Text
+
+
+class Manifest(_Record):
+    format_version: Literal[1] = 1
+    target: Text
+    precision: Text
+    model: Model
+    components: dict[ComponentName, ComponentInfo]
+    files: dict[Text, FileInfo] = Field(max_length=10_000)
+    parity: Parity | None = None
+    provenance: Provenance
+    licence: Text | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.target}-{self.precision}"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    root: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, root: Path) -> Bundle:
+        """Read a bundle; schema, paths and sizes are checked, hashes are not (see `verify`)."""
+        if not root.is_dir():
+            raise BundleError(f"no bundle at {root}: make one with kdc-edge export")
+        if not (root / MANIFEST).is_file():
+            raise BundleError(f"{root} is no bundle: {MANIFEST} is missing; make one with kdc-edge export")
+        raw = read_json(root / MANIFEST, BundleError)
+        if raw.get("format_version") != FORMAT_VERSION:
+            raise BundleError(
+                f"{root} has format version {raw.get('format_version')!r} and this kdc-edge reads {FORMAT_VERSION}:"
+                " export it again, or use the kdc-edge that made it"
+            )
+        try:
+            manifest = Manifest.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise BundleError(f"{root / MANIFEST} is damaged: {where}: {first['msg']}; export it again") from None
+        bundle = cls(root, manifest)
+        bundle._check_files()
+        return bundle
+
+    def _check_files(self) -> None:
+        for name, info in self.manifest.files.items():
+            path = inside(self.root, name, BundleError)
+            if not path.is_file():
+                raise BundleError(f"{path} is missing: the bundle is incomplete; copy or export it again")
+            if path.stat().st_size != info.size_bytes:
+                raise BundleError(
+                    f"{path} has {path.stat().st_size} bytes where {info.size_bytes} are expected:"
+                    " the bundle is damaged; copy or export it again"
+                )
+        for component in self.manifest.components.values():
+            for name in component.files:
+                if name not in self.manifest.files:
+                    raise BundleError(f"{self.root / MANIFEST} is damaged: {name} is used but not listed")
+
+    def verify(self) -> int:
+        """Check every file's hash, and that nothing was added; the number of files. Raises BundleError."""
+        for name, info in self.manifest.files.items():
+            path = self.root / name
+            if sha256(path) != info.sha256:
+                raise BundleError(f"{path} has changed since it was exported: copy or export the bundle again")
+        for path in self.root.rglob("*"):
+            name = path.relative_to(self.root).as_posix()
+            if path.is_file() and name != MANIFEST and name not in self.manifest.files:
+                raise BundleError(f"{path} is not part of the bundle: remove it, or export the bundle again")
+        return len(self.manifest.files)
+
+    def component(self, name: str) -> tuple[ComponentInfo, Path]:
+        """A component's description and the file that an engine opens."""
+        for known, info in self.manifest.components.items():
+            if known == name:
+                return info, inside(self.root, info.files[0], BundleError)
+        raise BundleError(f"{self.root} has no {name}: export it again")
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(info.size_bytes for info in self.manifest.files.values())
+
+
+def list_files(root: Path) -> dict[str, FileInfo]:
+    """Every file under `root` but the manifest, with size and hash, in order of name."""
+    found = sorted(p for p in root.rglob("*") if p.is_file() and p != root / MANIFEST)
+    return {
+        p.relative_to(root).as_posix(): FileInfo(size_bytes=p.stat().st_size, sha256=sha256(p)) for p in found
+    }
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    write_atomic(root / MANIFEST, manifest.model_dump_json(indent=2) + "\n")

@@ -1,0 +1,99 @@
+"""A checkpoint: a diffusers folder with safetensors. Read here as far as that needs no PyTorch.
+
+    model = read_model(Path("runs/latest/checkpoint"))     # latent shape, scaling factor, scheduler
+    check_weights(folder)                                  # refuses pickles, names what is missing
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from kdc_edge.bundle import Model
+from kdc_edge.errors import CheckpointError
+from kdc_edge.files import read_json, sha256
+
+WEIGHTS = {
+    "text_encoder": "model.safetensors",
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+}
+PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
+MAX_HEADER_BYTES = 100 * 2**20
+
+
+def check_weights(folder: Path) -> None:
+    """Raise CheckpointError unless the folder holds each network as safetensors."""
+    if not folder.is_dir():
+        raise CheckpointError(f"no checkpoint at {folder}: name a diffusers folder, or make one with kdc-edge train")
+    if not (folder / "model_index.json").is_file():
+        pickles = [p.name for pattern in PICKLES for p in folder.glob(pattern)]
+        if pickles:
+            raise CheckpointError(f"{folder} holds {pickles[0]}, a pickle, which can run code: convert it to safetensors")
+        raise CheckpointError(f"{folder} is no checkpoint: model_index.json is missing")
+    for network, name in WEIGHTS.items():
+        if (folder / network / name).is_file() or list((folder / network).glob("*.safetensors.index.json")):
+            continue
+        pickles = [p.name for pattern in PICKLES for p in (folder / network).glob(pattern)]
+        if pickles:
+            raise CheckpointError(
+                f"{folder / network} holds {pickles[0]}, a pickle, which can run code: convert it to safetensors"
+            )
+        raise CheckpointError(f"{folder / network / name} is missing: the checkpoint is incomplete")
+
+
+def read_model(folder: Path) -> Model:
+    """What a pipeline needs to know of the checkpoint, from its configuration files alone."""
+    check_weights(folder)
+    unet = read_json(folder / "unet" / "config.json", CheckpointError)
+    vae = read_json(folder / "vae" / "config.json", CheckpointError)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", CheckpointError)
+    stages = vae.get("block_out_channels")
+    try:
+        return Model.model_validate(
+            {
+                "preset": unet.get("kdc_edge_preset"),
+                "unet_parameters": count_parameters(folder / "unet"),
+                "latent_channels": vae.get("latent_channels"),
+                "latent_size": unet.get("sample_size"),
+                "vae_scale": 2 ** (len(stages) - 1) if isinstance(stages, list) else None,
+                "scaling_factor": vae.get("scaling_factor"),
+                "scheduler": {k: v for k, v in scheduler.items() if not k.startswith("_")},
+            }
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{folder} cannot be used: {where}: {first['msg']}") from None
+
+
+def count_parameters(network: Path) -> int:
+    """The number of weights in a network's safetensors files, from their headers."""
+    return sum(
+        math.prod(shape) for path in sorted(network.glob("*.safetensors")) for shape in read_shapes(path).values()
+    )
+
+
+def read_shapes(path: Path) -> Mapping[str, list[int]]:
+    """The tensors' names and shapes in a safetensors file; the weights are not read."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(MAX_HEADER_BYTES, path.stat().st_size):
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        return {name: list(info["shape"]) for name, info in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no safetensors file: {error}") from None
+
+
+def hash_checkpoint(folder: Path) -> str:
+    """One SHA-256 over the names and contents of the checkpoint's configuration and weight files."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix in {".json", ".safetensors", ".txt"} and p.is_file())
+    lines = [f"{p.relative_to(folder).as_posix()} {sha256(p)}\n" for p in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

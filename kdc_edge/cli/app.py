@@ -1,0 +1,41 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+import typer
+
+from kdc_edge.cli import bench, export, generate, init, inspect, quickstart, train
+
+app = typer.Typer(
+    name="kdc-edge",
+    help="Distil a Stable Diffusion student, export it with proof, run it on the device without PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("quickstart")(quickstart.quickstart)
+app.command("train")(train.train)
+app.command("init")(init.init)
+app.command("export")(export.export)
+app.command("generate")(generate.generate)
+app.command("bench")(bench.bench)
+app.command("verify")(inspect.verify)
+app.command("info")(inspect.info)
+app.command("devices")(inspect.devices)
+app.command("formats")(inspect.formats)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from kdc_edge import __version__
+
+        typer.echo(f"kdc-edge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    del version

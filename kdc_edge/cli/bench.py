@@ -1,0 +1,58 @@
+"""kdc-edge bench: how fast, how large, how equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from kdc_edge.cli.project import Config, all_bundles, say
+
+
+def bench(
+    bundles: Annotated[list[Path] | None, Argument(help="Bundles or checkpoints; all in bundles/ when none.")] = None,
+    prompt: Annotated[str, Option(help="What the picture shows.")] = "a red flower with five petals",
+    steps: Annotated[int, Option(help="Steps of the sampler.")] = 20,
+    guidance: Annotated[float, Option(help="Classifier-free guidance scale.")] = 7.5,
+    scheduler: Annotated[str, Option(help="As in kdc-edge generate.")] = "dpm++2m",
+    seed: Annotated[int, Option(help="Of the initial noise.")] = 0,
+    width: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
+    height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
+    repeats: Annotated[int, Option(help="Pictures that count.")] = 5,
+    warmup: Annotated[int, Option(help="Pictures before that, which do not count.")] = 1,
+    engine: Annotated[str | None, Option(help="See kdc-edge devices.")] = None,
+    device: Annotated[str | None, Option(help="See kdc-edge devices.")] = None,
+    threads: Annotated[int | None, Option(help="Of the engine.")] = None,
+    format: Annotated[str, Option(help="table, md, json, csv or html.")] = "table",
+    out: Annotated[Path | None, Option(help="Write to this file instead of stdout.")] = None,
+    config: Config = None,
+) -> None:
+    """Measure bundles, each in a process of its own: latency by stage, memory, size, parity."""
+    del config
+    from kdc_edge.bench.measure import measure_in_fresh_process
+    from kdc_edge.bench.record import Row, here
+    from kdc_edge.bench.report import FORMATS, render
+    from kdc_edge.errors import InputError, KdcError
+    from kdc_edge.files import write_atomic
+    from kdc_edge.pipeline import Request
+
+    if format not in FORMATS:
+        raise InputError(f"--format {format!r} is unknown: choose from {', '.join(FORMATS)}")
+    request = Request(prompt, "", steps, guidance, seed, scheduler, width, height)
+    rows: list[Row] = []
+    for folder in bundles or all_bundles():
+        row, _ = measure_in_fresh_process(
+            folder, request, repeats=repeats, warmup=warmup, engine=engine, device=device, threads=threads
+        )
+        say(f"{folder}: {row.failure or 'measured'}")
+        rows.append(row)
+    text = render(rows, here(), format)
+    if out:
+        write_atomic(out, text)
+        typer.echo(out)
+    else:
+        typer.echo(text, nl=False)
+    if all(row.failure for row in rows):
+        raise KdcError("nothing could be measured: see the reasons above")

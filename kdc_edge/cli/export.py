@@ -1,0 +1,42 @@
+"""kdc-edge export: a proved artifact from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from kdc_edge.cli.project import BUNDLES, Config, command_line, latest_checkpoint, say
+from kdc_edge.formats import DEFAULT_PRECISION, find_format, targets
+
+
+def export(
+    checkpoint: Annotated[Path | None, Argument(help="A diffusers folder; the latest run's when not given.")] = None,
+    target: Annotated[str, Option(help=f"One of {', '.join(targets())}.")] = "onnx",
+    precision: Annotated[str | None, Option(help="See kdc-edge formats.")] = None,
+    out: Annotated[Path | None, Option(help="The bundle's folder; bundles/TARGET-PRECISION when not given.")] = None,
+    verify: Annotated[bool, Option("--verify/--no-verify", help="Prove it against PyTorch first.")] = True,
+    config: Config = None,
+) -> None:
+    """Export a checkpoint to a bundle that a device can run, and prove that it computes the same."""
+    del config
+    row = find_format(target, precision or DEFAULT_PRECISION)
+    if precision is None:
+        say(f"no precision given: {row.precision}, {row.does}")
+    source = checkpoint or latest_checkpoint()
+    if checkpoint is None:
+        say(f"no checkpoint given: {source.resolve()}")
+    from kdc_edge.export.onnx import export_onnx
+
+    out = out or BUNDLES / row.name
+    bundle = export_onnx(source, out, precision=row.precision, verify=verify, command=command_line())
+    if bundle.manifest.parity is None:
+        say("not proved: --no-verify was given")
+    else:
+        for check in bundle.manifest.parity.checks:
+            found = "equal" if check.psnr_db is None else f"{check.psnr_db:.1f} dB"
+            say(f"{check.what}: {found} (at least {check.threshold_db:.0f} dB)")
+    say(f"{bundle.size_bytes / 2**20:.1f} MiB")
+    typer.echo(out)

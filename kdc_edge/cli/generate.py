@@ -1,0 +1,67 @@
+"""kdc-edge generate: a picture from a prompt."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from kdc_edge.cli.project import Config, best_bundle, say
+
+
+def generate(
+    prompt: Annotated[str, Argument(help="What the picture shows.")],
+    bundle: Annotated[
+        Path | None, Option(help="A bundle, or a checkpoint (through torch); the best in bundles/ when not given.")
+    ] = None,
+    steps: Annotated[int, Option(help="Steps of the sampler.")] = 20,
+    guidance: Annotated[float, Option(help="Classifier-free guidance scale; 1 for none.")] = 7.5,
+    seed: Annotated[int, Option(help="Of the initial noise.")] = 0,
+    scheduler: Annotated[
+        str, Option(help="ddim, pndm, euler, dpm++2m, dpm++2m-karras or lcm.")
+    ] = "dpm++2m",
+    negative_prompt: Annotated[str, Option(help="What the picture should not show.")] = "",
+    width: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
+    height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
+    out: Annotated[Path | None, Option(help="A PNG file; named after the prompt when not given.")] = None,
+    engine: Annotated[str | None, Option(help="See kdc-edge devices.")] = None,
+    device: Annotated[str | None, Option(help="See kdc-edge devices.")] = None,
+    threads: Annotated[int | None, Option(help="Of the engine.")] = None,
+    config: Config = None,
+) -> None:
+    """Generate a picture, without PyTorch where a bundle is given."""
+    del config
+    from kdc_edge.cli.progress import Progress
+    from kdc_edge.errors import InputError
+    from kdc_edge.image import save_png
+    from kdc_edge.pipeline import Request, describe
+    from kdc_edge.runtimes import open_pipeline
+
+    out = out or Path(f"{_slug(prompt)}-{seed}.png")
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--out {out} is no PNG file: give it a name that ends in .png")
+    if bundle is None:
+        bundle = best_bundle()
+        say(f"no bundle given: {bundle}, the smallest that runs here")
+    request = Request(prompt, negative_prompt, steps, guidance, seed, scheduler, width, height)
+    pipeline = open_pipeline(bundle, engine=engine, device=device, threads=threads)
+    pipeline.check(request)
+    if cut := pipeline.tokenizer.overflow(prompt):
+        say(f"the prompt is longer than the model reads: left out is {cut[:80]!r}")
+    pixels = None
+    with Progress(steps) as progress:
+        for done in pipeline.run(request):
+            pixels = done.pixels
+            if done.stage == "unet":
+                progress.step(done.step, f"timestep {done.timestep}")
+    assert pixels is not None
+    save_png(out, pixels, describe(request, pixels, bundle.resolve().name))
+    typer.echo(out)
+
+
+def _slug(prompt: str) -> str:
+    """A file name from a prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"

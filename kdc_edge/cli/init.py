@@ -1,0 +1,42 @@
+"""kdc-edge init: a checkpoint from a preset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from kdc_edge.cli.project import Config, say
+
+
+def _preset_help() -> str:
+    from kdc_edge.presets import PRESETS
+
+    return "One of " + ", ".join(p.name for p in PRESETS) + "."
+
+
+def init(
+    preset: Annotated[str, Option(help=_preset_help())],
+    out: Annotated[Path, Option(help="The checkpoint's folder.")],
+    teacher: Annotated[str | None, Option("--from", help="Inherit from this checkpoint (or `garden`).")] = None,
+    seed: Annotated[int, Option(help="Of the random weights.")] = 0,
+    config: Config = None,
+) -> None:
+    """Make a checkpoint from a preset: random weights, or inherited from a teacher."""
+    del config
+    from kdc_edge.presets import find_preset
+    from kdc_edge.train.student import find_teacher, init_checkpoint
+
+    chosen = find_preset(preset)
+    account = init_checkpoint(out, chosen, find_teacher(teacher) if teacher else None, seed=seed)
+    kept = [name for name, source in account.items() if source]
+    moved = [(name, source) for name, source in account.items() if source not in (None, name)]
+    if account:
+        say(f"{len(kept)} of {len(account)} weights inherited from {teacher}, {len(moved)} of them from another layer")
+        for name, source in moved:
+            say(f"  {name} <- {source}")
+    else:
+        say(f"{preset}: random weights, seed {seed}")
+    typer.echo(out)

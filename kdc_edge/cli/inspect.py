@@ -1,0 +1,92 @@
+"""kdc-edge verify, info, devices, formats: look at artifacts and machines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from kdc_edge.cli.project import all_bundles
+
+Json = Annotated[bool, Option("--json", help="One JSON document on stdout.")]
+
+
+def verify(
+    bundles: Annotated[list[Path] | None, Argument(help="Bundles; all in bundles/ when not given.")] = None,
+) -> None:
+    """Check every file of a bundle against its hash."""
+    from kdc_edge.bundle import Bundle
+
+    for path in bundles or all_bundles():
+        typer.echo(f"{path}: {Bundle.open(path).verify()} files as exported")
+
+
+def info(
+    folder: Annotated[Path, Argument(help="A bundle or a checkpoint.")],
+    as_json: Json = False,
+) -> None:
+    """Describe a bundle or a checkpoint."""
+    from kdc_edge.bundle import MANIFEST, Bundle
+    from kdc_edge.checkpoint import read_model
+
+    if not (folder / MANIFEST).is_file() and (folder / "model_index.json").is_file():
+        model = read_model(folder)
+        facts = {"kind": "checkpoint", **model.model_dump(exclude={"scheduler"})}
+    else:
+        bundle = Bundle.open(folder)
+        manifest = bundle.manifest
+        if as_json:
+            typer.echo(manifest.model_dump_json(indent=2))
+            return
+        model = manifest.model
+        facts = {"kind": f"bundle {manifest.name}", **model.model_dump(exclude={"scheduler"})}
+        facts |= {n: ", ".join(f"{i} {t.dtype}{t.shape}" for i, t in c.inputs.items()) for n, c in manifest.components.items()}
+        facts["size_mib"] = round(bundle.size_bytes / 2**20, 1)
+        for check in manifest.parity.checks if manifest.parity else ():
+            facts[f"parity {check.what}"] = "equal" if check.psnr_db is None else f"{check.psnr_db:.1f} dB"
+        facts["made by"] = manifest.provenance.command
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        typer.echo(f"{name.replace('_', ' '):>20}  {value}")
+
+
+def devices(as_json: Json = False) -> None:
+    """What this machine can run: the engines and their devices."""
+    from kdc_edge.errors import MissingPackageError
+    from kdc_edge.runtimes import ENGINES, get_runtime
+
+    found = []
+    for name, engine in ENGINES.items():
+        try:
+            runtime = get_runtime(name)
+            devices = runtime.devices()
+        except MissingPackageError:
+            found.append({"engine": name, "missing": f"pip install 'kdc-edge[{engine.extra}]'"})
+            continue
+        found.append({"engine": name, "version": runtime.version, "devices": [asdict(d) for d in devices]})
+    if as_json:
+        typer.echo(json.dumps({"engines": found}, indent=2))
+        return
+    for row in found:
+        if "missing" in row:
+            typer.echo(f"{row['engine']}: not installed; {row['missing']}")
+        else:
+            listed = "; ".join(f"{d['name']} ({d['description']})" for d in row["devices"])  # type: ignore[index]
+            typer.echo(f"{row['engine']} {row['version']}: {listed}")
+
+
+def formats(as_json: Json = False) -> None:
+    """What can be exported, and how good it has to be."""
+    from kdc_edge.formats import FORMATS
+
+    if as_json:
+        typer.echo(json.dumps([asdict(f) for f in FORMATS], indent=2))
+        return
+    for f in FORMATS:
+        typer.echo(f"--target {f.target} --precision {f.precision}: {f.does}; {f.bytes_per_weight:g} bytes a weight")

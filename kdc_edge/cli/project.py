@@ -1,0 +1,123 @@
+"""The project folder: `kdc-edge.toml` for settings, `runs/` for training, `bundles/` for artifacts.
+
+Every flag has its key: `[train] steps = 500` is `kdc-edge train --steps 500`; a flag given by hand wins.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdc_edge.errors import InputError
+
+SETTINGS = Path("kdc-edge.toml")
+RUNS = Path("runs")
+BUNDLES = Path("bundles")
+LATEST = RUNS / "latest"
+MAX_SETTINGS_BYTES = 2**20
+
+
+def say(text: str) -> None:
+    """Talk, as opposed to data: one line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _load_settings(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the settings file's section the command's defaults; unknown keys are refused."""
+    if path is None and not SETTINGS.is_file():
+        return None
+    path = path or SETTINGS
+    try:
+        if path.stat().st_size > MAX_SETTINGS_BYTES:
+            raise InputError(f"{path} is larger than 1 MiB: not a settings file")
+        settings = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: give --config the name of a TOML file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no TOML file: {error}") from None
+    from kdc_edge.cli.app import app
+
+    commands = [c.name for c in app.registered_commands]
+    for name, section in settings.items():
+        if name not in commands or not isinstance(section, dict):
+            raise InputError(f"{path}: {name} is no section: use [train], [export], [generate], [bench], ...")
+    section = {key.replace("-", "_"): value for key, value in settings.get(str(context.info_name), {}).items()}
+    flags = {o.removeprefix("--").replace("-", "_"): str(p.name) for p in context.command.params for o in p.opts}
+    for key in section:
+        if key not in flags or key == "config":
+            raise InputError(f"{path}: [{context.info_name}] has no setting {key}: see kdc-edge {context.info_name} -h")
+    context.default_map = {flags[key]: value for key, value in section.items()}
+    return path
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE.toml", is_eager=True, callback=_load_settings,
+        help="Settings; kdc-edge.toml in this folder when there is one.",
+    ),
+]  # fmt: skip
+
+
+def new_run() -> Path:
+    """The next free place in runs/."""
+    number = 1
+    while (RUNS / f"{number:03d}").exists():
+        number += 1
+    return RUNS / f"{number:03d}"
+
+
+def point_latest(run: Path) -> None:
+    """Let runs/latest name this run, when it lies in runs/."""
+    if run.resolve().parent != RUNS.resolve():
+        return
+    link = RUNS / ".latest"
+    link.unlink(missing_ok=True)
+    link.symlink_to(run.name)
+    link.replace(LATEST)
+
+
+def latest_checkpoint() -> Path:
+    """The checkpoint of the latest run in this project."""
+    checkpoint = LATEST / "checkpoint"
+    if not checkpoint.is_dir():
+        raise InputError("no finished run in runs/: name a checkpoint, or make one with kdc-edge train")
+    return checkpoint
+
+
+def all_bundles() -> list[Path]:
+    """Every bundle in bundles/, in order of name."""
+    found = sorted(p.parent for p in BUNDLES.glob("*/kdc-edge.json"))
+    if not found:
+        raise InputError("no bundles in bundles/: name one, or make one with kdc-edge export --target onnx")
+    return found
+
+
+def best_bundle() -> Path:
+    """The bundle for this machine: the smallest whose engine is installed."""
+    import importlib.util
+
+    from kdc_edge.bundle import Bundle
+    from kdc_edge.formats import find_format
+    from kdc_edge.runtimes.base import ENGINES
+
+    ranked: list[tuple[int, Path]] = []
+    for path in all_bundles():
+        bundle = Bundle.open(path)
+        engines = find_format(bundle.manifest.target, bundle.manifest.precision).engines
+        if any(importlib.util.find_spec(ENGINES[e].package) for e in engines):
+            ranked.append((bundle.size_bytes, path))
+    if not ranked:
+        raise InputError("no bundle in bundles/ has its engine installed here: see kdc-edge devices")
+    return min(ranked)[1]
+
+
+def command_line() -> str:
+    """The command as it was typed, for the record."""
+    import shlex
+
+    return shlex.join(["kdc-edge", *sys.argv[1:]])

@@ -1,0 +1,100 @@
+"""kdc-edge quickstart: the whole path on the garden, and a page that shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from kdc_edge.cli.project import command_line, say
+
+
+def quickstart(
+    out: Annotated[Path, Option(help="A new folder for runs, bundles and report.html.")] = Path("quickstart"),
+    steps: Annotated[int, Option(help="Training steps of each task.")] = 300,
+    batch_size: Annotated[int, Option(help="Samples a step.")] = 16,
+    samples: Annotated[int, Option(help="Pictures of each task.")] = 1500,
+    eval_pictures: Annotated[int, Option(help="Pictures of each task, after each task.")] = 48,
+    repeats: Annotated[int, Option(help="Of each benchmark.")] = 3,
+    seed: Annotated[int, Option(help="Of everything random.")] = 0,
+) -> None:
+    """Train two tasks with and without replay, export, prove, generate, bench: one HTML report."""
+    from dataclasses import replace
+
+    from kdc_edge.bench.measure import measure_in_fresh_process
+    from kdc_edge.bench.record import here, to_json
+    from kdc_edge.bench.record import Report as BenchReport
+    from kdc_edge.cli.progress import Progress
+    from kdc_edge.cli.quickstart_report import Story, write_report
+    from kdc_edge.export.onnx import export_onnx
+    from kdc_edge.files import refuse_foreign_folder, write_atomic
+    from kdc_edge.pipeline import Request
+    from kdc_edge.runtimes import open_pipeline
+    from kdc_edge.train.data import GardenSource, Task
+    from kdc_edge.train.evaluate import evaluate, evaluation_scenes
+    from kdc_edge.train.loop import StepDone, TrainConfig, Trainer, branch
+    from kdc_edge.train.student import GARDEN_TEACHER
+
+    refuse_foreign_folder(out, None)
+    config = TrainConfig(
+        teacher=GARDEN_TEACHER, student="garden-student",
+        tasks=(Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies")),
+        steps=steps, batch_size=batch_size, samples=samples, eval_pictures=eval_pictures, seed=seed, save_every=steps,
+    )  # fmt: skip
+
+    def follow(trainer: Trainer, progress: Progress, name: str, *, until_task: int) -> None:
+        """Consume a run until so many of its tasks are done."""
+        for event in trainer.run():
+            if isinstance(event, StepDone):
+                progress.step(progress.done + 1, f"{name}: {event.task} loss {event.losses['total']:.3f}")
+            else:
+                found = ", ".join(f"{n} {s.accuracy:.3f}" for n, s in event.scores.items())
+                progress.say(f"{name}: after {event.task}, prompt accuracy {found}")
+                if len(trainer.position.matrix) == until_task < len(config.tasks):
+                    return
+
+    # The first task is the same with and without replay, so it is trained once and the runs part after it.
+    with Progress(3 * steps) as progress:
+        kept = Trainer(config, out / "runs" / "replay")
+        teacher_scores = {
+            t.name: evaluate(kept.generator_of(kept.teacher), t.open(), pictures=eval_pictures) for t in config.tasks
+        }
+        progress.say("teacher: prompt accuracy " + ", ".join(f"{n} {s.accuracy:.3f}" for n, s in teacher_scores.items()))
+        follow(kept, progress, "student", until_task=1)
+        bare = branch(kept.run_folder, out / "runs" / "no-replay", replace(config, replay=0))
+        follow(kept, progress, "with replay", until_task=2)
+        follow(bare, progress, "without replay", until_task=2)
+
+    checkpoint = kept.run_folder / "checkpoint"
+    bundles = []
+    for precision in ("fp32", "fp16"):
+        say(f"exporting to onnx-{precision} and proving it")
+        bundles.append(
+            export_onnx(checkpoint, out / "bundles" / f"onnx-{precision}", precision=precision, command=command_line())
+        )
+        bundles[-1].verify()
+
+    scenes = [evaluation_scenes(GardenSource(s), 4)[i] for s in ("flower", "butterfly") for i in (0, 1, 3)]
+    requests = [Request(s.caption, steps=12, guidance=4.0, seed=seed + i) for i, s in enumerate(scenes)]
+    pictures = {}
+    sources = {"teacher": GARDEN_TEACHER, "student": checkpoint, "student without replay": bare.run_folder / "checkpoint"}
+    for name, folder in (sources | {f"bundle {b.root.name}": b.root for b in bundles}).items():
+        say(f"generating with {name}")
+        pipeline = open_pipeline(folder)
+        pictures[name] = [pipeline.generate(r) for r in requests]
+
+    rows = []
+    for folder in (checkpoint, *(b.root for b in bundles)):
+        say(f"measuring {folder.name}")
+        row, _ = measure_in_fresh_process(folder, replace(requests[0], steps=20), repeats=repeats, warmup=1)
+        rows.append(row)
+    environment = here()
+    write_atomic(out / "bench.json", to_json(BenchReport(environment, tuple(rows))))
+    story = Story(
+        config=config, teacher_scores=teacher_scores, runs={"with replay": kept, "without replay": bare},
+        prompts=[s.caption for s in scenes], pictures=pictures, bundles=bundles, rows=rows, environment=environment,
+    )  # fmt: skip
+    write_report(out / "report.html", story)
+    typer.echo(out / "report.html")

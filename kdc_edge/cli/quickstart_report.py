@@ -1,0 +1,157 @@
+"""The quickstart's page: what was done and what came of it, composed from the report's blocks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kdc_edge.bench.charts import line_chart
+from kdc_edge.bench.page import (
+    Html,
+    Section,
+    bullets,
+    data_table,
+    heat_table,
+    page,
+    paragraph,
+    picture_grid,
+    side_by_side,
+    tiles,
+)
+from kdc_edge.bench.record import Environment, Row
+from kdc_edge.bench.report import benchmark_blocks
+from kdc_edge.bundle import Bundle
+from kdc_edge.files import write_atomic
+from kdc_edge.train.evaluate import Score, forgetting
+from kdc_edge.train.loop import TrainConfig, Trainer
+
+LOSSES = {"total": "weighted total", "task": "task", "output": "output", "soft": "soft targets", "feature": "features"}
+
+
+@dataclass(frozen=True)
+class Story:
+    """Everything that the page tells."""
+
+    config: TrainConfig
+    teacher_scores: Mapping[str, Score]
+    runs: Mapping[str, Trainer]  # "with replay", "without replay"
+    prompts: Sequence[str]
+    pictures: Mapping[str, Sequence[np.ndarray]]
+    bundles: Sequence[Bundle]
+    rows: Sequence[Row]
+    environment: Environment
+
+
+def write_report(path: Path, story: Story) -> None:
+    kept = story.runs["with replay"]
+    share = np.mean(kept.position.matrix[-1]) / np.mean([s.accuracy for s in story.teacher_scores.values()])
+    sections = [
+        Section("In short", [_headline(story, float(share))]),
+        Section("Pictures", _pictures(story)),
+        Section("Learning", _learning(story)),
+        Section("Remembering", _remembering(story)),
+        Section("The proof", _proof(story)),
+        Section("Speed and size", benchmark_blocks(story.rows, story.environment)),
+    ]
+    lead = (
+        "A student was distilled from the garden's teacher on flowers, then on butterflies, with and without replaying"
+        " the flowers' latents; exported to ONNX; proved equal to PyTorch; and benchmarked."
+    )
+    write_atomic(path, page("kdc-edge quickstart", sections, lead=lead))
+
+
+def _headline(story: Story, share: float) -> Html:
+    fp16 = next(b for b in story.bundles if b.manifest.precision == "fp16")
+    sizes = kept_parameters(story)
+    lost = {name: forgetting(t.position.matrix) or 0.0 for name, t in story.runs.items()}
+    return tiles(
+        [
+            (f"{share:.0%}", "of the teacher's prompt accuracy is kept by the student"),
+            (f"{sizes[1] / sizes[0]:.0%}", "of the teacher's U-Net weights"),
+            (f"{lost['with replay']:.3f}", f"forgotten with replay ({lost['without replay']:.3f} without)"),
+            (f"{fp16.size_bytes / 2**20:.1f} MiB", "for the whole fp16 bundle"),
+        ]
+    )
+
+
+def kept_parameters(story: Story) -> tuple[int, int]:
+    """Parameters of the teacher's and of the student's U-Net."""
+    kept = story.runs["with replay"]
+    return sum(p.numel() for p in kept.teacher.parameters()), sum(p.numel() for p in kept.student.parameters())
+
+
+def _pictures(story: Story) -> list[Html]:
+    return [
+        paragraph("The same prompts from the same noise: 12 steps of DPM-Solver++ 2M at guidance 4."),
+        picture_grid(list(story.pictures.items()), story.prompts),
+    ]
+
+
+def _learning(story: Story) -> list[Html]:
+    c = story.config
+    blocks = [
+        paragraph(
+            f"{c.steps} steps of {c.batch_size} samples a task. The student starts with the teacher's weights where a"
+            " layer survives, and learns from the noise itself, from the teacher's prediction, from its softened"
+            " distribution over channels, and from the features of its eight blocks."
+        )
+    ]
+    for name, trainer in story.runs.items():
+        records = [json.loads(line) for line in (trainer.run_folder / "metrics.jsonl").read_text().splitlines()]
+        series = {label: _smooth([(r["total"], r["losses"][key]) for r in records]) for key, label in LOSSES.items()}
+        blocks.append(line_chart(series, title=f"Losses {name}", x_label="step", y_label="loss", log_y=True))
+    return [blocks[0], side_by_side(*blocks[1:])]
+
+
+def _smooth(points: list[tuple[float, float]], window: int = 15) -> list[tuple[float, float]]:
+    """Running means: single steps are too noisy to read."""
+    values = np.array([y for _, y in points])
+    width = min(window, len(values))
+    means = np.convolve(values, np.ones(width) / width, mode="valid")
+    return [(points[i + width - 1][0], float(m)) for i, m in enumerate(means)]
+
+
+def _remembering(story: Story) -> list[Html]:
+    names = [t.name for t in story.config.tasks]
+    tables, lines = [], []
+    for name, trainer in story.runs.items():
+        matrix = trainer.position.matrix
+        rows = [("teacher", [s.accuracy for s in story.teacher_scores.values()])]
+        rows += [(f"after {task}", row) for task, row in zip(names, matrix, strict=True)]
+        tables.append(heat_table(names, rows, title=f"Prompt accuracy {name}", digits=3))
+        exact = trainer.position.exact[-1]
+        lines.append(
+            f"{name}: forgetting {forgetting(matrix):.3f} (maximum minus last); every attribute right at the end:"
+            + "".join(f" {task} {value:.0%}" for task, value in zip(names, exact, strict=True))
+        )
+    count = story.config.eval_pictures
+    return [
+        side_by_side(*tables),
+        bullets(lines),
+        paragraph(
+            f"Prompt accuracy: the share of asked attributes that the judge finds in {count} pictures a task, half of"
+            f" them of combinations that nobody was trained on. A share from {count} pictures with five attributes each"
+            f" is good to about {100 * 0.5 / np.sqrt(5 * count):.0f} points.",
+            small=True,
+        ),
+    ]
+
+
+def _proof(story: Story) -> list[Html]:
+    rows = []
+    for bundle in story.bundles:
+        assert bundle.manifest.parity is not None
+        for check in bundle.manifest.parity.checks:
+            found = "equal" if check.psnr_db is None else f"{check.psnr_db:.1f} dB"
+            rows.append((bundle.root.name, check.what, found, f"{check.threshold_db:.0f} dB"))
+    parity = story.bundles[0].manifest.parity
+    assert parity is not None
+    return [
+        data_table(("bundle", "what", "PSNR against PyTorch", "at least"), rows),
+        paragraph(f"Reference: {parity.reference}. {parity.conditions}", small=True),
+    ]
+

@@ -1,0 +1,56 @@
+"""What can go wrong, as one tree. The command line turns these, and only these, into one line and exit code 1.
+
+    KdcError
+    ├── BundleError         an exported folder is missing, incomplete, changed or unsafe
+    ├── CheckpointError     a diffusers folder is missing, incomplete, pickled or of another architecture
+    ├── ParityError         an artifact does not compute what PyTorch computes
+    ├── InputError          a prompt, size, step count, file or value that cannot be used
+    └── MissingPackageError an optional package is needed: names the extra to install
+
+A message says what was wrong, why, and what to do, in one line.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class KdcError(Exception):
+    """The root: everything that kdc-edge raises on purpose."""
+
+
+class BundleError(KdcError):
+    """An exported folder is missing, incomplete, changed or unsafe."""
+
+
+class CheckpointError(KdcError):
+    """A checkpoint folder is missing, incomplete, pickled or of another architecture."""
+
+
+class ParityError(KdcError):
+    """An artifact does not compute what PyTorch computes."""
+
+
+class InputError(KdcError):
+    """A value from the user that cannot be used."""
+
+
+class MissingPackageError(KdcError):
+    """An optional package is needed."""
+
+
+def require(package: str, *, extra: str, purpose: str) -> ModuleType:
+    """Import an optional package, or say what needs it and how to get it.
+
+    >>> require("json", extra="onnx", purpose="an example").__name__
+    'json'
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        if error.name is None or error.name.split(".")[0] != package.split(".")[0]:
+            raise  # the package is there but broken: its own words help more
+        raise MissingPackageError(
+            f"{purpose} needs {package}, which is not installed: pip install 'kdc-edge[{extra}]'"
+        ) from error

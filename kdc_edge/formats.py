@@ -1,0 +1,51 @@
+"""What can be exported: one row a (target, precision). The command line, the docs and the checks read it.
+
+The thresholds are peak signal-to-noise ratios against PyTorch fp32, in dB: `min_component_psnr_db` for each
+component's output on recorded inputs (the signal's peak is the reference's largest magnitude),
+`min_image_psnr_db` for a whole picture from the same noise (peak 255).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdc_edge.errors import InputError
+
+
+@dataclass(frozen=True)
+class Format:
+    target: str
+    precision: str
+    does: str  # in plain words, for `kdc-edge formats`
+    bytes_per_weight: float  # of the U-Net, on disk
+    calibrated: bool  # needs recorded inputs to quantize?
+    engines: tuple[str, ...]  # that can run it, the preferred first
+    min_component_psnr_db: float
+    min_image_psnr_db: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.target}-{self.precision}"
+
+
+FORMATS: tuple[Format, ...] = (
+    Format("onnx", "fp32", "weights and arithmetic in 32 bits", 4.0, False, ("onnxruntime",), 60.0, 50.0),
+    Format("onnx", "fp16", "weights stored in 16 bits, arithmetic in 32 bits", 2.0, False, ("onnxruntime",), 45.0, 35.0),
+)
+
+DEFAULT_PRECISION = "fp16"
+
+
+def targets() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(f.target for f in FORMATS))
+
+
+def find_format(target: str, precision: str) -> Format:
+    """The row of a target and precision; raises InputError naming what there is."""
+    for row in FORMATS:
+        if (row.target, row.precision) == (target, precision):
+            return row
+    known = [f.precision for f in FORMATS if f.target == target]
+    if not known:
+        raise InputError(f"unknown target {target!r}: choose from {', '.join(targets())}")
+    raise InputError(f"{target} has no precision {precision!r}: choose from {', '.join(known)}")

@@ -1,0 +1,93 @@
+"""The architectures: one table. Configurations are in diffusers' and transformers' own words.
+
+The U-Net parameter counts are exact and tested. Full-size shapes follow the public Stable Diffusion 1.x
+configuration; the students follow BK-SDM (arXiv 2305.15798) and KDC-Diff (arXiv 2505.06995).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kdc_edge.errors import InputError
+
+Config = Mapping[str, object]
+
+_CROSS_DOWN, _DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
+_CROSS_UP, _UP = "CrossAttnUpBlock2D", "UpBlock2D"
+
+
+@dataclass(frozen=True)
+class Preset:
+    name: str
+    does: str
+    family: str  # "sd1" or "garden": which text encoder, VAE and tokenizer go with it
+    unet: Config
+    unet_parameters: int
+    picture_size: int  # pixels a side
+
+
+def _unet(
+    family: Config, channels: tuple[int, ...], layers: int, *, mid: bool, attention_everywhere: bool = False
+) -> Config:
+    """SD 1.x's arrangement: attention in every stage but the deepest."""
+    plain = 0 if attention_everywhere else 1
+    crossed = len(channels) - plain
+    return {
+        **family,
+        "block_out_channels": channels,
+        "down_block_types": (_CROSS_DOWN,) * crossed + (_DOWN,) * plain,
+        "up_block_types": (_UP,) * plain + (_CROSS_UP,) * crossed,
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if mid else None,
+        "layers_per_block": layers,
+    }
+
+
+_SD1: Config = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+_GARDEN: Config = {"sample_size": 16, "cross_attention_dim": 128, "attention_head_dim": 2, "norm_num_groups": 16}
+
+_SD1_STAGES = (320, 640, 1280, 1280)
+_GARDEN_STAGES = (32, 64, 80, 80)
+
+PRESETS: tuple[Preset, ...] = (
+    Preset("sd1-teacher", "Stable Diffusion 1.x", "sd1", _unet(_SD1, _SD1_STAGES, 2, mid=True), 859_520_964, 512),
+    Preset("kdc-482m", "the KDC-Diff student: one layer a block, no mid block", "sd1",
+           _unet(_SD1, _SD1_STAGES, 1, mid=False), 482_346_884, 512),
+    Preset("kdc-420m", "three stages with attention in all, and a mid block", "sd1",
+           _unet(_SD1, (320, 640, 1280), 1, mid=True, attention_everywhere=True), 420_423_044, 512),
+    Preset("bk-tiny", "three stages with attention in all, no mid block", "sd1",
+           _unet(_SD1, (320, 640, 1280), 1, mid=False, attention_everywhere=True), 323_384_964, 512),
+    Preset("garden-teacher", "Stable Diffusion 1.x in small, for 64x64 garden pictures", "garden",
+           _unet(_GARDEN, _GARDEN_STAGES, 2, mid=True), 0, 64),
+    Preset("garden-student", "the KDC-Diff student in small: one layer a block, no mid block", "garden",
+           _unet(_GARDEN, _GARDEN_STAGES, 1, mid=False), 0, 64),
+)  # fmt: skip
+
+# The text encoder and VAE of each family, for `kdc-edge init` without a teacher.
+TEXT_ENCODERS: dict[str, Config] = {
+    "sd1": {
+        "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768,
+        "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu", "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407,
+    },
+}  # fmt: skip
+VAES: dict[str, Config] = {
+    "sd1": {
+        "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "norm_num_groups": 32, "sample_size": 512, "scaling_factor": 0.18215,
+    },
+}  # fmt: skip
+SCHEDULER: Config = {
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon", "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False,
+    "timestep_spacing": "leading",
+}  # fmt: skip
+
+
+def find_preset(name: str) -> Preset:
+    """A preset by name; raises InputError naming what there is."""
+    for preset in PRESETS:
+        if preset.name == name:
+            return preset
+    raise InputError(f"unknown preset {name!r}: choose from {', '.join(p.name for p in PRESETS)}")

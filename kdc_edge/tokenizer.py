@@ -1,0 +1,192 @@
+"""Prompts to token ids: CLIP's byte-pair encoding, equal to transformers' CLIPTokenizer.
+
+A tokenizer folder holds vocab.json and merges.txt, and mostly tokenizer_config.json; all are untrusted.
+
+    >>> Tokenizer.clip().encode(["a photo of a red flower"])[0, :8].tolist()
+    [49406, 320, 1125, 539, 320, 736, 4055, 49407]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+
+from kdc_edge.errors import BundleError, InputError
+from kdc_edge.files import read_json
+
+CLIP_FOLDER = Path(__file__).parent / "assets" / "clip-bpe"
+CLIP_LENGTH = 77
+START, END = "<|startoftext|>", "<|endoftext|>"
+# CLIP's words (Radford et al. 2021; openai/CLIP simple_tokenizer.py): letters together, digits one by one.
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+MAX_PROMPT_CHARS = 2000
+MAX_FILE_BYTES = 16 * 2**20
+MAX_LENGTH = 1024  # beyond it, tokenizer_config.json means "no limit noted"
+
+
+class Tokenizer:
+    """Texts to ids, each text framed by a start and an end token, cut and padded to `max_length`."""
+
+    def __init__(
+        self, words: tokenizers.Tokenizer, *, start_id: int, end_id: int, pad_id: int, max_length: int
+    ) -> None:
+        self._words = words
+        self.start_id = start_id
+        self.end_id = end_id
+        self.pad_id = pad_id
+        self.max_length = max_length
+
+    @classmethod
+    def clip(cls) -> Tokenizer:
+        """OpenAI's vocabulary, 49,408 entries, which every Stable Diffusion 1.x checkpoint uses."""
+        return cls.from_folder(CLIP_FOLDER)
+
+    @classmethod
+    def from_folder(cls, path: Path | str) -> Tokenizer:
+        """Open a diffusers `tokenizer` folder. Raises BundleError for a file that is missing or malformed."""
+        folder = Path(path)
+        config_path = folder / "tokenizer_config.json"
+        config = read_json(config_path, BundleError) if config_path.exists() else {}
+        vocab = _read_vocab(folder / "vocab.json")
+        merges = _read_merges(folder / "merges.txt", vocab)
+        special = {
+            role: _special_token(role, default, config, vocab, config_path)
+            for role, default in (("bos", START), ("eos", END), ("unk", END), ("pad", END))
+        }
+        try:
+            bpe = models.BPE(
+                vocab,
+                merges,
+                unk_token=special["unk"].content,
+                end_of_word_suffix="</w>",
+                continuing_subword_prefix="",
+                fuse_unk=False,
+            )
+        except Exception as error:  # the library raises nothing narrower
+            raise BundleError(f"{folder} holds no byte-pair vocabulary: {error}") from None
+        words = tokenizers.Tokenizer(bpe)
+        words.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        words.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        # Written in a prompt, these are tokens too; transformers takes them out of the text in this order.
+        words.add_special_tokens(list(special.values()))
+        return cls(
+            words,
+            start_id=vocab[special["bos"].content],
+            end_id=vocab[special["eos"].content],
+            pad_id=vocab[special["pad"].content],
+            max_length=_read_length(config, config_path),
+        )
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """Ids of the texts: (B, max_length). What is too long is cut off; `overflow` tells what that is.
+
+        Raises InputError for a prompt that is no text or longer than 2,000 characters.
+        """
+        ids = np.full((len(texts), self.max_length), self.pad_id, np.int64)  # (B, 77)
+        for row, text in zip(ids, texts, strict=True):
+            framed = [self.start_id, *self._encode(text).ids[: self.max_length - 2], self.end_id]
+            row[: len(framed)] = framed
+        return ids
+
+    def count(self, text: str) -> int:
+        """How many tokens the text has, start and end not counted: up to `max_length` - 2 fit (CLIP: 75)."""
+        return len(self._encode(text).ids)
+
+    def overflow(self, text: str) -> str:
+        """The end of the text that `encode` cuts off; "" when all of it fits."""
+        offsets = self._encode(text).offsets
+        fits = self.max_length - 2
+        return text[offsets[fits][0] :] if len(offsets) > fits else ""
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
+        if not isinstance(text, str):
+            raise InputError(f"a prompt must be text, not {type(text).__name__}: {text!r:.80}")
+        if len(text) > MAX_PROMPT_CHARS:
+            raise InputError(
+                f"the prompt has {len(text)} characters; {MAX_PROMPT_CHARS} are read at most: shorten it"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the prompt holds half a character (a lone surrogate) at {error.start}: write it anew"
+            ) from None
+        return self._words.encode(text, add_special_tokens=False)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise BundleError(f"{path} is larger than {MAX_FILE_BYTES // 2**20} MiB: not a vocabulary's file")
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        raise BundleError(f"{path} is missing: a tokenizer needs vocab.json and merges.txt") from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read as text: {error}") from None
+
+
+def _read_vocab(path: Path) -> dict[str, int]:
+    """Token -> id. The ids must be 0 ... n - 1, each once: the text encoder's table has no holes."""
+    found = read_json(path, BundleError)
+    vocab = {token: index for token, index in found.items() if type(index) is int}
+    if not vocab or len(vocab) < len(found) or set(vocab.values()) != set(range(len(vocab))):
+        raise BundleError(f"{path} should give every token an id of its own, from 0 without a gap")
+    return vocab
+
+
+def _read_merges(path: Path, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The pairs in the order in which they are joined. A "#version" line may come first."""
+    lines = _read_text(path).replace("\r\n", "\n").split("\n")
+    first = 1 if lines[0].startswith("#version") else 0
+    merges = []
+    for number, line in enumerate(lines[first:], first + 1):
+        if not line:
+            continue
+        left, _, right = line.partition(" ")
+        if not {left, right, left + right} <= vocab.keys():
+            raise BundleError(
+                f"{path}, line {number}: {line!r:.80} joins no two tokens of vocab.json to a third"
+            )
+        merges.append((left, right))
+    return merges
+
+
+def _special_token(
+    role: str, default: str, config: Mapping[str, object], vocab: Mapping[str, int], path: Path
+) -> AddedToken:
+    """A special token as tokenizer_config.json has it.
+
+    Older files give a dict with the rules by which it is found in a text, newer ones a name and the rules
+    under added_tokens_decoder.
+    """
+    found = config.get(f"{role}_token") or default
+    rules = found if isinstance(found, dict) else {"content": found}
+    content = rules.get("content")
+    if not isinstance(content, str) or content not in vocab:
+        raise BundleError(f"{path} names the {role}_token {content!r:.80}, which vocab.json does not hold")
+    decoder = config.get("added_tokens_decoder")
+    for token in decoder.values() if isinstance(decoder, dict) else ():
+        if isinstance(token, dict) and token.get("content") == content:
+            rules = token
+    flags = {name: rules.get(name) is True for name in ("lstrip", "rstrip", "normalized", "single_word")}
+    return AddedToken(content, special=True, **flags)
+
+
+def _read_length(config: Mapping[str, object], path: Path) -> int:
+    length = config.get("model_max_length") or CLIP_LENGTH
+    if not isinstance(length, int | float) or not length >= 3:
+        raise BundleError(f"{path} has model_max_length = {length!r:.80}; it must be 3 or more, such as 77")
+    return int(length) if length <= MAX_LENGTH else CLIP_LENGTH

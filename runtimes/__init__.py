@@ -1,0 +1,9 @@
+"""Artifact in, arrays out: one file an engine, found through one registry.
+
+from kdc_edge.runtimes import open_pipeline
+picture = open_pipeline(Path("bundles/onnx-fp16")).generate(Request("a red flower"))
+"""
+
+from kdc_edge.runtimes.base import ENGINES, Device, Runtime, get_runtime, open_pipeline
+
+__all__ = ["ENGINES", "Device", "Runtime", "get_runtime", "open_pipeline"]

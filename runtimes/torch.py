@@ -1,0 +1,123 @@
+"""PyTorch: the reference. Opens the components of a *checkpoint*, through diffusers and transformers, in fp32.
+
+    unet = get_runtime("torch").load(Path("runs/latest/checkpoint"), "unet", device="CPU", threads=None)
+    network = load_network(Path("runs/latest/checkpoint"), "vae_decoder")      # the module, for exporters
+
+The components take and give the same named arrays as an exported bundle's (DESIGN: contracts). Only local
+safetensors files are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdc_edge.checkpoint import check_weights
+from kdc_edge.errors import CheckpointError, InputError, require
+from kdc_edge.pipeline import Component
+from kdc_edge.runtimes.base import Device, check_device, first_line
+
+_torch: Any = require("torch", extra="train", purpose="running a checkpoint")
+
+# component -> (package, class, folder in the checkpoint)
+_NETWORKS = {
+    "text_encoder": ("transformers", "CLIPTextModel", "text_encoder"),
+    "unet": ("diffusers", "UNet2DConditionModel", "unet"),
+    "vae_decoder": ("diffusers", "AutoencoderKL", "vae"),
+}
+
+
+def load_network(checkpoint: Path, component: str) -> Any:
+    """A component's torch module on the CPU: fp32, eval, no gradients.
+
+    Raises CheckpointError for files that are missing, pickled, damaged, or of another architecture.
+    """
+    check_weights(checkpoint)
+    if component not in _NETWORKS:
+        raise InputError(f"a checkpoint has no component {component!r}: choose from {', '.join(_NETWORKS)}")
+    package, class_name, subfolder = _NETWORKS[component]
+    network_class = getattr(require(package, extra="train", purpose="reading a checkpoint"), class_name)
+    dtype = {"torch_dtype" if package == "diffusers" else "dtype": _torch.float32}
+    folder = checkpoint / subfolder
+    try:
+        with _quiet():
+            network, found = network_class.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **dtype
+            )
+    except Exception as error:  # both libraries raise whatever comes
+        raise CheckpointError(f"{folder} cannot be read as {class_name}: {first_line(error)}") from None
+    lost = [*found["missing_keys"], *found["mismatched_keys"]]
+    if lost:  # the libraries would fill these in at random
+        raise CheckpointError(
+            f"{folder} lacks {len(lost)} weights of {class_name}, such as {lost[0]}: save it again"
+        )
+    return network.eval().requires_grad_(False)
+
+
+class TorchComponent:
+    """A network behind the contract's names: numpy in, float32 numpy out."""
+
+    def __init__(self, name: str, network: Any, device: str) -> None:
+        self._name = name
+        self._device = device.lower()
+        self._network = network.to(self._device)
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        tensors = {k: _torch.from_numpy(np.ascontiguousarray(v)).to(self._device) for k, v in inputs.items()}
+        with _torch.inference_mode():
+            output = self._forward(**tensors)
+        return np.asarray(output.float().cpu().numpy())
+
+    def _forward(self, **inputs: Any) -> Any:
+        if self._name == "text_encoder":
+            return self._network(input_ids=inputs["input_ids"].long()).last_hidden_state
+        if self._name == "unet":
+            return self._network(**inputs, return_dict=False)[0]
+        return self._network.decode(inputs["latent_sample"], return_dict=False)[0]
+
+
+class TorchRuntime:
+    name = "torch"
+    version: str = _torch.__version__
+
+    def devices(self) -> list[Device]:
+        found = [Device("CPU", "processor")]
+        if _torch.cuda.is_available():
+            found.append(Device("CUDA", str(_torch.cuda.get_device_name())))
+        if _torch.backends.mps.is_available():
+            found.append(Device("MPS", "Apple GPU"))
+        return found
+
+    def load(self, folder: Path, component: str, *, device: str | None, threads: int | None) -> Component:
+        """Open a component of a checkpoint folder; `threads` holds for all of torch. Raises CheckpointError."""
+        chosen = check_device(self, device)
+        if threads is not None:
+            _torch.set_num_threads(threads)
+        return TorchComponent(component, load_network(folder, component), chosen)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither progress bars nor advice from the two libraries; what they said before is restored."""
+    logs = [
+        require(f"{p}.utils.logging", extra="train", purpose="a checkpoint")
+        for p in ("diffusers", "transformers")
+    ]
+    before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, verbosity, bars in before:
+            log.set_verbosity(verbosity)
+            if bars:
+                log.enable_progress_bar()
+
+
+RUNTIME = TorchRuntime()

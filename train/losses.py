@@ -1,0 +1,70 @@
+"""Dual-layered distillation (KDC-Diff, arXiv 2505.06995): pure functions of what two networks computed.
+
+    L = w_task * MSE(e_s, e)                                     the denoising task
+      + w_out  * MSE(e_s, e_t)                                   output level
+      + w_soft * T^2 * KL(softmax_c(e_t / T) || softmax_c(e_s / T))   layer 1, soft targets ("semantic")
+      + w_feat * sum_b MSE(f_s[b], f_t[b])                       layer 2, block features ("structural")
+
+e is the noise (or the velocity), e_s and e_t the student's and the teacher's predictions, f[b] a block's output.
+Gradients flow into the student's side alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How much each term counts; `temperature` softens the soft targets (T, 2 in the authors' code)."""
+
+    task: float = 1.0
+    output: float = 1.0
+    soft: float = 1.0
+    feature: float = 0.1
+    temperature: float = 2.0
+
+
+def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(softmax_c(teacher / T) || softmax_c(student / T)) over the channels of (B, C, h, w): a scalar.
+
+    Averaged over batch and positions. The authors' `batchmean` sums over positions, which is h * w times larger
+    (4096 at 64x64 latents) and changes with the picture's size. T^2 keeps the gradient's scale (Hinton et al.,
+    arXiv 1503.02531, section 2).
+    """
+    log_student = F.log_softmax(student / temperature, dim=1)  # (B, C, h, w)
+    log_teacher = F.log_softmax(teacher / temperature, dim=1)
+    divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(dim=1)  # (B, h, w)
+    return temperature**2 * divergence.mean()
+
+
+def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
+    """The sum over blocks of the mean squared difference of features of the same name: a scalar.
+
+    Raises KeyError where the teacher lacks one of the student's blocks.
+    """
+    return torch.stack([F.mse_loss(f, teacher[name]) for name, f in student.items()]).sum()
+
+
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    student_features: Mapping[str, Tensor],
+    teacher_features: Mapping[str, Tensor],
+    weights: LossWeights,
+) -> dict[str, Tensor]:
+    """Every term, unweighted, and their weighted `total`; predictions and target are (B, C, h, w)."""
+    teacher = teacher.detach()
+    terms = {
+        "task": F.mse_loss(student, target),
+        "output": F.mse_loss(student, teacher),
+        "soft": soft_target_loss(student, teacher, weights.temperature),
+        "feature": feature_loss(student_features, {n: f.detach().float() for n, f in teacher_features.items()}),
+    }
+    return terms | {"total": torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()}

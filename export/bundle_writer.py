@@ -1,9 +1,9 @@
-"""What every export does around its target's own work: configs, tokenizer, manifest, proof, and the last rename.
+"""What every export does around its target's own work: configs, tokenizer, manifest, proof, last rename.
 
     bundle = write_bundle(checkpoint, out, find_format("onnx", "fp16"), write, verify=True)
 
-`write(part, folder)` is the target's own work: it puts one component's files into `folder` and names them, the
-one that the engine opens first. The folder stands at `out` only when everything, the proof included, is done.
+`write(part, folder)` is the target's own work: it puts one component's files into `folder` and names them,
+the one that the engine opens first. The folder stands at `out` only when all is done, the proof included.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from kdc_edge import __version__
 from kdc_edge.bundle import (
@@ -35,15 +36,13 @@ from kdc_edge.export.components import ExportComponent, describe, load_component
 from kdc_edge.export.parity import PROMPTS, check_parity
 from kdc_edge.files import atomic_folder, inside, read_json
 from kdc_edge.formats import Format
+from kdc_edge.schedule import NoiseSchedule
 
 Write = Callable[[ExportComponent, Path], list[str]]
 
 PACKAGES = ("torch", "diffusers", "transformers", "optimum", "onnx", "onnxscript", "onnxruntime", "numpy")
-CONFIGS: dict[ComponentName, str] = {
-    "text_encoder": "text_encoder",
-    "unet": "unet",
-    "vae_decoder": "vae",
-}  # bundle <- checkpoint
+# A component's folder in the bundle <- its network's folder in the checkpoint.
+SOURCES: dict[ComponentName, str] = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae"}
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -57,13 +56,14 @@ def write_bundle(
     prompts: Sequence[str] | None = None,
     command: str | None = None,
 ) -> Bundle:
-    """Fill a folder beside `out`, prove it, and rename it in. Raises a KdcError and leaves `out` as it was."""
+    """Fill a folder beside `out`, prove it, rename it in. Raises a KdcError, and `out` stays as it was."""
     model = read_model(checkpoint)
+    NoiseSchedule.from_config(model.scheduler)  # refuses a schedule that no sampler has, before the work
     with atomic_folder(out, marker=MANIFEST) as folder:
         copy_configs(checkpoint, folder)
         copy_tokenizer(checkpoint / "tokenizer", folder / "tokenizer")
         components: dict[ComponentName, ComponentInfo] = {
-            name: _write_component(checkpoint, name, folder, write) for name in CONFIGS
+            name: _write_component(checkpoint, name, folder, write) for name in SOURCES
         }
         manifest = Manifest(
             target=row.target,
@@ -102,12 +102,11 @@ def copy_configs(checkpoint: Path, folder: Path) -> None:
     """model_index.json, the scheduler's and each component's config, as optimum's pipelines read them."""
     index = read_json(checkpoint / "model_index.json", CheckpointError)
     _write_json(folder / "model_index.json", index | {k: [None, None] for k in NOT_EXPORTED if k in index})
-    copies = {**CONFIGS, "scheduler": "scheduler"}
-    for target, source in copies.items():
-        name = "scheduler_config.json" if target == "scheduler" else "config.json"
-        config = read_json(checkpoint / source / name, CheckpointError)
+    paths = [(f"{source}/config.json", f"{name}/config.json") for name, source in SOURCES.items()]
+    for source, target in [*paths, ("scheduler/scheduler_config.json", "scheduler/scheduler_config.json")]:
+        config = read_json(checkpoint / source, CheckpointError)
         config.pop("_name_or_path", None)  # a path of this machine
-        _write_json(folder / target / name, config)
+        _write_json(folder / target, config)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -123,16 +122,12 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(inside(source, path.name, CheckpointError), target / path.name)
     if (target / "vocab.json").exists() and (target / "merges.txt").exists():
         return
-    whole = read_json(target / "tokenizer.json", CheckpointError).get("model")
+    model: Any = read_json(target / "tokenizer.json", CheckpointError).get("model")
     try:
-        vocab, merges = (
-            dict(whole["vocab"]),
-            [m if isinstance(m, str) else " ".join(m) for m in whole["merges"]],
-        )  # type: ignore[index]
+        vocab = dict(model["vocab"])
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     except (TypeError, KeyError, ValueError):
-        raise CheckpointError(
-            f"{source / 'tokenizer.json'} holds no byte-pair vocabulary: save it again"
-        ) from None
+        raise CheckpointError(f"{source} holds no byte-pair vocabulary: save the tokenizer again") from None
     _write_json(target / "vocab.json", vocab)
     (target / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{m}\n" for m in merges), "utf-8")
 

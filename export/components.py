@@ -46,7 +46,7 @@ class TextEncoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """The denoiser: sample (B, C, h, w), timestep (1), hidden states (B, 77, D) -> prediction (B, C, h, w)."""
+    """The denoiser: sample (B, C, h, w), timestep (1), text (B, 77, D) -> prediction (B, C, h, w)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -79,7 +79,11 @@ class DummyTimestep(DummyInputGenerator):  # type: ignore[misc]  # optimum has n
         pass
 
     def generate(
-        self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
+        self,
+        input_name: str,  # noqa: ARG002
+        framework: str = "pt",
+        int_dtype: str = "int64",
+        float_dtype: str = "fp32",  # noqa: ARG002
     ) -> Any:
         return self.random_int_tensor([1], max_value=1000, framework=framework, dtype=int_dtype)
 
@@ -91,7 +95,7 @@ class DummyHiddenStates(DummyInputGenerator):  # type: ignore[misc]
 
     def __init__(
         self,
-        task: str,
+        task: str,  # noqa: ARG002
         normalized_config: NormalizedConfig,
         *,
         batch_size: int,
@@ -101,7 +105,11 @@ class DummyHiddenStates(DummyInputGenerator):  # type: ignore[misc]
         self.shape = [batch_size, sequence_length, normalized_config.hidden_size]
 
     def generate(
-        self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
+        self,
+        input_name: str,  # noqa: ARG002
+        framework: str = "pt",
+        int_dtype: str = "int64",  # noqa: ARG002
+        float_dtype: str = "fp32",
     ) -> Any:
         return self.random_float_tensor(self.shape, framework=framework, dtype=float_dtype)
 
@@ -135,7 +143,7 @@ class ComponentConfig(ExporterConfig):  # type: ignore[misc]
         return _free_axes(self.output_shapes)
 
     def generate_dummy_inputs(self, framework: str = "pt", **sizes: int) -> dict[str, Any]:
-        """Random inputs by name. No two free sizes are equal, and none is 1, which a tracer takes for a constant."""
+        """Random inputs by name. No free size is 1, which a tracer would take for a constant."""
         sizes = {"batch_size": 2, "height": 2 * self.size_unit, "width": 3 * self.size_unit} | sizes
         found: dict[str, Any] = super().generate_dummy_inputs(framework, sequence_length=self.tokens, **sizes)
         return found
@@ -166,9 +174,7 @@ class UNetConfig(ComponentConfig):
 
     @property
     def size_unit(self) -> int:
-        return int(
-            2 ** (len(self._config.block_out_channels) - 1)
-        )  # each stage but the last halves the sample
+        return int(2 ** (len(self._config.block_out_channels) - 1))  # each stage but the last halves the sample
 
     @property
     def input_shapes(self) -> Shapes:
@@ -189,9 +195,7 @@ class VaeDecoderConfig(ComponentConfig):
 
     @property
     def input_shapes(self) -> Shapes:
-        return {
-            "latent_sample": ("batch_size", self._config.latent_channels, "latent_height", "latent_width")
-        }
+        return {"latent_sample": ("batch_size", self._config.latent_channels, "latent_height", "latent_width")}
 
     @property
     def output_shapes(self) -> Shapes:
@@ -220,15 +224,15 @@ def load_component(checkpoint: Path, name: str) -> ExportComponent:
     module_class, config_class = _KINDS[name]
     network = load_network(checkpoint, name)
     tokens = text.get("max_position_embeddings", 77)
+    if not isinstance(tokens, int):
+        raise CheckpointError(f"{checkpoint} cannot be used: max_position_embeddings is {tokens!r:.80}")
     return ExportComponent(name, module_class(network).eval(), config_class(network.config, tokens))
 
 
 def describe(shapes: Shapes) -> dict[str, TensorInfo]:
     """Inputs or outputs as the manifest lists them."""
-    whole = {"input_ids", "timestep"}
-    return {
-        n: TensorInfo(dtype="int64" if n in whole else "float32", shape=list(s)) for n, s in shapes.items()
-    }
+    dtypes = {"input_ids": "int64", "timestep": "int64"}
+    return {n: TensorInfo(dtype=dtypes.get(n, "float32"), shape=list(s)) for n, s in shapes.items()}
 
 
 def _free_axes(shapes: Shapes) -> dict[str, dict[int, str]]:

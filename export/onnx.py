@@ -80,9 +80,8 @@ def save_graph(model: ir.Model, folder: Path, *, half: bool) -> list[str]:
     """Write model.onnx to `folder`, with model.onnx_data beside it where it is large; the files' names."""
     if half:
         store_half(model)
-    size_bytes = sum(
-        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
-    )
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    size_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     if size_bytes <= EXTERNAL_DATA_BYTES:
         ir.save(model, folder / "model.onnx")
         return ["model.onnx"]
@@ -96,20 +95,13 @@ def store_half(model: ir.Model) -> None:
     casts = []
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
-        if (
-            tensor is None
-            or tensor.dtype != ir.DataType.FLOAT
-            or len(tensor.shape) < 2
-            or tensor.size < HALF_MIN_VALUES
-        ):
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) < 2:
             continue
         weights = tensor.numpy()
-        if np.abs(weights).max() > np.finfo(np.float16).max:
+        if weights.size < HALF_MIN_VALUES or np.abs(weights).max() > np.finfo(np.float16).max:
             continue
-        stored = ir.Value(
-            name=f"{name}.fp16", const_value=ir.tensor(weights.astype(np.float16), name=f"{name}.fp16")
-        )
-        stored.shape, stored.dtype = tensor.shape, ir.DataType.FLOAT16
+        half = ir.tensor(weights.astype(np.float16), name=f"{name}.fp16")
+        stored = ir.val(half.name, const_value=half)
         cast = ir.node("Cast", [stored], {"to": int(ir.DataType.FLOAT)}, name=f"{name}.cast")
         del graph.initializers[name]
         cast.outputs[0].name = name
@@ -121,7 +113,7 @@ def store_half(model: ir.Model) -> None:
 
 
 def _clean(model: ir.Model, part: ExportComponent) -> None:
-    """Name the free axes, and drop the tracer's notes: a fifth of a small file, with paths of this machine."""
+    """Name the free axes, and drop the tracer's notes, which hold paths of this machine."""
     for values, shapes in (
         (model.graph.inputs, part.config.input_shapes),
         (model.graph.outputs, part.config.output_shapes),

@@ -1,10 +1,10 @@
 """The proof: a bundle computes what PyTorch computes, shown on inputs that the student really sees.
 
-    parity = check_parity(checkpoint, Path("bundles/onnx-fp16"), find_format("onnx", "fp16"), ["a red flower"])
+    parity = check_parity(checkpoint, Path("bundles/onnx-fp16"), find_format("onnx", "fp16"), prompts)
     [c.what for c in parity.checks if not c.passed]
 
-The checkpoint denoises a few prompts in fp32 while everything that goes into its components, and comes out, is
-recorded. The bundle's components then compute the same inputs, and the bundle makes the same pictures.
+The checkpoint denoises a few prompts in fp32 while everything that goes into its components, and comes out,
+is recorded. The bundle's components then compute the same inputs, and the bundle makes the same pictures.
 """
 
 from __future__ import annotations
@@ -103,9 +103,8 @@ def _compare_pictures(
         pictures = [pipeline.generate(request) for request in requests]
     except KdcError:  # values that are no numbers reached the end
         return _worst("picture", [(-math.inf, math.inf)], threshold_db)
-    return _worst(
-        "picture", [_distance(p, e, peak=255) for p, e in zip(pictures, expected, strict=True)], threshold_db
-    )
+    found = [_distance(p, e, peak=255) for p, e in zip(pictures, expected, strict=True)]
+    return _worst("picture", found, threshold_db)
 
 
 def _distance(found: np.ndarray, expected: np.ndarray, peak: float | None = None) -> tuple[float, float]:

@@ -40,7 +40,7 @@ class Model(_Record):
     latent_channels: int = Field(ge=1, le=64)
     latent_size: int = Field(ge=1, le=1024)  # of the pictures it was trained on
     vae_scale: int = Field(ge=1, le=64)  # pixels a latent, each way
-    scaling_factor: float = Field(gt=0)  # of the VAE's latents
+    scaling_factor: float = Field(gt=0, allow_inf_nan=False)  # of the VAE's latents
     scheduler: dict[str, object]  # diffusers' scheduler_config.json
 
     @property
@@ -124,15 +124,16 @@ class Bundle:
         raw = read_json(root / MANIFEST, BundleError)
         if raw.get("format_version") != FORMAT_VERSION:
             raise BundleError(
-                f"{root} has format version {raw.get('format_version')!r} and this kdc-edge reads {FORMAT_VERSION}:"
-                " export it again, or use the kdc-edge that made it"
+                f"{root} has format version {raw.get('format_version')!r:.80} and this kdc-edge reads"
+                f" {FORMAT_VERSION}: export it again, or use the kdc-edge that made it"
             )
         try:
             manifest = Manifest.model_validate(raw)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise BundleError(f"{root / MANIFEST} is damaged: {where}: {first['msg']}; export it again") from None
+            where = " ".join(".".join(str(part) for part in first["loc"]).split())  # keys may hold anything
+            what = f"{root / MANIFEST} is damaged: {where:.200}: {first['msg']:.200}"
+            raise BundleError(f"{what}; export it again") from None
         bundle = cls(root, manifest)
         bundle._check_files()
         return bundle
@@ -157,10 +158,11 @@ class Bundle:
         for name, info in self.manifest.files.items():
             path = self.root / name
             if sha256(path) != info.sha256:
-                raise BundleError(f"{path} has changed since it was exported: copy or export the bundle again")
+                raise BundleError(f"{path} has changed since it was exported: copy or export it again")
         for path in self.root.rglob("*"):
             name = path.relative_to(self.root).as_posix()
-            if path.is_file() and name != MANIFEST and name not in self.manifest.files:
+            ours = name == MANIFEST or name in self.manifest.files
+            if not ours and (path.is_file() or path.is_symlink()):
                 raise BundleError(f"{path} is not part of the bundle: remove it, or export the bundle again")
         return len(self.manifest.files)
 
@@ -179,9 +181,7 @@ class Bundle:
 def list_files(root: Path) -> dict[str, FileInfo]:
     """Every file under `root` but the manifest, with size and hash, in order of name."""
     found = sorted(p for p in root.rglob("*") if p.is_file() and p != root / MANIFEST)
-    return {
-        p.relative_to(root).as_posix(): FileInfo(size_bytes=p.stat().st_size, sha256=sha256(p)) for p in found
-    }
+    return {p.relative_to(root).as_posix(): FileInfo(size_bytes=p.stat().st_size, sha256=sha256(p)) for p in found}
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:

@@ -1,7 +1,7 @@
 """A checkpoint: a diffusers folder with safetensors. Read here as far as that needs no PyTorch.
 
-    model = read_model(Path("runs/latest/checkpoint"))     # latent shape, scaling factor, scheduler
-    check_weights(folder)                                  # refuses pickles, names what is missing
+model = read_model(Path("runs/latest/checkpoint"))     # latent shape, scaling factor, scheduler
+check_weights(folder)                                  # refuses pickles, names what is missing
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from kdc_edge.bundle import Model
 from kdc_edge.errors import CheckpointError
 from kdc_edge.files import read_json, sha256
+from kdc_edge.presets import recognise
 
 WEIGHTS = {
     "text_encoder": "model.safetensors",
@@ -30,21 +31,23 @@ MAX_HEADER_BYTES = 100 * 2**20
 def check_weights(folder: Path) -> None:
     """Raise CheckpointError unless the folder holds each network as safetensors."""
     if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint at {folder}: name a diffusers folder, or make one with kdc-edge train")
+        raise CheckpointError(f"no checkpoint at {folder}: name a diffusers folder, or run kdc-edge train")
     if not (folder / "model_index.json").is_file():
         pickles = [p.name for pattern in PICKLES for p in folder.glob(pattern)]
         if pickles:
-            raise CheckpointError(f"{folder} holds {pickles[0]}, a pickle, which can run code: convert it to safetensors")
+            raise CheckpointError(_refuse_pickle(folder / pickles[0]))
         raise CheckpointError(f"{folder} is no checkpoint: model_index.json is missing")
     for network, name in WEIGHTS.items():
         if (folder / network / name).is_file() or list((folder / network).glob("*.safetensors.index.json")):
             continue
         pickles = [p.name for pattern in PICKLES for p in (folder / network).glob(pattern)]
         if pickles:
-            raise CheckpointError(
-                f"{folder / network} holds {pickles[0]}, a pickle, which can run code: convert it to safetensors"
-            )
+            raise CheckpointError(_refuse_pickle(folder / network / pickles[0]))
         raise CheckpointError(f"{folder / network / name} is missing: the checkpoint is incomplete")
+
+
+def _refuse_pickle(path: Path) -> str:
+    return f"{path} is a pickle, which can run code: convert it to safetensors"
 
 
 def read_model(folder: Path) -> Model:
@@ -57,7 +60,7 @@ def read_model(folder: Path) -> Model:
     try:
         return Model.model_validate(
             {
-                "preset": unet.get("kdc_edge_preset"),
+                "preset": recognise(unet),
                 "unet_parameters": count_parameters(folder / "unet"),
                 "latent_channels": vae.get("latent_channels"),
                 "latent_size": unet.get("sample_size"),
@@ -74,9 +77,8 @@ def read_model(folder: Path) -> Model:
 
 def count_parameters(network: Path) -> int:
     """The number of weights in a network's safetensors files, from their headers."""
-    return sum(
-        math.prod(shape) for path in sorted(network.glob("*.safetensors")) for shape in read_shapes(path).values()
-    )
+    files = sorted(network.glob("*.safetensors"))
+    return sum(math.prod(shape) for path in files for shape in read_shapes(path).values())
 
 
 def read_shapes(path: Path) -> Mapping[str, list[int]]:
@@ -94,6 +96,7 @@ def read_shapes(path: Path) -> Mapping[str, list[int]]:
 
 def hash_checkpoint(folder: Path) -> str:
     """One SHA-256 over the names and contents of the checkpoint's configuration and weight files."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix in {".json", ".safetensors", ".txt"} and p.is_file())
+    kept = {".json", ".safetensors", ".txt"}
+    files = sorted(p for p in folder.rglob("*") if p.suffix in kept and p.is_file())
     lines = [f"{p.relative_to(folder).as_posix()} {sha256(p)}\n" for p in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

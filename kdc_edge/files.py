@@ -1,7 +1,7 @@
 """Files that are whole or not there: atomic writes, hashes, paths that stay in their folder.
 
-    with atomic_folder(Path("bundles/onnx-fp16")) as temporary:
-        (temporary / "model.onnx").write_bytes(...)     # on an error: the old folder, untouched
+with atomic_folder(Path("bundles/onnx-fp16")) as temporary:
+    (temporary / "model.onnx").write_bytes(...)     # on an error: the old folder, untouched
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path, PurePosixPath
 from kdc_edge.errors import InputError, KdcError
 
 MAX_JSON_BYTES = 16 * 2**20
+MAX_PATH_CHARS = 1000
+MAX_NAME_BYTES = 255
 
 
 def sha256(path: Path) -> str:
@@ -58,8 +60,13 @@ def atomic_folder(out: Path, *, marker: str | None = None) -> Iterator[Path]:
         if out.exists():
             old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old-"))
             out.replace(old / out.name)
-            temporary.replace(out)
-            shutil.rmtree(old)
+            try:
+                temporary.replace(out)
+            except BaseException:
+                (old / out.name).replace(out)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             temporary.replace(out)
     except BaseException:
@@ -96,9 +103,15 @@ def inside(root: Path, relative: str, error: type[KdcError]) -> Path:
     """`root / relative`, refused when it leaves `root`: by `..`, as an absolute path, or through a link."""
     parts = PurePosixPath(relative)
     if parts.is_absolute() or ".." in parts.parts or "\\" in relative or ":" in relative or not parts.parts:
-        raise error(f"{root} names the path {relative!r}, which leaves the folder: do not use this folder")
+        raise error(f"{root} names the path {relative!r:.200}, which leaves the folder: do not use this folder")
+    if len(relative) > MAX_PATH_CHARS or any(len(part.encode()) > MAX_NAME_BYTES for part in parts.parts):
+        raise error(f"{root} names the path {relative!r:.80}..., which is too long for a file")
     path = root / parts
-    if not path.resolve().is_relative_to(root.resolve()):
+    try:
+        leaves = not path.resolve().is_relative_to(root.resolve())
+    except (OSError, ValueError, RuntimeError) as problem:  # a NUL in the name, a circle of links
+        raise error(f"{root} names the path {relative!r:.200}, which cannot be a file: {problem}") from None
+    if leaves:
         raise error(f"{path} is a link out of its folder: do not use this folder")
     return path
 

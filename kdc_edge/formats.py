@@ -30,7 +30,16 @@ class Format:
 
 FORMATS: tuple[Format, ...] = (
     Format("onnx", "fp32", "weights and arithmetic in 32 bits", 4.0, False, ("onnxruntime",), 60.0, 50.0),
-    Format("onnx", "fp16", "weights stored in 16 bits, arithmetic in 32 bits", 2.0, False, ("onnxruntime",), 45.0, 35.0),
+    Format(
+        "onnx",
+        "fp16",
+        "weights stored in 16 bits, arithmetic in 32 bits",
+        2.0,
+        False,
+        ("onnxruntime",),
+        45.0,
+        35.0,
+    ),
 )
 
 DEFAULT_PRECISION = "fp16"
@@ -49,3 +58,13 @@ def find_format(target: str, precision: str) -> Format:
     if not known:
         raise InputError(f"unknown target {target!r}: choose from {', '.join(targets())}")
     raise InputError(f"{target} has no precision {precision!r}: choose from {', '.join(known)}")
+
+
+def markdown_table() -> str:
+    """The table as the README shows it."""
+    names = ("target", "precision", "what it does", "bytes a weight", "engine", "picture PSNR at least")
+    rows = [
+        (f.target, f.precision, f.does, f"{f.bytes_per_weight:g}", f.engines[0], f"{f.min_image_psnr_db:g} dB")
+        for f in FORMATS
+    ]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (names, ("---",) * len(names), *rows))

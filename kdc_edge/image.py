@@ -53,9 +53,7 @@ def to_pixels(images: NDArray[np.floating]) -> NDArray[np.uint8]:
 def psnr_db(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
     """Peak signal-to-noise ratio of two uint8 pictures of one shape, in dB; infinite when they are equal."""
     if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8:
-        raise InputError(
-            f"two uint8 pictures of one size are needed, not {a.dtype} {a.shape} and {b.dtype} {b.shape}"
-        )
+        raise InputError(f"two uint8 pictures of one size are needed, not {a.dtype} {a.shape} and {b.dtype} {b.shape}")
     mean_square = float(np.mean((a.astype(np.float64) - b) ** 2))
     return 10 * math.log10(255**2 / mean_square) if mean_square else math.inf
 
@@ -92,9 +90,7 @@ def save_png(path: Path | str, pixels: Pixels, parameters: Mapping[str, object] 
     try:
         write_atomic(Path(path), buffer.getvalue())
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be written: {error.strerror or error}; choose another place"
-        ) from None
+        raise InputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
 
 
 def read_parameters(path: Path | str) -> dict[str, str]:
@@ -121,13 +117,9 @@ def format_parameters(parameters: Mapping[str, object]) -> str:
     lines = [_one_line(parameters.get("prompt", ""))]
     if negative := _one_line(parameters.get("negative_prompt", "")):
         lines.append(NEGATIVE + negative)
-    settings = {
-        name: value for name, value in parameters.items() if name not in ("prompt", "negative_prompt")
-    }
+    settings = {name: value for name, value in parameters.items() if name not in ("prompt", "negative_prompt")}
     if unreadable := [name for name in settings if not re.fullmatch(NAME, name)]:
-        raise InputError(
-            f"the parameter's name {unreadable[0]!r} cannot be read back: use letters and spaces"
-        )
+        raise InputError(f"the parameter's name {unreadable[0]!r} cannot be read back: use letters and spaces")
     lines.append(", ".join(f"{name}: {_quoted(_one_line(value))}" for name, value in settings.items()))
     return "\n".join(lines)
 

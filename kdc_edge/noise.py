@@ -37,9 +37,7 @@ class NormalStream:
 
     def __init__(self, seed: int) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
-            raise InputError(
-                f"the seed is {seed!r}, not a whole number from 0 to 2**64 - 1: choose one, such as 1"
-            )
+            raise InputError(f"the seed is {seed!r}, not a whole number from 0 to 2**64 - 1: choose one, such as 1")
         self._twister = np.random.RandomState(int(seed) & 0xFFFFFFFF)
         self._spare: float | None = None
         self.fresh = True  # nothing drawn yet

@@ -44,7 +44,12 @@ def _unet(
 
 
 _SD1: Config = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-_GARDEN: Config = {"sample_size": 16, "cross_attention_dim": 128, "attention_head_dim": 2, "norm_num_groups": 16}
+_GARDEN: Config = {
+    "sample_size": 16,
+    "cross_attention_dim": 128,
+    "attention_head_dim": 2,
+    "norm_num_groups": 16,
+}
 
 _SD1_STAGES = (320, 640, 1280, 1280)
 _GARDEN_STAGES = (32, 64, 80, 80)
@@ -58,9 +63,9 @@ PRESETS: tuple[Preset, ...] = (
     Preset("bk-tiny", "three stages with attention in all, no mid block", "sd1",
            _unet(_SD1, (320, 640, 1280), 1, mid=False, attention_everywhere=True), 323_384_964, 512),
     Preset("garden-teacher", "Stable Diffusion 1.x in small, for 64x64 garden pictures", "garden",
-           _unet(_GARDEN, _GARDEN_STAGES, 2, mid=True), 0, 64),
+           _unet(_GARDEN, _GARDEN_STAGES, 2, mid=True), 4_420_932, 64),
     Preset("garden-student", "the KDC-Diff student in small: one layer a block, no mid block", "garden",
-           _unet(_GARDEN, _GARDEN_STAGES, 1, mid=False), 0, 64),
+           _unet(_GARDEN, _GARDEN_STAGES, 1, mid=False), 2_548_340, 64),
 )  # fmt: skip
 
 # The text encoder and VAE of each family, for `kdc-edge init` without a teacher.
@@ -91,3 +96,15 @@ def find_preset(name: str) -> Preset:
         if preset.name == name:
             return preset
     raise InputError(f"unknown preset {name!r}: choose from {', '.join(p.name for p in PRESETS)}")
+
+
+def recognise(unet_config: Config) -> str | None:
+    """The name of the preset whose U-Net this configuration describes; None for another architecture."""
+
+    def plain(value: object) -> object:
+        return list(value) if isinstance(value, tuple) else value
+
+    for preset in PRESETS:
+        if all(unet_config.get(key) == plain(value) for key, value in preset.unet.items()):
+            return preset.name
+    return None

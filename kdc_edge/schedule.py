@@ -68,9 +68,7 @@ class NoiseSchedule:
         """From a scheduler_config.json. Unknown keys are ignored, but no switch that changes the pictures."""
         for name in UNSUPPORTED:
             if config.get(name):
-                raise InputError(
-                    f"the scheduler config sets {name}, which no sampler here supports: turn it off"
-                )
+                raise InputError(f"the scheduler config sets {name}, which no sampler here supports: turn it off")
         known: dict[str, Any] = {f.name: config[f.name] for f in fields(cls) if f.name in config}
         return cls(**known)
 

@@ -190,9 +190,7 @@ class LCM(_Sampler):
     def __init__(self, schedule: NoiseSchedule, steps: int, noise: NormalStream) -> None:
         n = self.DISTILLED_STEPS
         if steps > n or schedule.num_train_timesteps < n:
-            raise InputError(
-                f"lcm takes 1 to {n} steps of a schedule of at least {n}, not {steps}: ask for 4 to 8"
-            )
+            raise InputError(f"lcm takes 1 to {n} steps of a schedule of at least {n}, not {steps}: ask for 4 to 8")
         origins = (np.arange(n, 0, -1) * (schedule.num_train_timesteps // n) - 1).astype(np.int64)
         super().__init__(schedule, steps, origins[np.linspace(0, n, steps, endpoint=False).astype(np.int64)])
         self.noise = noise

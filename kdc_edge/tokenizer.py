@@ -115,9 +115,7 @@ class Tokenizer:
         if not isinstance(text, str):
             raise InputError(f"a prompt must be text, not {type(text).__name__}: {text!r:.80}")
         if len(text) > MAX_PROMPT_CHARS:
-            raise InputError(
-                f"the prompt has {len(text)} characters; {MAX_PROMPT_CHARS} are read at most: shorten it"
-            )
+            raise InputError(f"the prompt has {len(text)} characters; {MAX_PROMPT_CHARS} are read at most: shorten it")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -157,9 +155,7 @@ def _read_merges(path: Path, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
             continue
         left, _, right = line.partition(" ")
         if not {left, right, left + right} <= vocab.keys():
-            raise BundleError(
-                f"{path}, line {number}: {line!r:.80} joins no two tokens of vocab.json to a third"
-            )
+            raise BundleError(f"{path}, line {number}: {line!r:.80} joins no two tokens of vocab.json to a third")
         merges.append((left, right))
     return merges
 

@@ -67,7 +67,7 @@ ENGINES: dict[str, Engine] = {
 
 
 def get_runtime(name: str) -> Runtime:
-    """The engine of that name; raises InputError for an unknown one, MissingPackageError for an absent one."""
+    """The engine of that name; raises InputError when unknown, MissingPackageError when absent."""
     if name not in ENGINES:
         raise InputError(f"unknown engine {name!r}: choose from {', '.join(ENGINES)}")
     return cast(Runtime, importlib.import_module(ENGINES[name].module).RUNTIME)
@@ -97,7 +97,7 @@ def open_pipeline(
 
 
 def check_device(runtime: Runtime, device: str | None) -> str:
-    """The device's name as the engine has it, its default for None; raises InputError naming what there is."""
+    """The device's name as the engine has it, its default for None. Raises InputError naming what is."""
     names = [d.name for d in runtime.devices()]
     if device is None:
         return names[0]

@@ -52,9 +52,7 @@ class OnnxComponent:
         self._output = session.get_outputs()[0].name  # asked for by name, so that nothing else is computed
         odd = [name for name, dtype in self._dtypes.items() if dtype is None]
         if odd:
-            raise BundleError(
-                f"{path} wants input {odd[0]!r} in a type that no pipeline gives: export it again"
-            )
+            raise BundleError(f"{path} wants input {odd[0]!r} in a type that no pipeline gives: export it again")
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         """Compute; raises BundleError when the network does not take inputs of these names and shapes."""
@@ -82,13 +80,10 @@ class OnnxRuntime:
         """Open a component of a bundle. Raises BundleError for a file that the engine refuses."""
         _, path = Bundle.open(folder).component(component)
         chosen = check_device(self, device)
+        # What a device cannot compute falls to the processor; the session adds that by itself.
         providers = [provider for provider, name, _ in _PROVIDERS if name == chosen]
         try:
-            session = _ort.InferenceSession(
-                str(path),
-                _options(threads, chosen),
-                providers=list(dict.fromkeys([*providers, _PROVIDERS[0][0]])),
-            )
+            session = _ort.InferenceSession(str(path), _options(threads, chosen), providers=providers)
         except Exception as error:  # the engine's exceptions share no root of their own
             raise BundleError(
                 f"{path} is refused by onnxruntime {self.version}: {first_line(error)}; copy or export it again"
@@ -97,7 +92,7 @@ class OnnxRuntime:
 
 
 def _options(threads: int | None, device: str) -> Any:
-    """For the latency of one picture: all graph optimizations, one operator after the other on all threads."""
+    """For one picture's latency: all graph optimizations, operators one by one on all threads."""
     options = _ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = _ort.GraphOptimizationLevel.ORT_ENABLE_ALL

@@ -1,4 +1,4 @@
-"""PyTorch: the reference. Opens the components of a *checkpoint*, through diffusers and transformers, in fp32.
+"""PyTorch, the reference: opens the components of a *checkpoint* by diffusers and transformers, in fp32.
 
     unet = get_runtime("torch").load(Path("runs/latest/checkpoint"), "unet", device="CPU", threads=None)
     network = load_network(Path("runs/latest/checkpoint"), "vae_decoder")      # the module, for exporters
@@ -52,9 +52,7 @@ def load_network(checkpoint: Path, component: str) -> Any:
         raise CheckpointError(f"{folder} cannot be read as {class_name}: {first_line(error)}") from None
     lost = [*found["missing_keys"], *found["mismatched_keys"]]
     if lost:  # the libraries would fill these in at random
-        raise CheckpointError(
-            f"{folder} lacks {len(lost)} weights of {class_name}, such as {lost[0]}: save it again"
-        )
+        raise CheckpointError(f"{folder} lacks {len(lost)} weights of {class_name}, such as {lost[0]}: save it again")
     return network.eval().requires_grad_(False)
 
 
@@ -93,7 +91,7 @@ class TorchRuntime:
         return found
 
     def load(self, folder: Path, component: str, *, device: str | None, threads: int | None) -> Component:
-        """Open a component of a checkpoint folder; `threads` holds for all of torch. Raises CheckpointError."""
+        """Open a component of a checkpoint folder; `threads` holds for all of torch."""
         chosen = check_device(self, device)
         if threads is not None:
             _torch.set_num_threads(threads)
@@ -103,10 +101,7 @@ class TorchRuntime:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Neither progress bars nor advice from the two libraries; what they said before is restored."""
-    logs = [
-        require(f"{p}.utils.logging", extra="train", purpose="a checkpoint")
-        for p in ("diffusers", "transformers")
-    ]
+    logs = [require(f"{p}.utils.logging", extra="train", purpose="a checkpoint") for p in ("diffusers", "transformers")]
     before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
     for log in logs:
         log.set_verbosity_error()

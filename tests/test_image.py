@@ -207,9 +207,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 120))
-def test_a_damaged_png_is_read_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, noise: bytes, at: int
-) -> None:
+def test_a_damaged_png_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, noise: bytes, at: int) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged.png"
     save_png(path, PIXELS, USUAL)
     content = path.read_bytes()

@@ -68,9 +68,7 @@ def trajectories(name: str, config: dict[str, Any], steps: int) -> tuple[np.ndar
     ours_all, theirs_all = [x], [y.numpy()]
     for i, t in enumerate(theirs.timesteps):
         x = sampler.step(denoiser(sampler.scale_model_input(x, i), float(t)), i, x)
-        y = theirs.step(
-            denoiser(theirs.scale_model_input(y, t), float(t)), t, y, return_dict=False, **random
-        )[0]
+        y = theirs.step(denoiser(theirs.scale_model_input(y, t), float(t)), t, y, return_dict=False, **random)[0]
         assert x.dtype == np.float32
         ours_all.append(x)
         theirs_all.append(y.numpy())
@@ -167,9 +165,7 @@ def test_alphas_cumprod_equal_diffusers(beta_schedule: str) -> None:
     config = {**SD_CONFIG, "beta_schedule": beta_schedule}
     ours = NoiseSchedule.from_config(config).alphas_cumprod
     assert ours.dtype == np.float64
-    np.testing.assert_allclose(
-        ours, reference("ddim", config, 1).alphas_cumprod.numpy(), rtol=2e-6, atol=1e-9
-    )
+    np.testing.assert_allclose(ours, reference("ddim", config, 1).alphas_cumprod.numpy(), rtol=2e-6, atol=1e-9)
 
 
 def run(sampler: Sampler, x: np.ndarray) -> np.ndarray:

@@ -38,7 +38,10 @@ def save_state(run: Path, position: Position, tensors: dict[str, Tensor], replay
     states = run / "state"
     out = states / f"{position.total:08d}-{position.task}"
     with atomic_folder(out, marker="state.json") as folder:
-        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, folder / "tensors.safetensors")
+        save_file(
+            {name: t.detach().contiguous().cpu() for name, t in tensors.items()},
+            folder / "tensors.safetensors",
+        )
         replay.save(folder / "replay.safetensors")
         write_atomic(folder / "state.json", json.dumps(asdict(position), indent=2))
     for old in states.iterdir():

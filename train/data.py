@@ -119,9 +119,7 @@ def cache_latents(
         mean, std = encode_pictures(vae, pictures)
         write_atomic(path, save({"mean": mean, "std": std}, metadata={"captions": json.dumps(captions)}))
     with safe_open(path, framework="pt") as file:
-        return Latents(
-            file.get_tensor("mean"), file.get_tensor("std"), json.loads(file.metadata()["captions"])
-        )
+        return Latents(file.get_tensor("mean"), file.get_tensor("std"), json.loads(file.metadata()["captions"]))
 
 
 class TextEmbedder:

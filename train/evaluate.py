@@ -57,7 +57,9 @@ class Generator:
         latents = initial_latents((count, channels, side, side), seed) * np.float32(sampler.init_noise_sigma)
         for i, timestep in enumerate(sampler.timesteps):
             sample = torch.from_numpy(sampler.scale_model_input(latents, i)).repeat(2, 1, 1, 1).to(device)
-            without, with_ = self.unet(sample, int(timestep), hidden).sample.float().cpu().numpy().reshape(2, *latents.shape)
+            without, with_ = (
+                self.unet(sample, int(timestep), hidden).sample.float().cpu().numpy().reshape(2, *latents.shape)
+            )
             latents = sampler.step(without + np.float32(self.guidance) * (with_ - without), i, latents)
         scaled = torch.from_numpy(latents / np.float32(self.vae.config.scaling_factor)).to(device, self.vae.dtype)
         return to_pixels(self.vae.decode(scaled).sample.float().cpu().numpy())

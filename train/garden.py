@@ -202,7 +202,11 @@ def _butterfly(image: Image.Image, scene: Scene, rng: np.random.Generator) -> No
     _patterned(image, body, scene, marks)
     draw = ImageDraw.Draw(image)
     for side in (-1, 1):
-        draw.line([(x * k, (y - 12 * s) * k), ((x + side * 5 * s) * k, (y - 19 * s) * k)], fill=INK, width=round(1.2 * k))
+        draw.line(
+            [(x * k, (y - 12 * s) * k), ((x + side * 5 * s) * k, (y - 19 * s) * k)],
+            fill=INK,
+            width=round(1.2 * k),
+        )
     draw.ellipse(_box(x, y, 1.9 * s, 14.5 * s), fill=INK)
 
 
@@ -224,7 +228,10 @@ def _fish(image: Image.Image, scene: Scene, rng: np.random.Generator) -> None:
     body = Image.new("L", image.size, 0)
     ImageDraw.Draw(body).ellipse(_box(x, y, 18.0 * s, 11.5 * s), fill=255)
     if scene.detail == "spots":
-        marks = [_box(x + heading * px * s, y + py * s, 3.0 * s, 3.0 * s) for px, py in ((-10, 0), (-2, -5), (-1, 5.5), (6, 0.5))]
+        marks = [
+            _box(x + heading * px * s, y + py * s, 3.0 * s, 3.0 * s)
+            for px, py in ((-10, 0), (-2, -5), (-1, 5.5), (6, 0.5))
+        ]
     else:
         marks = [_box(x + heading * px * s, y, 1.9 * s, 12 * s) for px in (-11, -3.5, 4)]
     _patterned(image, body, scene, [tuple(m) for m in marks])

@@ -77,8 +77,8 @@ def targets(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     return {n: torch.tensor([labels.index(s.attributes[n]) for s in scenes]) for n, labels in LABELS.items()}
 
 
-def load_judge() -> Judge:
+def load_judge(path: Path = ASSET) -> Judge:
     """The trained judge that ships with the package, ready to answer."""
     judge = Judge()
-    judge.load_state_dict({k: v.float() for k, v in load_file(ASSET).items()})
+    judge.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     return judge.eval().requires_grad_(False)

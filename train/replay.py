@@ -61,7 +61,11 @@ class ReplayBuffer:
         return 2 * (self.mean.numel() + self.std.numel()) + sum(len(c.encode()) for c in self.captions)
 
     def save(self, path: Path) -> None:
-        texts = {"capacity": str(self.capacity), "captions": json.dumps(self.captions), "tasks": json.dumps(self.tasks)}
+        texts = {
+            "capacity": str(self.capacity),
+            "captions": json.dumps(self.captions),
+            "tasks": json.dumps(self.tasks),
+        }
         save_file({"keys": self.keys, "mean": self.mean, "std": self.std}, path, metadata=texts)
 
     @classmethod

@@ -127,7 +127,12 @@ def _write_small_parts(folder: Path) -> None:
     """Tokenizer, scheduler and index of a Stable Diffusion 1.x pipeline, as diffusers writes them."""
     shutil.copytree(CLIP_FOLDER, folder / "tokenizer")
     token = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "<|endoftext|>", **token}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "pad_token": "<|endoftext|>",
+        **token,
+    }
     write_atomic(folder / "tokenizer" / "tokenizer_config.json", json.dumps(config, indent=2))
     scheduler = {"_class_name": "DDIMScheduler", **SCHEDULER}
     write_atomic(folder / "scheduler" / "scheduler_config.json", json.dumps(scheduler, indent=2))

@@ -1,8 +1,8 @@
-"""Line and bar charts as inline SVG, from pure functions: no script, no style of its own, nothing to fetch.
+"""Line and bar charts as inline SVG, from pure functions: no script, nothing to fetch.
 
-    line_chart({"with replay": [(0, 0.9), (100, 0.2)]}, title="Loss", x_label="step", y_label="loss", log_y=True)
+    line_chart({"with replay": [(0, 0.9), (100, 0.2)]}, title="Loss", x_label="step", y_label="loss")
 
-Each gives a `<figure>` that is also well-formed XML. Colours are the page's: classes c0 to c5 (see style.py), a
+Each gives a `<figure>` that is also well-formed XML. Colours are the page's (classes c0 to c5, style.py): a
 palette that colour-blind readers can tell apart (Okabe and Ito); the lines differ in their dashes too.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NewType
 
 Html = NewType("Html", str)  # text that has been escaped; what the building blocks give and take
@@ -28,19 +29,18 @@ def escape(text: object) -> Html:
     return Html(html.escape("".join(c for c in str(text) if c.isprintable() or c in "\t\n")))
 
 
-def line_chart(
-    series: Mapping[str, Points], *, title: str, x_label: str, y_label: str, log_y: bool = False
-) -> Html:
-    """Lines over a common x. Values that are not finite (or not positive, on a logarithmic axis) are left out;
-    neighbours are averaged where a line has more than 300 points."""
-    lines = {name: _thin([p for p in points if _drawable(p, log_y)]) for name, points in series.items()}
+def line_chart(series: Mapping[str, Points], *, title: str, x_label: str, y_label: str, log_y: bool = False) -> Html:
+    """Lines over a common x. Values that cannot be drawn are left out: none that is not finite, and on a
+    logarithmic axis none below or at zero. Neighbours are averaged where a line has more than 300 points."""
+    kept = {name: [p for p in points if _drawable(p, log_y)] for name, points in series.items()}
+    lines = {name: _thin(points) for name, points in kept.items()}
     drawn = [p for points in lines.values() for p in points]
     if not drawn:
         return _figure(title, Html(""), '<p class="small">Nothing to show yet.</p>')
-    xs, ys = [p[0] for p in drawn], [p[1] for p in drawn]
+    xs, ys = [p[0] for points in kept.values() for p in points], [p[1] for p in drawn]
     x_ticks = nice_ticks(min(xs), max(xs), 5)
     y_ticks = log_ticks(min(ys), max(ys)) if log_y else nice_ticks(min(ys), max(ys), 5)
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
+    x_low, x_high = _near_ticks(min(xs), max(xs), x_ticks)
     y_low, y_high = min(min(ys), y_ticks[0]), max(max(ys), y_ticks[-1])
 
     def across(x: float) -> float:
@@ -94,7 +94,7 @@ def bar_chart(values: Mapping[str, float], *, title: str, unit: str) -> Html:
 
 
 def nice_ticks(low: float, high: float, about: int) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten from below `low` to above `high`, roughly `about` of them."""
+    """Multiples of 1, 2 or 5 times a power of ten from below `low` to above `high`, some `about` of them."""
     if not high > low:
         low, high = (0.0, 1.0) if low == 0 else (low - abs(low) / 2, low + abs(low) / 2)
     rough = (high - low) / about
@@ -130,6 +130,17 @@ def number(value: float) -> str:
     return f"{float(f'{value:.3g}'):g}"
 
 
+def _near_ticks(low: float, high: float, ticks: Sequence[float]) -> tuple[float, float]:
+    """The ends of an axis: a tick where one is close (step 1 of 1,500 begins at 0), else the value itself."""
+    close = (high - low) * 0.03
+    if close == 0:
+        return ticks[0], ticks[-1]
+    return (
+        ticks[0] if low - ticks[0] <= close else low,
+        ticks[-1] if ticks[-1] - high <= close else high,
+    )
+
+
 def _share(y: float, low: float, high: float, log: bool) -> float:
     """Where y lies between low (0) and high (1)."""
     if log:
@@ -145,7 +156,7 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     if len(points) <= MAX_POINTS:
         return points
     cuts = [i * len(points) // MAX_POINTS for i in range(MAX_POINTS + 1)]
-    groups = [points[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    groups = [points[a:b] for a, b in pairwise(cuts)]
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
@@ -156,7 +167,10 @@ def _short(name: str, most: int = 48) -> str:
 def _legend(names: Sequence[str]) -> Html:
     if len(names) < 2:
         return Html("")
-    key = '<svg class="key" viewBox="0 0 26 8" aria-hidden="true"><line class="line c{}" x1="1" x2="25" y1="4" y2="4"/></svg>'
+    key = (
+        '<svg class="key" viewBox="0 0 26 8" aria-hidden="true">'
+        '<line class="line c{}" x1="1" x2="25" y1="4" y2="4"/></svg>'
+    )
     items = "".join(f"<li>{key.format(i % COLOURS)}{escape(name)}</li>" for i, name in enumerate(names))
     return Html(f'<ul class="legend">{items}</ul>')
 

@@ -1,11 +1,12 @@
 """A stopwatch around the pipeline's generator, and the same in a process of its own for each bundle.
 
-    row, pixels = measure_in_fresh_process(Path("bundles/onnx-fp16"), Request("a red flower"), repeats=5, warmup=1)
+    row, pixels = measure_in_fresh_process(folder, Request("a red flower"), repeats=5, warmup=1)
     row.failure or row.timings.end_to_end.median_sec
 
-The peak memory is the kernel's own high-water mark of the process's resident memory, loading included: VmHWM on
-Linux, ru_maxrss on macOS, the peak working set on Windows. It covers the whole life of the process, which is why
-each bundle gets a fresh one; a sampling thread would miss short peaks, and Linux' ru_maxrss starts at the parent's.
+The peak memory is the kernel's own high-water mark of the process's resident memory, loading included: VmHWM
+on Linux, ru_maxrss on macOS, the peak working set on Windows. It covers the whole life of the process, which is
+why each bundle gets a fresh one. A sampling thread would miss short peaks, and Linux's ru_maxrss begins at the
+parent's size.
 """
 
 from __future__ import annotations
@@ -32,9 +33,7 @@ from kdc_edge.errors import InputError, KdcError
 from kdc_edge.formats import find_format
 from kdc_edge.pipeline import Pipeline, Progress, Request
 
-OPENER = (
-    "kdc_edge.runtimes:open_pipeline"  # a name, because the runtimes stand on a higher floor than this one
-)
+OPENER = "kdc_edge.runtimes:open_pipeline"  # a name, because the runtimes stand on a higher floor than this one
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,7 @@ JOB = TypeAdapter(Job)
 OUTCOME = TypeAdapter(Outcome)
 
 
-def measure(
-    open_pipeline: Callable[[], Pipeline], request: Request, *, repeats: int, warmup: int
-) -> Measurement:
+def measure(open_pipeline: Callable[[], Pipeline], request: Request, *, repeats: int, warmup: int) -> Measurement:
     """Open, run `warmup` pictures that do not count and `repeats` that do; every sample is kept."""
     _check_counts(repeats, warmup)
     begin = perf_counter()
@@ -162,7 +159,7 @@ def measure_in_fresh_process(
     """Measure a bundle or checkpoint in a child process: its row, and the last picture, uint8 (H, W, 3).
 
     Whatever goes wrong in there, a refusal, a crash or the kernel's out-of-memory killer, becomes the row's
-    `failure` and no picture. Ctrl-C ends the child and is raised here. Raises InputError for counts out of range.
+    `failure`, and no picture. Ctrl-C ends the child and is raised here. Raises InputError for wrong counts.
     """
     _check_counts(repeats, warmup)
     if request.latents is not None:
@@ -226,7 +223,7 @@ def picture_parity(manifest: Manifest) -> Check | None:
 
 def _run_child(job: Job, timeout_sec: float | None) -> Outcome:
     """Run the worker; what it says on its streams, and how it ended, is kept for the reason of a failure."""
-    # -P and this path: the child finds the modules that we found, and none that lies about in the current folder.
+    # -P and this path: the child finds the modules that we find, none that lies about in the current folder.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
     log = Path(job.out) / "log.txt"
     with log.open("wb") as stream:
@@ -250,6 +247,4 @@ def _run_child(job: Job, timeout_sec: float | None) -> Outcome:
         hint = ": most likely out of memory" if name == "SIGKILL" else ""
         return Outcome(failure=f"the process was ended by {name}{hint}")
     said = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-    return Outcome(
-        failure=f"the process ended with code {status}: {said[-1][:500] if said else 'it said nothing'}"
-    )
+    return Outcome(failure=f"the process ended with code {status}: {said[-1][:500] if said else 'it said nothing'}")

@@ -97,9 +97,7 @@ def bullets(lines: Iterable[str], *, small: bool = False) -> Html:
 
 def tiles(figures: Sequence[tuple[str, str]]) -> Html:
     """A few figures worth reading first: ("44 %", "fewer parameters")."""
-    items = "".join(
-        f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for value, label in figures
-    )
+    items = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for value, label in figures)
     return Html(f'<dl class="tiles">{items}</dl>')
 
 
@@ -133,9 +131,7 @@ def heat_table(
     """Numbers on a ground that is the stronger, the better the number: for R[i][j], a row a task trained."""
     known = [v for _, values in rows for v in values if v is not None and math.isfinite(v)]
     low, high = (min(known), max(known)) if known else (0.0, 0.0)
-    head = f'<th scope="col">{escape(corner)}</th>' + "".join(
-        f'<th scope="col">{escape(c)}</th>' for c in columns
-    )
+    head = f'<th scope="col">{escape(corner)}</th>' + "".join(f'<th scope="col">{escape(c)}</th>' for c in columns)
     lines = []
     for name, values in rows:
         cells = ""
@@ -174,14 +170,16 @@ def _picture(pixels: np.ndarray | None, alt: str) -> str:
     height, width = pixels.shape[:2]
     small = ' class="small-picture"' if max(height, width) <= SMALL_PICTURE else ""
     data = base64.b64encode(out.getvalue()).decode()
-    return f'<img{small} src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{escape(alt)}"/>'
+    size = f'width="{width}" height="{height}"'
+    return f'<img{small} src="data:image/png;base64,{data}" {size} alt="{escape(alt)}"/>'
 
 
 def _table(kind: str, title: str, label: str, head: str, lines: Sequence[str]) -> Html:
     """In a box that scrolls by itself, with the keyboard too, when the window is narrower than the table."""
     caption = f"<caption>{escape(title)}</caption>" if title else ""
     return Html(
-        f'<div class="box" tabindex="0" role="region" aria-label="{escape(label)}"><table class="{kind}">{caption}'
+        f'<div class="box" tabindex="0" role="region" aria-label="{escape(label)}">'
+        f'<table class="{kind}">{caption}'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 

@@ -3,8 +3,8 @@
     text = to_json(Report(rows=rows, environment=here()))
     report = from_json(text)                     # InputError for anything else than kdc-edge/bench/1
 
-Every sample is kept. Times are in seconds, sizes in bytes, and what is not known is None. In the JSON document
-the names are the fields' names below; a later schema gets another number.
+Every sample is kept. Times are in seconds, sizes in bytes, and what is not known is None. The names in the JSON
+document are the fields' names below; a later schema gets another number.
 """
 
 from __future__ import annotations

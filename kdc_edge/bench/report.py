@@ -3,8 +3,8 @@
     print(render(rows, here(), "md"))
     Console().print(table(rows))                  # the same table in colour, for a terminal
 
-The conditions stand below every table: machine, size, steps, guidance, sampler, seed, repeats, warm-up, what each
-precision means, versions. Each column of times has one unit; the JSON document is described in record.py.
+The conditions stand below every table: machine, size, steps, guidance, sampler, seed, repeats, warm-up, what
+each precision means, versions. Each column of times has one unit; the JSON document is described in record.py.
 """
 
 from __future__ import annotations
@@ -71,7 +71,12 @@ def table(rows: Sequence[Row]) -> Table:
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = _columns(rows)
     for number, column in enumerate(columns):
-        found.add_column(column.header, justify="left" if number < 2 else "right", overflow="fold")
+        found.add_column(
+            column.header.replace(", ", "\n"),  # the unit on a line of its own
+            justify="left" if number < 2 else "right",
+            overflow="fold",
+            min_width=min(max(map(len, column.cells), default=0), 24) if number < 1 else None,
+        )
     for cells in zip(*(column.cells for column in columns), strict=True):
         found.add_row(*map(escape, cells))
     return found
@@ -82,11 +87,13 @@ def benchmark_blocks(rows: Sequence[Row], environment: Environment) -> list[Html
     columns = _columns(rows)
     cells = list(zip(*(column.cells for column in columns), strict=True))
     blocks = [data_table([column.header for column in columns], cells)]
-    times = {row.name: row.timings.end_to_end.median_sec for row in rows if row.timings}
-    if times:
-        blocks.append(bar_chart(times, title="Time for one picture, median", unit="s"))
     if failed := failures(rows):
         blocks.append(bullets(failed))
+    times = {row.name: row.timings.end_to_end.median_sec for row in rows if row.timings}
+    if times:
+        unit, scale = _unit(times.values())
+        scaled = {name: sec * scale for name, sec in times.items()}
+        blocks.append(bar_chart(scaled, title="Time for one picture, median", unit=unit))
     return [
         *blocks,
         paragraph("How it was measured", small=True),
@@ -102,24 +109,21 @@ def conditions(rows: Sequence[Row], environment: Environment) -> list[str]:
     """What a reader needs to know to compare the numbers, line by line."""
     if not rows:
         return []
-    size = (
-        _values(f"{row.width} × {row.height}" for row in rows if row.width and row.height) or "unknown size"
-    )
+    size = _values(f"{row.width} × {row.height}" for row in rows if row.width and row.height) or "unknown size"
     lines = [
         f"Picture: {size} pixels, {_values(row.steps for row in rows)} steps, "
-        f"guidance {_values(f'{row.guidance:g}' for row in rows)}, sampler {_values(row.sampler for row in rows)}, "
+        f"guidance {_values(f'{row.guidance:g}' for row in rows)}, "
+        f"sampler {_values(row.sampler for row in rows)}, "
         f"seed {_values(row.seed for row in rows)}.",
         f"Times are medians of {_values(row.repeats for row in rows)} pictures after "
         f"{_values(row.warmup for row in rows)} for warm-up, each bundle in a fresh process; p90 is the 90th "
         "percentile; the step column leaves each picture's first step out.",
-        "Peak memory is the most resident memory of that process, loading included. Parity is the PSNR of whole "
-        "pictures against PyTorch in 32 bits; “exact” where they were equal.",
+        "Peak memory is the most resident memory of that process, loading included. Parity is the PSNR of "
+        "whole pictures against PyTorch in 32 bits; “exact” where they were equal.",
     ]
     formats = {(row.target, row.precision) for row in rows if row.target and row.precision}
     lines += [
-        f"{target}-{precision}: {does}."
-        for target, precision in sorted(formats)
-        if (does := _does(target, precision))
+        f"{target}-{precision}: {does}." for target, precision in sorted(formats) if (does := _does(target, precision))
     ]
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
     machine = f"{environment.processor}, {environment.cores or 'unknown'} cores"
@@ -133,11 +137,8 @@ def conditions(rows: Sequence[Row], environment: Environment) -> list[str]:
 def _columns(rows: Sequence[Row]) -> list[_Column]:
     def timed(header: str, pick: Callable[[Row], float | None]) -> _Column:
         values = [pick(row) for row in rows]
-        unit = "ms" if max((v for v in values if v is not None), default=0.0) < 1 else "s"
-        scale = 1000.0 if unit == "ms" else 1.0
-        return _Column(
-            f"{header}, {unit}", tuple(UNKNOWN if v is None else digits(v * scale) for v in values)
-        )
+        unit, scale = _unit(v for v in values if v is not None)
+        return _Column(f"{header}, {unit}", tuple(UNKNOWN if v is None else digits(v * scale) for v in values))
 
     stages = ("load", "text_encoder", "unet_first_step", "unet_step", "vae_decoder", "end_to_end")
     return [
@@ -149,6 +150,11 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
         _Column("Peak, MiB", tuple(_mib(row.peak_rss_bytes) for row in rows)),
         _Column("Parity, dB", tuple(_parity(row) for row in rows)),
     ]
+
+
+def _unit(values_sec: Iterable[float]) -> tuple[str, float]:
+    """One unit for all of them, and what a second is in it."""
+    return ("ms", 1000.0) if max(values_sec, default=0.0) < 1 else ("s", 1.0)
 
 
 def _timing(row: Row, stage: str) -> Timing | None:

@@ -1,7 +1,7 @@
 """The style sheet of the HTML reports: one constant, put into the page by page.py.
 
-Light and dark follow the reader's system; tables scroll in their own boxes; charts use larger letters where they
-are drawn small. Text on its ground has a contrast of 4.5 or more in both schemes.
+Light and dark follow the reader's system; tables scroll in their own boxes; charts use larger letters where
+they are drawn small. Text on its ground has a contrast of 4.5 or more in both schemes.
 """
 
 CSS = """
@@ -25,7 +25,7 @@ body {
   font: 1.0625rem/1.65 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
   -webkit-font-smoothing: antialiased; text-rendering: optimizeLegibility;
 }
-header, main, footer { max-width: 68rem; margin: 0 auto; padding: 0 clamp(1.1rem, 5vw, 3rem); }
+header, main, footer { max-width: 74rem; margin: 0 auto; padding: 0 clamp(1.1rem, 5vw, 3rem); }
 header { padding-top: clamp(2.5rem, 8vw, 5.5rem); }
 h1 { font-size: clamp(1.9rem, 5.5vw, 2.9rem); line-height: 1.12; letter-spacing: -.025em; font-weight: 650;
   margin: 0 0 1rem; max-width: 24ch; text-wrap: balance; }
@@ -48,8 +48,10 @@ section { padding-top: clamp(2.2rem, 5vw, 3.2rem); margin-top: clamp(2.2rem, 5vw
 footer { margin-top: 4rem; padding-bottom: 3.5rem; }
 footer p { border-top: 1px solid var(--line); padding-top: 1.2rem; max-width: none; }
 
+section > :last-child { margin-bottom: 0; }
 figure { margin: 0 0 1.8rem; min-width: 0; }
-figcaption, caption { text-align: left; font-size: 1rem; font-weight: 600; line-height: 1.4; padding: 0; margin: 0 0 .7rem; }
+figcaption, caption { text-align: left; font-size: 1rem; font-weight: 600; line-height: 1.4; padding: 0;
+  margin: 0 0 .7rem; }
 .chart { container-type: inline-size; max-width: 44rem; }
 .plot { display: block; width: 100%; height: auto; overflow: visible; }
 .plot text { font-size: 12.5px; fill: var(--quiet); font-variant-numeric: tabular-nums; }
@@ -64,7 +66,8 @@ figcaption, caption { text-align: left; font-size: 1rem; font-weight: 600; line-
 .dot { stroke: var(--ground); stroke-width: 1.5; }
 .c0 { stroke: var(--c0); } .c1 { stroke: var(--c1); } .c2 { stroke: var(--c2); }
 .c3 { stroke: var(--c3); } .c4 { stroke: var(--c4); } .c5 { stroke: var(--c5); }
-.line.c1 { stroke-dasharray: 7 4.5; } .line.c2 { stroke-dasharray: 1.5 4.5; } .line.c3 { stroke-dasharray: 11 4 2 4; }
+.line.c1 { stroke-dasharray: 7 4.5; } .line.c2 { stroke-dasharray: 1.5 4.5; }
+.line.c3 { stroke-dasharray: 11 4 2 4; }
 .line.c4 { stroke-dasharray: 4 4; } .line.c5 { stroke-dasharray: 14 5; }
 .dot.c0 { fill: var(--c0); } .dot.c1 { fill: var(--c1); } .dot.c2 { fill: var(--c2); }
 .dot.c3 { fill: var(--c3); } .dot.c4 { fill: var(--c4); } .dot.c5 { fill: var(--c5); }
@@ -73,35 +76,42 @@ figcaption, caption { text-align: left; font-size: 1rem; font-weight: 600; line-
   font-size: .9rem; color: var(--quiet); }
 .legend li { display: flex; align-items: center; gap: .5rem; }
 .key { width: 26px; height: 8px; flex: none; }
-@container (max-width: 440px) {
-  .plot text { font-size: 17px; }
-  .plot .name, .plot .value { font-size: 18px; }
-  .plot .few { display: none; }
+@container (max-width: 560px) {
+  .plot text { font-size: 15px; }
+  .plot .name, .plot .value { font-size: 16px; }
 }
-.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 0 3.5rem; }
-.side > * { min-width: 0; }
-
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(46%, 11rem), 1fr)); gap: 1.4rem 2rem;
+@container (max-width: 400px) {
+  .plot text { font-size: 19.5px; }
+  .plot .name, .plot .value { font-size: 22px; }
+}
+.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 2.2rem 3.5rem;
   margin: 0 0 2rem; }
+.side > * { min-width: 0; }
+.side > * > * { margin-bottom: 0; }
+
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(42%, 11rem), 1fr));
+  gap: 1.4rem 2rem; margin: 1.8rem 0 2rem; }
 .tiles div { border-left: 3px solid var(--accent); padding: .1rem 0 .1rem .95rem; display: flex;
   flex-direction: column-reverse; justify-content: flex-end; }
-.tiles dd { margin: 0; font-size: clamp(1.5rem, 4vw, 2rem); font-weight: 640; letter-spacing: -.02em; line-height: 1.2;
-  font-variant-numeric: tabular-nums; }
+.tiles dd { margin: 0; font-size: clamp(1.5rem, 4vw, 2rem); font-weight: 640; letter-spacing: -.02em;
+  line-height: 1.2; font-variant-numeric: tabular-nums; }
 .tiles dt { color: var(--quiet); font-size: .875rem; line-height: 1.4; }
 
 .box { overflow-x: auto; margin: 0 0 1.8rem; max-width: 100%; -webkit-overflow-scrolling: touch; }
 .box:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
 table { border-collapse: collapse; font-size: .9rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
-.data { min-width: 100%; }
-.data th, .data td { padding: .6rem .8rem; text-align: left; vertical-align: baseline; border-bottom: 1px solid var(--line); }
-.data thead th { color: var(--quiet); font-weight: 550; font-size: .82rem; vertical-align: bottom; line-height: 1.3;
-  border-bottom-color: var(--axis); }
+.data { min-width: min(100%, 36rem); }
+.data th, .data td { padding: .6rem .55rem; text-align: left; vertical-align: baseline;
+  border-bottom: 1px solid var(--line); }
+.data thead th { color: var(--quiet); font-weight: 550; font-size: .82rem; vertical-align: bottom;
+  line-height: 1.3; border-bottom-color: var(--axis); }
 .data :is(th, td):first-child { padding-left: 0; position: sticky; left: 0; background: var(--ground); }
 .data :is(th, td):last-child { padding-right: 0; }
 .data tbody th { font-weight: 600; white-space: nowrap; }
-.data .right { text-align: right; white-space: nowrap; }
+.data .right { text-align: right; }
+.data td.right { white-space: nowrap; }
 
-.heat { border-collapse: separate; border-spacing: 3px; }
+.heat { border-collapse: separate; border-spacing: 3px; margin-left: -3px; }
 .heat caption { padding-left: 3px; }
 .heat th { font-weight: 500; color: var(--quiet); padding: .35rem .7rem .35rem 3px; text-align: left; }
 .heat thead th { text-align: center; padding: .35rem .6rem; }
@@ -109,20 +119,20 @@ table { border-collapse: collapse; font-size: .9rem; line-height: 1.4; font-vari
   background: color-mix(in srgb, var(--heat) calc(var(--share) * 1%), var(--card)); }
 .heat .none { color: var(--quiet); font-weight: 400; }
 
-.pictures { border-collapse: separate; border-spacing: 0; }
+.pictures { border-collapse: separate; border-spacing: 0; --side: clamp(96px, 10.5vw, 148px); }
 .pictures th { font-weight: 500; text-align: left; padding: 0 .9rem .5rem 0; }
-.pictures thead th { color: var(--quiet); font-size: .82rem; line-height: 1.35; vertical-align: bottom; min-width: 6.4rem;
-  max-width: 10rem; padding: 0 .6rem .5rem 0; overflow-wrap: anywhere; }
-.pictures tbody th { font-size: .9rem; vertical-align: middle; max-width: 9rem; position: sticky; left: 0;
-  background: var(--ground); line-height: 1.3; overflow-wrap: anywhere; }
+.pictures thead th { color: var(--quiet); font-size: .82rem; line-height: 1.35; vertical-align: bottom;
+  width: calc(var(--side) + .6rem); padding: 0 .6rem .5rem 0; overflow-wrap: anywhere; }
+.pictures tbody th { font-size: .9rem; vertical-align: middle; width: 8rem; min-width: 5.2rem;
+  position: sticky; left: 0; background: var(--ground); line-height: 1.3; overflow-wrap: anywhere; }
 .pictures td { padding: 0 .6rem .6rem 0; }
-.pictures img { display: block; width: clamp(96px, 10.5vw, 132px); height: auto; border-radius: 6px; background: var(--card); }
+.pictures img { display: block; width: var(--side); height: auto; border-radius: 6px; background: var(--card); }
 .pictures img.small-picture { image-rendering: pixelated; }
-.pictures .missing { width: clamp(96px, 10.5vw, 132px); aspect-ratio: 1; display: grid; place-items: center;
+.pictures .missing { width: var(--side); aspect-ratio: 1; display: grid; place-items: center;
   border: 1px dashed var(--axis); border-radius: 6px; color: var(--quiet); font-size: .8rem; }
 @media (max-width: 480px) {
-  .pictures tbody th { max-width: 5.4rem; font-size: .8rem; padding-right: .6rem; }
-  .data th, .data td { padding: .55rem .6rem; }
+  .pictures tbody th { width: auto; font-size: .8rem; padding-right: .5rem; }
+  .data tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 6.6rem; }
 }
 @media print { section { break-inside: avoid; } .box { overflow: visible; } nav { display: none; } }
 """

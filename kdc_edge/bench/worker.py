@@ -1,8 +1,8 @@
-"""The child process of a benchmark: a job as JSON on standard input, result.json and picture.png in its folder.
+"""The child process of a benchmark: a job as JSON on standard input, result.json and picture.png in a folder.
 
     python -m kdc_edge.bench.worker < job.json
 
-Run by `measure_in_fresh_process`. What the engines print stays out of the result, which is why that is a file.
+Run by `measure_in_fresh_process`. The result is a file because engines print on the standard streams.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from kdc_edge.pipeline import Request
 
 
 def work(job: Job) -> Outcome:
-    """Measure, and leave the picture in the job's folder; every failure that can be caught becomes a reason."""
+    """Measure, and leave the picture in the job's folder; a failure that can be caught becomes a reason."""
     try:
         module, _, function = job.opener.partition(":")
         opener = getattr(importlib.import_module(module), function)
         options = {"engine": job.engine, "device": job.device, "threads": job.threads}
         request = Request(**job.request)  # type: ignore[arg-type]  # the parent took them from a Request
-        found = measure(
-            partial(opener, Path(job.folder), **options), request, repeats=job.repeats, warmup=job.warmup
-        )
+        found = measure(partial(opener, Path(job.folder), **options), request, repeats=job.repeats, warmup=job.warmup)
     except KdcError as error:
         return Outcome(failure=_one_line(error))
     except MemoryError:

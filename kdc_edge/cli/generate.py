@@ -15,14 +15,13 @@ from kdc_edge.cli.project import Config, best_bundle, say
 def generate(
     prompt: Annotated[str, Argument(help="What the picture shows.")],
     bundle: Annotated[
-        Path | None, Option(help="A bundle, or a checkpoint (through torch); the best in bundles/ when not given.")
+        Path | None,
+        Option(help="A bundle, or a checkpoint (through torch); the best in bundles/ when not given."),
     ] = None,
     steps: Annotated[int, Option(help="Steps of the sampler.")] = 20,
     guidance: Annotated[float, Option(help="Classifier-free guidance scale; 1 for none.")] = 7.5,
     seed: Annotated[int, Option(help="Of the initial noise.")] = 0,
-    scheduler: Annotated[
-        str, Option(help="ddim, pndm, euler, dpm++2m, dpm++2m-karras or lcm.")
-    ] = "dpm++2m",
+    scheduler: Annotated[str, Option(help="ddim, pndm, euler, dpm++2m, dpm++2m-karras or lcm.")] = "dpm++2m",
     negative_prompt: Annotated[str, Option(help="What the picture should not show.")] = "",
     width: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,

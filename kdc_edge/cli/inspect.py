@@ -44,7 +44,9 @@ def info(
             return
         model = manifest.model
         facts = {"kind": f"bundle {manifest.name}", **model.model_dump(exclude={"scheduler"})}
-        facts |= {n: ", ".join(f"{i} {t.dtype}{t.shape}" for i, t in c.inputs.items()) for n, c in manifest.components.items()}
+        facts |= {
+            n: ", ".join(f"{i} {t.dtype}{t.shape}" for i, t in c.inputs.items()) for n, c in manifest.components.items()
+        }
         facts["size_mib"] = round(bundle.size_bytes / 2**20, 1)
         for check in manifest.parity.checks if manifest.parity else ():
             facts[f"parity {check.what}"] = "equal" if check.psnr_db is None else f"{check.psnr_db:.1f} dB"

@@ -24,17 +24,18 @@ def quickstart(
     from dataclasses import replace
 
     from kdc_edge.bench.measure import measure_in_fresh_process
-    from kdc_edge.bench.record import here, to_json
     from kdc_edge.bench.record import Report as BenchReport
+    from kdc_edge.bench.record import here, to_json
     from kdc_edge.cli.progress import Progress
     from kdc_edge.cli.quickstart_report import Story, write_report
     from kdc_edge.export.onnx import export_onnx
     from kdc_edge.files import refuse_foreign_folder, write_atomic
     from kdc_edge.pipeline import Request
     from kdc_edge.runtimes import open_pipeline
+    from kdc_edge.train.config import TrainConfig
     from kdc_edge.train.data import GardenSource, Task
     from kdc_edge.train.evaluate import evaluate, evaluation_scenes
-    from kdc_edge.train.loop import StepDone, TrainConfig, Trainer, branch
+    from kdc_edge.train.loop import StepDone, Trainer, branch
     from kdc_edge.train.student import GARDEN_TEACHER
 
     refuse_foreign_folder(out, None)
@@ -61,7 +62,9 @@ def quickstart(
         teacher_scores = {
             t.name: evaluate(kept.generator_of(kept.teacher), t.open(), pictures=eval_pictures) for t in config.tasks
         }
-        progress.say("teacher: prompt accuracy " + ", ".join(f"{n} {s.accuracy:.3f}" for n, s in teacher_scores.items()))
+        progress.say(
+            "teacher: prompt accuracy " + ", ".join(f"{n} {s.accuracy:.3f}" for n, s in teacher_scores.items())
+        )
         follow(kept, progress, "student", until_task=1)
         bare = branch(kept.run_folder, out / "runs" / "no-replay", replace(config, replay=0))
         follow(kept, progress, "with replay", until_task=2)
@@ -79,7 +82,11 @@ def quickstart(
     scenes = [evaluation_scenes(GardenSource(s), 4)[i] for s in ("flower", "butterfly") for i in (0, 1, 3)]
     requests = [Request(s.caption, steps=12, guidance=4.0, seed=seed + i) for i, s in enumerate(scenes)]
     pictures = {}
-    sources = {"teacher": GARDEN_TEACHER, "student": checkpoint, "student without replay": bare.run_folder / "checkpoint"}
+    sources = {
+        "teacher": GARDEN_TEACHER,
+        "student": checkpoint,
+        "student without replay": bare.run_folder / "checkpoint",
+    }
     for name, folder in (sources | {f"bundle {b.root.name}": b.root for b in bundles}).items():
         say(f"generating with {name}")
         pipeline = open_pipeline(folder)

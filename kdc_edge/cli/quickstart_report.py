@@ -26,10 +26,17 @@ from kdc_edge.bench.record import Environment, Row
 from kdc_edge.bench.report import benchmark_blocks
 from kdc_edge.bundle import Bundle
 from kdc_edge.files import write_atomic
+from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.evaluate import Score, forgetting
-from kdc_edge.train.loop import TrainConfig, Trainer
+from kdc_edge.train.loop import Trainer
 
-LOSSES = {"total": "weighted total", "task": "task", "output": "output", "soft": "soft targets", "feature": "features"}
+LOSSES = {
+    "total": "weighted total",
+    "task": "task",
+    "output": "output",
+    "soft": "soft targets",
+    "feature": "features",
+}
 
 
 @dataclass(frozen=True)
@@ -154,4 +161,3 @@ def _proof(story: Story) -> list[Html]:
         data_table(("bundle", "what", "PSNR against PyTorch", "at least"), rows),
         paragraph(f"Reference: {parity.reference}. {parity.conditions}", small=True),
     ]
-

@@ -45,8 +45,9 @@ def train(
     config: Config = None,
 ) -> None:
     """Distil a student from a teacher, task after task, with latent replay."""
+    from kdc_edge.train.config import TrainConfig
     from kdc_edge.train.data import parse_task
-    from kdc_edge.train.loop import StepDone, TrainConfig, Trainer
+    from kdc_edge.train.loop import StepDone, Trainer
     from kdc_edge.train.losses import LossWeights
     from kdc_edge.train.student import find_teacher
 
@@ -66,7 +67,8 @@ def train(
     trainer = Trainer(settings, run, resume=resume)
     point_latest(run)
     inherited = sum(source is not None for source in trainer.inherited.values())
-    say(f"{student}: {inherited} of {len(trainer.inherited)} weights inherited from {teacher}; on {trainer.device}; into {run}")
+    say(f"{student}: {inherited} of {len(trainer.inherited)} weights inherited from {teacher}")
+    say(f"on {trainer.device}, into {run}")
     if resume and trainer.position.total:
         say(f"going on after step {trainer.position.total}")
     _follow(trainer, StepDone)
@@ -88,7 +90,10 @@ def _follow(trainer: Trainer, step_done: type) -> None:
     with Progress(total, done=trainer.position.total) as progress:
         for event in trainer.run():
             if isinstance(event, step_done):
-                progress.step(event.total, f"{event.task} loss {event.losses['total']:.4f} {event.samples_per_sec:.0f} samples/s")
+                progress.step(
+                    event.total,
+                    f"{event.task} loss {event.losses['total']:.4f} {event.samples_per_sec:.0f} samples/s",
+                )
             else:
                 found = ", ".join(f"{n} {s.accuracy:.3f} (exact {s.exact:.2f})" for n, s in event.scores.items())
                 progress.say(f"after {event.task}: prompt accuracy {found}")

@@ -1,0 +1,87 @@
+"""Fixtures that several rooms' tests stand on: a complete checkpoint in small, and its bundles.
+
+The weights are random and seeded. Tracing the U-Net takes most of an export's time, so it is done once a
+session (`bundle_fp32`); `traced` lets later exports of the same checkpoint start from those graphs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+TOKENIZER = Path(__file__).parent.parent / "train" / "assets" / "garden-teacher" / "tokenizer"
+
+
+def make_checkpoint(folder: Path) -> Path:
+    """A diffusers folder of the garden student's shape with random weights."""
+    import torch
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    from kdc_edge.presets import find_preset
+    from kdc_edge.train.garden_teacher import make_scheduler, make_text_encoder, make_vae
+
+    disable_progress_bar()
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    StableDiffusionPipeline(
+        vae=make_vae(),
+        text_encoder=make_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(**find_preset("garden-student").unet),
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    shutil.copytree(TOKENIZER, folder / "tokenizer", dirs_exist_ok=True)  # transformers 5 saves no vocab.json
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "garden")
+
+
+@pytest.fixture(scope="session")
+def bundle_fp32(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from kdc_edge.export.onnx import export_onnx
+
+    out = tmp_path_factory.mktemp("bundles") / "onnx-fp32"
+    return export_onnx(checkpoint, out, precision="fp32", command="a test").root
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint: Path, bundle_fp32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """fp16, the default precision."""
+    from kdc_edge.export.onnx import export_onnx
+
+    with pytest.MonkeyPatch.context() as patch:
+        start_from_graphs_of(bundle_fp32, patch)
+        return export_onnx(checkpoint, tmp_path_factory.mktemp("bundles") / "onnx-fp16", precision="fp16").root
+
+
+@pytest.fixture
+def traced(bundle_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports start from graphs that are traced already."""
+    start_from_graphs_of(bundle_fp32, monkeypatch)
+
+
+@pytest.fixture
+def own_bundle(bundle: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def own_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+
+
+def start_from_graphs_of(bundle: Path, patch: pytest.MonkeyPatch) -> None:
+    import onnx_ir as ir
+
+    patch.setattr("kdc_edge.export.onnx.trace", lambda part: ir.load(bundle / part.name / "model.onnx"))

@@ -1,0 +1,159 @@
+"""The command line as a user types it: the bare workflow, and one clear line for what cannot be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdc_edge.image import read_parameters
+
+
+def run(*arguments: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """kdc-edge in a process of its own."""
+    command = [sys.executable, "-c", "from kdc_edge.cli import main; main()", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def complaint(*arguments: object, cwd: Path, code: int = 1) -> str:
+    """What the command says when it refuses: one line on stderr, nothing on stdout, nothing written."""
+    before = sorted(cwd.rglob("*"))
+    done = run(*arguments, cwd=cwd, code=code)
+    assert done.stdout == ""
+    assert sorted(cwd.rglob("*")) == before
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("kdc-edge: ")
+    assert "Traceback" not in done.stderr
+    return last
+
+
+def test_the_bare_workflow_in_an_empty_folder(tmp_path: Path) -> None:
+    """Four commands without an argument but the prompt; the settings file only makes the training short."""
+    (tmp_path / "kdc-edge.toml").write_text(
+        "[train]\nsteps = 2\nbatch-size = 2\nsamples = 8\neval-pictures = 2\nreplay = 4\n"
+        "[bench]\nsteps = 2\nrepeats = 1\nwarmup = 0\nformat = 'json'\n"
+    )
+    trained = run("train", cwd=tmp_path)
+    assert "taking the garden" in trained.stderr
+    assert trained.stdout.strip() == "runs/001/checkpoint"
+    assert (tmp_path / "runs" / "latest").resolve() == tmp_path / "runs" / "001"
+
+    exported = run("export", "--target", "onnx", cwd=tmp_path)
+    assert "no precision given: fp16" in exported.stderr
+    assert exported.stdout.strip() == "bundles/onnx-fp16"
+
+    prompt = "a red flower with five petals and a white center on a sky background"
+    made = run("generate", prompt, cwd=tmp_path)
+    picture = tmp_path / made.stdout.strip()
+    assert np.asarray(Image.open(picture)).shape == (64, 64, 3)
+    assert prompt in read_parameters(picture).values()
+
+    rows = json.loads(run("bench", cwd=tmp_path).stdout)["rows"]
+    assert [row["name"] for row in rows] == ["onnx-fp16"]
+    assert rows[0]["failure"] is None
+    assert rows[0]["steps"] == 2
+
+    assert "as exported" in run("verify", cwd=tmp_path).stdout
+    assert json.loads(run("info", "bundles/onnx-fp16", "--json", cwd=tmp_path).stdout)["precision"] == "fp16"
+    # A flag given by hand wins over the file.
+    assert json.loads(run("bench", "--steps", "3", cwd=tmp_path).stdout)["rows"][0]["steps"] == 3
+
+
+def test_seeds_repeat(bundle: Path, tmp_path: Path) -> None:
+    pictures = []
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        run(
+            "generate",
+            "x",
+            "--bundle",
+            bundle,
+            "--steps",
+            2,
+            "--seed",
+            seed,
+            "--out",
+            f"{name}.png",
+            cwd=tmp_path,
+        )
+        pictures.append(np.asarray(Image.open(tmp_path / f"{name}.png")))
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", 0], "steps"),
+        (["--steps", 1001], "steps"),
+        (["--width", 70], "--width 70"),
+        (["--height", 0], "--height 0"),
+        (["--guidance", -1], "--guidance"),
+        (["--guidance", "nan"], "--guidance"),
+        (["--seed", -1], "seed"),
+        (["--scheduler", "magic"], "magic"),
+        (["--engine", "abacus"], "abacus"),
+        (["--device", "TOASTER"], "TOASTER"),
+        (["--threads", 0], "--threads 0"),
+        (["--out", "picture.jpg"], "picture.jpg"),
+    ],
+)
+def test_values_that_cannot_be_get_one_line(bundle: Path, tmp_path: Path, arguments: list[object], words: str) -> None:
+    assert words in complaint("generate", "x", "--bundle", bundle, *arguments, cwd=tmp_path)
+
+
+def test_a_prompt_of_ten_thousand_characters_is_refused(bundle: Path, tmp_path: Path) -> None:
+    assert "10000" in complaint("generate", "x" * 10_000, "--bundle", bundle, cwd=tmp_path).replace(",", "")
+
+
+def test_missing_things_are_named(tmp_path: Path) -> None:
+    assert "nowhere" in complaint("generate", "x", "--bundle", "nowhere", cwd=tmp_path)
+    assert "kdc-edge export" in complaint("generate", "x", cwd=tmp_path)
+    assert "kdc-edge train" in complaint("export", cwd=tmp_path)
+    assert "nowhere" in complaint("export", "nowhere", cwd=tmp_path)
+    assert "int3" in complaint("export", "nowhere", "--precision", "int3", cwd=tmp_path)
+    assert "abacus" in complaint("export", "nowhere", "--target", "abacus", cwd=tmp_path)
+    assert "nowhere" in complaint("train", "--teacher", "nowhere", cwd=tmp_path)
+    assert "kdc-9000" in complaint("train", "--student", "kdc-9000", cwd=tmp_path)
+    assert "no run to resume" in complaint("train", "--resume", cwd=tmp_path)
+    assert "nowhere.toml" in complaint("bench", "--config", "nowhere.toml", cwd=tmp_path)
+
+
+def test_settings_that_do_not_exist_are_named(tmp_path: Path) -> None:
+    (tmp_path / "kdc-edge.toml").write_text("[train]\nspeed = 11\n")
+    assert "no setting speed" in complaint("train", cwd=tmp_path)
+    (tmp_path / "kdc-edge.toml").write_text("[trian]\nsteps = 11\n")
+    assert "trian" in complaint("train", cwd=tmp_path)
+
+
+def test_wrong_usage_is_exit_code_two(tmp_path: Path) -> None:
+    for arguments in (["generate"], ["frobnicate"], ["bench", "--stepz", "3"], ["train", "--steps", "many"]):
+        assert run(*arguments, cwd=tmp_path, code=2).stdout == ""
+
+
+def test_verify_names_the_changed_file(own_bundle: Path, tmp_path: Path) -> None:
+    path = own_bundle / "unet" / "model.onnx"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert "unet/model.onnx has changed" in run("verify", own_bundle, cwd=tmp_path, code=1).stderr
+
+
+def test_formats_and_devices_are_documents(tmp_path: Path) -> None:
+    formats = json.loads(run("formats", "--json", cwd=tmp_path).stdout)
+    assert {(f["target"], f["precision"]) for f in formats} >= {("onnx", "fp32"), ("onnx", "fp16")}
+    engines = {e["engine"]: e for e in json.loads(run("devices", "--json", cwd=tmp_path).stdout)["engines"]}
+    assert "CPU" in [d["name"] for d in engines["onnxruntime"]["devices"]]
+
+
+def test_init_makes_a_checkpoint_that_trains_on(tmp_path: Path) -> None:
+    done = run("init", "--preset", "garden-student", "--from", "garden", "--out", "student", cwd=tmp_path)
+    assert "up_blocks.3.attentions.1.norm.weight <- up_blocks.3.attentions.2.norm.weight" in done.stderr
+    assert "2548340" in run("info", "student", cwd=tmp_path).stdout
+    assert "holds other files" in complaint("train", "--teacher", "garden", "--out", tmp_path / "student", cwd=tmp_path)

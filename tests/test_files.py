@@ -1,0 +1,134 @@
+"""Files are whole or not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kdc_edge.errors import BundleError, InputError
+from kdc_edge.files import atomic_folder, inside, read_json, sha256, write_atomic
+
+
+def left_over(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_write_atomic_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "new" / "a.txt", "one")
+    write_atomic(tmp_path / "new" / "a.txt", b"two")
+    assert (tmp_path / "new" / "a.txt").read_bytes() == b"two"
+    assert left_over(tmp_path / "new") == ["a.txt"]
+
+
+def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_atomic(tmp_path / "a.txt", "old")
+
+    def full(_: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_atomic(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert left_over(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_atomic_folder_keeps_the_old_folder_on_any_error(tmp_path: Path, error: type[BaseException]) -> None:
+    out = tmp_path / "out"
+    with atomic_folder(out, marker="mark") as folder:
+        (folder / "mark").write_text("first")
+
+    def fail() -> None:
+        with atomic_folder(out, marker="mark") as folder:
+            (folder / "mark").write_text("second")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert (out / "mark").read_text() == "first"
+    assert left_over(tmp_path) == ["out"]
+
+
+def test_atomic_folder_replaces_its_own_kind(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for content in ("first", "second"):
+        with atomic_folder(out, marker="mark") as folder:
+            (folder / "mark").write_text(content)
+            (folder / content).touch()
+    assert left_over(out) == ["mark", "second"]
+    assert left_over(tmp_path) == ["out"]
+
+
+def test_atomic_folder_puts_the_old_one_back_when_the_rename_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with atomic_folder(out, marker="mark") as folder:
+        (folder / "mark").write_text("first")
+    replace = Path.replace
+
+    def fail_for_part(self: Path, target: Path) -> Path:
+        if ".part-" in self.name:
+            raise OSError("busy")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail_for_part)
+    with pytest.raises(OSError, match="busy"), atomic_folder(out, marker="mark") as folder:
+        (folder / "mark").write_text("second")
+    assert (out / "mark").read_text() == "first"
+    assert left_over(tmp_path) == ["out"]
+
+
+def test_atomic_folder_leaves_foreign_folders_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="holds other files"), atomic_folder(tmp_path, marker="mark"):
+        pytest.fail("the work should not start")
+    with pytest.raises(InputError, match="is a file"), atomic_folder(tmp_path / "thesis.txt"):
+        pytest.fail("the work should not start")
+    (tmp_path / "empty").mkdir()
+    with atomic_folder(tmp_path / "empty") as folder:
+        (folder / "a").touch()
+    assert left_over(tmp_path / "empty") == ["a"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../a", "a/../../b", "/etc/passwd", "a\\b", "C:/a", "a\0b", "x" * 300])
+def test_inside_refuses(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BundleError, match="names the path"):
+        inside(tmp_path, name, BundleError)
+
+
+def test_inside_refuses_links_out_and_circles(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "out").symlink_to(tmp_path)
+    (root / "circle").symlink_to("circle")
+    (root / "in").symlink_to(root / "there.txt")
+    with pytest.raises(BundleError, match="link out of its folder"):
+        inside(root, "out/secret.txt", BundleError)
+    with pytest.raises(BundleError):
+        inside(root, "circle/a", BundleError)
+    assert inside(root, "in", BundleError) == root / "in"
+
+
+def test_read_json_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(BundleError, match="is missing"):
+        read_json(path, BundleError)
+    for content in (b"{", b"\xff\xfe", b"[" * 100_000, b"1" * 5_000):
+        path.write_bytes(content)
+        with pytest.raises(BundleError, match="cannot be read as JSON"):
+            read_json(path, BundleError)
+    path.write_text("[1]")
+    with pytest.raises(BundleError, match="JSON object"):
+        read_json(path, BundleError)
+    monkeypatch.setattr("kdc_edge.files.MAX_JSON_BYTES", 2)
+    with pytest.raises(BundleError, match="larger than"):
+        read_json(path, BundleError)
+
+
+def test_sha256(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

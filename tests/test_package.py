@@ -1,0 +1,96 @@
+"""The package as it is built and imported: nothing missing from the wheel, nothing heavy on the device path."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = {
+    "kdc_edge": "kdc_edge",
+    "export": "kdc_edge/export",
+    "runtimes": "kdc_edge/runtimes",
+    "train": "kdc_edge/train",
+}
+HEAVY = {
+    "torch",
+    "diffusers",
+    "transformers",
+    "numpy",
+    "PIL",
+    "onnxruntime",
+    "openvino",
+    "coremltools",
+    "rich",
+}
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    out = tmp_path_factory.mktemp("wheel")
+    source = out / "source"  # a build leaves folders behind: not in the working tree
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        check=True, capture_output=True, text=True, cwd=ROOT,
+    ).stdout.splitlines()  # fmt: skip
+    for name in names:
+        path = ROOT / name
+        if not path.exists() and not path.is_symlink():
+            continue
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            target.symlink_to(path.readlink())
+        else:
+            target.write_bytes(path.read_bytes())
+    code = f"import setuptools.build_meta as b; b.build_wheel({str(out)!r})"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, cwd=source)
+    return zipfile.ZipFile(next(out.glob("*.whl")))
+
+
+def test_every_module_and_asset_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    expected = {
+        f"{inside}/{path.relative_to(ROOT / room).as_posix()}"
+        for room, inside in ROOMS.items()
+        for path in (ROOT / room).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and not _through_link(path, ROOT / room)
+    }
+    found = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert found == expected
+    assert {"kdc_edge/train/losses.py", "kdc_edge/py.typed", "kdc_edge/assets/clip-bpe/vocab.json"} <= found
+
+
+def test_nothing_generic_lands_in_site_packages(wheel: zipfile.ZipFile) -> None:
+    assert {name.split("/")[0].split("-")[0] for name in wheel.namelist()} == {"kdc_edge"}
+
+
+def test_help_imports_neither_engine_nor_numpy() -> None:
+    code = (
+        "import sys, json\nfrom kdc_edge.cli import app\n"
+        "try: app(['--help'])\nexcept SystemExit: pass\n"
+        "print('\\n' + json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    )
+    loaded = set(json.loads(python(code).splitlines()[-1]))
+    assert loaded.isdisjoint(HEAVY - {"rich"})
+
+
+def test_the_device_path_imports_no_training_library() -> None:
+    code = (
+        "import sys, json\nimport kdc_edge.pipeline, kdc_edge.bench.report, kdc_edge.bench.measure\n"
+        "import kdc_edge.runtimes.onnxruntime, kdc_edge.cli.generate\n"
+        "print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    )
+    assert set(json.loads(python(code))).isdisjoint({"torch", "diffusers", "transformers"})
+
+
+def _through_link(path: Path, top: Path) -> bool:
+    return any(parent.is_symlink() for parent in path.parents if top in parent.parents)

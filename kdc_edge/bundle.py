@@ -39,6 +39,7 @@ class Model(_Record):
     unet_parameters: int = Field(ge=0)
     latent_channels: int = Field(ge=1, le=64)
     latent_size: int = Field(ge=1, le=1024)  # of the pictures it was trained on
+    latent_unit: int = Field(ge=1, le=64)  # its sides are multiples of this: the U-Net halves them on its way down
     vae_scale: int = Field(ge=1, le=64)  # pixels a latent, each way
     scaling_factor: float = Field(gt=0, allow_inf_nan=False)  # of the VAE's latents
     scheduler: dict[str, object]  # diffusers' scheduler_config.json

@@ -56,7 +56,7 @@ def read_model(folder: Path) -> Model:
     unet = read_json(folder / "unet" / "config.json", CheckpointError)
     vae = read_json(folder / "vae" / "config.json", CheckpointError)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", CheckpointError)
-    stages = vae.get("block_out_channels")
+    stages, unet_stages = vae.get("block_out_channels"), unet.get("block_out_channels")
     try:
         return Model.model_validate(
             {
@@ -64,6 +64,7 @@ def read_model(folder: Path) -> Model:
                 "unet_parameters": count_parameters(folder / "unet"),
                 "latent_channels": vae.get("latent_channels"),
                 "latent_size": unet.get("sample_size"),
+                "latent_unit": 2 ** (len(unet_stages) - 1) if isinstance(unet_stages, list) else None,
                 "vae_scale": 2 ** (len(stages) - 1) if isinstance(stages, list) else None,
                 "scaling_factor": vae.get("scaling_factor"),
                 "scheduler": {k: v for k, v in scheduler.items() if not k.startswith("_")},

@@ -74,7 +74,7 @@ class Pipeline:
         sides = []
         for name, asked in (("height", request.height), ("width", request.width)):
             pixels = self.model.picture_size if asked is None else asked
-            unit = self.model.vae_scale * 8  # the U-Net halves its sample three times
+            unit = self.model.vae_scale * self.model.latent_unit
             if pixels < unit or pixels > MAX_SIDE or pixels % unit:
                 raise InputError(f"--{name} {pixels} cannot be made: use a multiple of {unit} up to {MAX_SIDE}")
             sides.append(pixels // self.model.vae_scale)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -157,3 +159,29 @@ def test_init_makes_a_checkpoint_that_trains_on(tmp_path: Path) -> None:
     assert "up_blocks.3.attentions.1.norm.weight <- up_blocks.3.attentions.2.norm.weight" in done.stderr
     assert "2548340" in run("info", "student", cwd=tmp_path).stdout
     assert "holds other files" in complaint("train", "--teacher", "garden", "--out", tmp_path / "student", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path, how: signal.Signals) -> None:
+    (tmp_path / "kdc-edge.toml").write_text(
+        "[train]\ntask = ['fish=garden:fish']\nsteps = 40\nsave-every = 5\nbatch-size = 2\nsamples = 8\n"
+        "eval-pictures = 2\n"
+    )
+    command = [sys.executable, "-c", "from kdc_edge.cli import main; main()", "train"]
+    log = tmp_path / "runs" / "001" / "metrics.jsonl"
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as running:
+        deadline = time.monotonic() + 120
+        while not (log.is_file() and log.read_text().count("\n") >= 7):
+            assert running.poll() is None, running.stderr
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        running.send_signal(how)
+        said = running.stderr.read() if running.stderr else ""
+    assert not (tmp_path / "runs" / "001" / "checkpoint").exists()
+    if how is signal.SIGTERM:
+        assert running.returncode == 143
+        assert "kdc-edge train --resume" in said
+    done = run("train", "--resume", cwd=tmp_path)
+    assert "going on after step" in done.stderr
+    assert [json.loads(line)["total"] for line in log.read_text().splitlines()] == list(range(1, 41))
+    assert (tmp_path / "runs" / "001" / "checkpoint" / "model_index.json").is_file()

@@ -105,7 +105,7 @@ def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, *, batch_size: int
         posterior = vae.encode(batch.to(vae.device, vae.dtype) / 127.5 - 1).latent_dist
         means.append((posterior.mean * vae.config.scaling_factor).half().cpu())
         deviations.append((posterior.std * vae.config.scaling_factor).half().cpu())
-    return torch.cat(means), torch.cat(deviations)
+    return torch.cat(means).contiguous(), torch.cat(deviations).contiguous()
 
 
 def cache_latents(

@@ -29,12 +29,13 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from kdc_edge.train.garden import SUBJECTS, draw_scenes, render_many, scenes
+from kdc_edge.train.garden import SUBJECTS, Split, draw_scenes, render_many, scenes
 from kdc_edge.train.judge import Judge, load_judge, targets, to_images
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 PICTURES = 4000  # of each subject
 TOKENS = 77
+SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
 def make_tokenizer(out: Path) -> None:
@@ -130,7 +131,7 @@ def train_judge(pictures: Tensor, labels: dict[str, Tensor], steps: int) -> Judg
         x = x + torch.randn_like(x) * (0.12 * torch.rand(len(x), 1, 1, 1))
         loss = torch.stack([F.cross_entropy(p, labels[n][pick]) for n, p in judge(x).items()]).sum()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         _say("judge", step, steps, loss)
@@ -150,7 +151,7 @@ def train_vae(pictures: Tensor, steps: int) -> AutoencoderKL:
         l2 = F.mse_loss(y, x)
         loss = F.l1_loss(y, x) + l2 + 1e-3 * kl
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -175,7 +176,7 @@ def train_decoder(vae: AutoencoderKL, pictures: Tensor, latents: dict[str, Tenso
         l2 = F.mse_loss(y, x)
         loss = F.l1_loss(y, x) + 2 * l2
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(learnt, 1.0)
         optimizer.step()
         schedule.step()
@@ -187,7 +188,7 @@ def train_decoder(vae: AutoencoderKL, pictures: Tensor, latents: dict[str, Tenso
 def encode(vae: AutoencoderKL, pictures: Tensor) -> dict[str, Tensor]:
     """Scaled posterior means and deviations (N, 4, 16, 16)."""
     means, deviations = [], []
-    for batch in pictures.split(100):
+    for batch in torch.split(pictures, 100):
         posterior = vae.encode(batch.float() / 127.5 - 1).latent_dist
         means.append(posterior.mean * vae.config.scaling_factor)
         deviations.append(posterior.std * vae.config.scaling_factor)
@@ -195,15 +196,20 @@ def encode(vae: AutoencoderKL, pictures: Tensor) -> dict[str, Tensor]:
 
 
 def train_diffusion(
-    latents: dict[str, Tensor], tokens: Tensor, empty: Tensor, text: CLIPTextModel, steps: int, out: Path
-) -> UNet2DConditionModel:
+    latents: dict[str, Tensor],
+    tokens: Tensor,
+    empty: Tensor,
+    unet: UNet2DConditionModel,
+    text: CLIPTextModel,
+    steps: int,
+    out: Path,
+) -> None:
     """Noise prediction with one caption in ten empty; what is kept is the moving average of the weights.
 
     The loss is weighted by min(SNR, 5) / SNR (Hang et al., arXiv 2303.09556), so that the noisy timesteps, where
     petals are counted, are not drowned by the clear ones. A peak of 2e-3 diverged after 750 steps.
     """
-    unet = make_unet().train()
-    nets = nn.ModuleDict({"unet": unet, "text": text.train()})
+    nets = nn.ModuleDict({"unet": unet.train(), "text": text.train()})
     averaged = torch.optim.swa_utils.AveragedModel(nets, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
     optimizer = AdamW(nets.parameters(), lr=1.2e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     schedule = OneCycleLR(optimizer, 1.2e-3, total_steps=steps, pct_start=0.08, cycle_momentum=False)
@@ -220,33 +226,30 @@ def train_diffusion(
         guess = unet(a.sqrt() * x + (1 - a).sqrt() * noise, t, text(ids).last_hidden_state).sample
         loss = (weights[t] * F.mse_loss(guess, noise, reduction="none").mean((1, 2, 3))).mean()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(nets.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         averaged.update_parameters(nets)
         smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
         _say("diffusion", step, steps, loss, f"smooth {smooth:.4f}")
-        if step % 500 == 499:  # a look while it works
-            _save_average(averaged, unet.config, text.config, out / f"at-{step + 1}")
-    _save_average(averaged, unet.config, text.config, out / "final")
-    return unet
+    _save_average(averaged, unet.config, text.config, out)
 
 
 def _save_average(averaged: nn.Module, unet_config: dict[str, object], text_config: CLIPTextConfig, out: Path) -> None:
     unet, text = UNet2DConditionModel.from_config(unet_config), CLIPTextModel(text_config)
-    nn.ModuleDict({"unet": unet, "text": text}).load_state_dict(averaged.module.state_dict())
+    nn.ModuleDict({"unet": unet, "text": text}).load_state_dict(averaged.get_submodule("module").state_dict())
     unet.save_pretrained(out / "unet")
     text.save_pretrained(out / "text_encoder")
 
 
-def assemble(out: Path, work: Path, diffusion: str = "final") -> StableDiffusionPipeline:
+def assemble(out: Path, work: Path, unet: UNet2DConditionModel, text: CLIPTextModel) -> StableDiffusionPipeline:
     """The diffusers folder, in fp16 safetensors."""
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(work / "vae-final"),
-        text_encoder=CLIPTextModel.from_pretrained(work / diffusion / "text_encoder"),
+        text_encoder=text.eval(),
         tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
-        unet=UNet2DConditionModel.from_pretrained(work / diffusion / "unet"),
+        unet=unet.eval(),
         scheduler=make_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -255,6 +258,8 @@ def assemble(out: Path, work: Path, diffusion: str = "final") -> StableDiffusion
     pipeline.to(torch.float16).save_pretrained(out)
     shutil.rmtree(out / "tokenizer")  # transformers 5 writes no vocab.json; every other program reads it
     shutil.copytree(work / "tokenizer", out / "tokenizer")
+    for path in out.rglob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes for its owner alone
     return pipeline.to(torch.float32)
 
 
@@ -262,7 +267,7 @@ def measure(pipeline: StableDiffusionPipeline, judge: Judge, count: int = 64) ->
     """Prompt accuracy, 20 DDIM steps at guidance 4, on trained and on held-out combinations."""
     pipeline.set_progress_bar_config(disable=True)
     found = {}
-    for subject, split in itertools.product(SUBJECTS, ("train", "heldout")):
+    for subject, split in itertools.product(SUBJECTS, SPLITS):
         chosen = draw_scenes(subject, count, seed=77, split=split)
         generator = torch.Generator().manual_seed(77)
         pictures = pipeline(
@@ -291,7 +296,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=1500)
-    parser.add_argument("--diffusion-steps", type=int, default=2200)
+    parser.add_argument("--diffusion-steps", type=int, nargs="+", default=[2200, 2300])
     parser.add_argument("--decoder-steps", type=int, default=800)
     parser.add_argument("--judge-steps", type=int, default=900)
     args = parser.parse_args()
@@ -311,11 +316,16 @@ def main() -> None:
         vae = AutoencoderKL.from_pretrained(work / "vae").eval()
         save_file(encode(vae, pictures), work / "latents.safetensors")
     latents = load_file(work / "latents.safetensors")
-    if not (work / "final").exists():
-        texts = [s.caption for s in chosen]
-        tokens = tokenizer(texts, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
-        empty = tokenizer("", padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
-        train_diffusion(latents, tokens, empty, make_text_encoder(tokenizer), args.diffusion_steps, work)
+    texts = [s.caption for s in chosen]
+    tokens = tokenizer(texts, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+    empty = tokenizer("", padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+    unet, text = make_unet(), make_text_encoder(tokenizer)
+    for round_, steps in enumerate(args.diffusion_steps, start=1):  # each starts from the average of the one before
+        result = work / f"round-{round_}"
+        if not result.exists():
+            train_diffusion(latents, tokens, empty, unet, text, steps, result)
+        unet = UNet2DConditionModel.from_pretrained(result / "unet")
+        text = CLIPTextModel.from_pretrained(result / "text_encoder")
     if not (work / "vae-final").exists():
         vae = AutoencoderKL.from_pretrained(work / "vae")
         train_decoder(vae, pictures, latents, args.decoder_steps).save_pretrained(work / "vae-final")
@@ -335,7 +345,7 @@ def main() -> None:
     quality = {
         "judge on fresh renders": judge.agreement(fresh_pictures, fresh),
         "vae psnr db": round(10 * math.log10(4 / error), 2),
-        "prompt accuracy": measure(assemble(args.out / "garden-teacher", work), judge),
+        "prompt accuracy": measure(assemble(args.out / "garden-teacher", work, unet, text), judge),
         "conditions": "20 DDIM steps, guidance 4, 64 prompts a row, fp32",
     }
     (args.out / "garden-teacher" / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")

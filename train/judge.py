@@ -32,7 +32,7 @@ LABELS: dict[str, tuple[str, ...]] = {
 
 
 class Judge(nn.Module):
-    """Five questions over one small convolutional trunk: 0.29 M parameters."""
+    """Five questions over one small convolutional trunk: 0.46 M parameters."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -21,15 +21,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from transformers import CLIPTextModel
 
 from kdc_edge.checkpoint import hash_checkpoint, read_model
 from kdc_edge.errors import KdcError
 from kdc_edge.files import read_json, refuse_foreign_folder, write_atomic
 from kdc_edge.presets import find_preset
+from kdc_edge.runtimes.torch import load_network
 from kdc_edge.schedulers import NoiseSchedule
 from kdc_edge.tokenizer import Tokenizer
 from kdc_edge.train.checkpoint import Position, load_state, save_state
@@ -38,7 +38,7 @@ from kdc_edge.train.data import Latents, Task, TextEmbedder, cache_latents
 from kdc_edge.train.evaluate import Generator, Score, average, backward_transfer, evaluate, forgetting
 from kdc_edge.train.losses import distillation_loss
 from kdc_edge.train.replay import ReplayBuffer
-from kdc_edge.train.student import load_unet, make_student, source_name, write_checkpoint
+from kdc_edge.train.student import make_student, source_name, write_checkpoint
 
 
 @dataclass(frozen=True)
@@ -83,22 +83,16 @@ class Trainer:
         preset = find_preset(config.student)
         self.model = read_model(config.teacher)
         self.device = torch.device(config.device if config.device != "auto" else _best_device())
-        teacher = load_unet(config.teacher)
+        teacher = load_network(config.teacher, "unet")
         self.student, self.inherited = make_student(preset, teacher, seed=config.seed)
         self.student.to(self.device).train()
-        self.teacher = teacher.to(self.device).eval().requires_grad_(False)
-        self.embed = TextEmbedder(
-            CLIPTextModel.from_pretrained(config.teacher / "text_encoder", local_files_only=True)
-            .float().to(self.device).eval().requires_grad_(False),
-            Tokenizer.from_folder(config.teacher / "tokenizer"),
-        )  # fmt: skip
-        self.vae = (
-            AutoencoderKL.from_pretrained(config.teacher / "vae", local_files_only=True)
-            .float().to(self.device).eval().requires_grad_(False)
-        )  # fmt: skip
+        self.teacher = teacher.to(self.device)
+        text_encoder = load_network(config.teacher, "text_encoder").to(self.device)
+        self.embed = TextEmbedder(text_encoder, Tokenizer.from_folder(config.teacher / "tokenizer"))
+        self.vae = load_network(config.teacher, "vae_decoder").to(self.device)
         self.teacher_sha256 = hash_checkpoint(config.teacher)
         self.schedule = NoiseSchedule.from_config(self.model.scheduler)
-        self.alphas_cumprod = torch.from_numpy(self.schedule.alphas_cumprod).float().to(self.device)
+        self.alphas_cumprod = torch.tensor(self.schedule.alphas_cumprod, dtype=torch.float32).to(self.device)
         self.teacher_tap = FeatureTap(self.teacher)
         self.student_tap = FeatureTap(self.student)
         self.generator = torch.Generator().manual_seed(config.seed)

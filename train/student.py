@@ -19,9 +19,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from kdc_edge.checkpoint import check_weights
-from kdc_edge.errors import CheckpointError, InputError
+from kdc_edge.errors import InputError
 from kdc_edge.files import atomic_folder, write_atomic
 from kdc_edge.presets import SCHEDULER, TEXT_ENCODERS, VAES, Preset
+from kdc_edge.runtimes.torch import load_network
 from kdc_edge.tokenizer import CLIP_FOLDER
 
 GARDEN_TEACHER = Path(__file__).parent / "assets" / "garden-teacher"
@@ -62,16 +63,6 @@ def inherit(teacher: UNet2DConditionModel, student: UNet2DConditionModel) -> dic
     return account
 
 
-def load_unet(folder: Path) -> UNet2DConditionModel:
-    """A checkpoint's U-Net in fp32; raises CheckpointError for one that is incomplete or pickled."""
-    check_weights(folder)
-    try:
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'unet'} cannot be loaded: {str(error).splitlines()[0]}") from None
-    return unet.float()
-
-
 def find_teacher(name: str) -> Path:
     """`garden` is the teacher that ships; anything else is a diffusers folder. Raises CheckpointError."""
     folder = GARDEN_TEACHER if name == "garden" else Path(name)
@@ -109,7 +100,7 @@ def write_checkpoint(out: Path, unet: UNet2DConditionModel, *, parts_from: Path)
 def init_checkpoint(out: Path, preset: Preset, teacher: Path | None, *, seed: int) -> dict[str, str | None]:
     """`kdc-edge init`: a complete checkpoint of a preset; the account of inherited weights, empty without a teacher."""
     if teacher is not None:
-        student, account = make_student(preset, load_unet(teacher), seed=seed)
+        student, account = make_student(preset, load_network(teacher, "unet"), seed=seed)
         write_checkpoint(out, student, parts_from=teacher)
         return account
     if preset.family not in TEXT_ENCODERS:

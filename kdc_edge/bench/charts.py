@@ -81,7 +81,7 @@ def line_chart(series: Mapping[str, Points], *, title: str, x_label: str, y_labe
 def bar_chart(values: Mapping[str, float], *, title: str, unit: str) -> Html:
     """Horizontal bars from zero, each under its name and beside its value, in the order given."""
     longest = max((v for v in values.values() if math.isfinite(v)), default=0.0)
-    row, parts = 52, []
+    row, parts = 57, []
     for i, (name, value) in enumerate(values.items()):
         share = max(value, 0.0) / longest if longest > 0 and math.isfinite(value) else 0.0
         width, top = max(share * (WIDTH - 150), 2.0), i * row

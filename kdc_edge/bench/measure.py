@@ -3,10 +3,10 @@
     row, pixels = measure_in_fresh_process(folder, Request("a red flower"), repeats=5, warmup=1)
     row.failure or row.timings.end_to_end.median_sec
 
-The peak memory is the kernel's own high-water mark of the process's resident memory, loading included: VmHWM
-on Linux, ru_maxrss on macOS, the peak working set on Windows. It covers the whole life of the process, which is
-why each bundle gets a fresh one. A sampling thread would miss short peaks, and Linux's ru_maxrss begins at the
-parent's size.
+The peak memory is the kernel's own high-water mark of the process's resident memory, loading included:
+VmHWM on Linux, ru_maxrss on macOS, the peak working set on Windows. It covers the whole life of the process,
+which is why each bundle gets a fresh one. A sampling thread would miss short peaks, and Linux's ru_maxrss
+begins at the parent's size.
 """
 
 from __future__ import annotations
@@ -226,19 +226,20 @@ def _run_child(job: Job, timeout_sec: float | None) -> Outcome:
     # -P and this path: the child finds the modules that we find, none that lies about in the current folder.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
     log = Path(job.out) / "log.txt"
-    with log.open("wb") as stream:
+    command = [sys.executable, "-P", "-m", "kdc_edge.bench.worker"]
+    with (
+        log.open("wb") as stream,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=environment) as child,
+    ):
         try:
-            status = subprocess.run(
-                [sys.executable, "-P", "-m", "kdc_edge.bench.worker"],
-                input=JOB.dump_json(job),
-                stdout=stream,
-                stderr=stream,
-                env=environment,
-                timeout=timeout_sec,
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
+            child.communicate(JOB.dump_json(job), timeout_sec)
+        except BaseException as error:  # Ctrl-C too: no child outlives the call
+            child.kill()
+            child.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             return Outcome(failure=f"not done after {timeout_sec:g} seconds")
+    status = child.returncode
     result = Path(job.out) / "result.json"
     if status == 0 and result.is_file():
         return OUTCOME.validate_json(result.read_bytes())

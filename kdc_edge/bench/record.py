@@ -3,8 +3,8 @@
     text = to_json(Report(rows=rows, environment=here()))
     report = from_json(text)                     # InputError for anything else than kdc-edge/bench/1
 
-Every sample is kept. Times are in seconds, sizes in bytes, and what is not known is None. The names in the JSON
-document are the fields' names below; a later schema gets another number.
+Every sample is kept. Times are in seconds, sizes in bytes, and what is not known is None. The names in the
+JSON document are the fields' names below; a later schema gets another number.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 import psutil
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 import kdc_edge
 from kdc_edge.bundle import Check
@@ -118,7 +118,7 @@ class Report:
 
     environment: Environment
     rows: tuple[Row, ...]
-    schema: Literal["kdc-edge/bench/1"] = Field(default=SCHEMA)
+    schema: Literal["kdc-edge/bench/1"] = SCHEMA
 
 
 _REPORT = TypeAdapter(Report)

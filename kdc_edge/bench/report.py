@@ -3,8 +3,8 @@
     print(render(rows, here(), "md"))
     Console().print(table(rows))                  # the same table in colour, for a terminal
 
-The conditions stand below every table: machine, size, steps, guidance, sampler, seed, repeats, warm-up, what
-each precision means, versions. Each column of times has one unit; the JSON document is described in record.py.
+The conditions stand below every table: machine, size, steps, guidance, sampler, seed, repeats, warm-up,
+what each precision means, versions. Each column of times has one unit. record.py describes the JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kdc_edge.bench.page import Html, Section, bar_chart, bullets, data_table, page, paragraph
@@ -28,14 +30,14 @@ UNKNOWN = "–"
 TABLE_COLUMNS = 120  # characters, where the text goes to no terminal
 
 STAGES = {
-    "load": "load",
-    "first_picture": "first picture",
-    "tokenize": "tokens",
-    "text_encoder": "text encoder",
-    "unet_first_step": "first step",
-    "unet_step": "step",
-    "vae_decoder": "decoder",
-    "end_to_end": "picture",
+    "load": "Load",
+    "first_picture": "First picture",
+    "tokenize": "Tokens",
+    "text_encoder": "Text",
+    "unet_first_step": "First step",
+    "unet_step": "Step",
+    "vae_decoder": "VAE",
+    "end_to_end": "Picture",
 }
 
 
@@ -65,20 +67,13 @@ def render(rows: Sequence[Row], environment: Environment, format: Format) -> str
 
 def table(rows: Sequence[Row]) -> Table:
     """For a terminal; the failures and conditions are lines of their own."""
-    from rich import box
-    from rich.markup import escape
-
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = _columns(rows)
-    for number, column in enumerate(columns):
-        found.add_column(
-            column.header.replace(", ", "\n"),  # the unit on a line of its own
-            justify="left" if number < 2 else "right",
-            overflow="fold",
-            min_width=min(max(map(len, column.cells), default=0), 24) if number < 1 else None,
-        )
-    for cells in zip(*(column.cells for column in columns), strict=True):
-        found.add_row(*map(escape, cells))
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    names, engines, *numbers = _columns(rows)
+    found.add_column("Bundle", overflow="fold")  # the engine stands below the name: numbers need the width
+    for column in numbers:
+        found.add_column(column.header.replace(",", "").replace(" ", "\n"), justify="right", no_wrap=True)
+    for name, engine, *cells in zip(names.cells, engines.cells, *(column.cells for column in numbers), strict=True):
+        found.add_row(f"{escape(name)}\n[dim]{escape(engine)}[/dim]", *cells)
     return found
 
 
@@ -145,7 +140,7 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
         _Column("Bundle", tuple(row.name for row in rows)),
         _Column("Engine", tuple(_engine(row) for row in rows)),
         _Column("Size, MiB", tuple(_mib(row.size_bytes) for row in rows)),
-        *(timed(STAGES[s].capitalize(), lambda row, s=s: _median(row, s)) for s in stages),  # type: ignore[misc]
+        *(timed(STAGES[s], lambda row, s=s: _median(row, s)) for s in stages),  # type: ignore[misc]
         timed("p90", lambda row: row.timings.end_to_end.p90_sec if row.timings else None),
         _Column("Peak, MiB", tuple(_mib(row.peak_rss_bytes) for row in rows)),
         _Column("Parity, dB", tuple(_parity(row) for row in rows)),

@@ -84,10 +84,10 @@ figcaption, caption { text-align: left; font-size: 1rem; font-weight: 600; line-
   .plot text { font-size: 19.5px; }
   .plot .name, .plot .value { font-size: 22px; }
 }
-.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 2.2rem 3.5rem;
-  margin: 0 0 2rem; }
+.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr));
+  gap: 2.2rem 3.5rem; margin: 0 0 2rem; }
 .side > * { min-width: 0; }
-.side > * > * { margin-bottom: 0; }
+.side > div > :last-child { margin-bottom: 0; }
 
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(42%, 11rem), 1fr));
   gap: 1.4rem 2rem; margin: 1.8rem 0 2rem; }
@@ -123,10 +123,11 @@ table { border-collapse: collapse; font-size: .9rem; line-height: 1.4; font-vari
 .pictures th { font-weight: 500; text-align: left; padding: 0 .9rem .5rem 0; }
 .pictures thead th { color: var(--quiet); font-size: .82rem; line-height: 1.35; vertical-align: bottom;
   width: calc(var(--side) + .6rem); padding: 0 .6rem .5rem 0; overflow-wrap: anywhere; }
-.pictures tbody th { font-size: .9rem; vertical-align: middle; width: 8rem; min-width: 5.2rem;
-  position: sticky; left: 0; background: var(--ground); line-height: 1.3; overflow-wrap: anywhere; }
+.pictures tbody th { font-size: .9rem; vertical-align: middle; width: 8rem;
+  min-width: 5.2rem; position: sticky; left: 0; background: var(--ground); line-height: 1.3; overflow-wrap: anywhere; }
 .pictures td { padding: 0 .6rem .6rem 0; }
-.pictures img { display: block; width: var(--side); height: auto; border-radius: 6px; background: var(--card); }
+.pictures img { display: block; width: var(--side); height: auto; border-radius: 6px;
+  background: var(--card); }
 .pictures img.small-picture { image-rendering: pixelated; }
 .pictures .missing { width: var(--side); aspect-ratio: 1; display: grid; place-items: center;
   border: 1px dashed var(--axis); border-radius: 6px; color: var(--quiet); font-size: .8rem; }

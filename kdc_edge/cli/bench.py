@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 from typer import Argument, Option
@@ -33,13 +33,13 @@ def bench(
     del config
     from kdc_edge.bench.measure import measure_in_fresh_process
     from kdc_edge.bench.record import Row, here
-    from kdc_edge.bench.report import FORMATS, render
+    from kdc_edge.bench.report import Format, render
     from kdc_edge.errors import InputError, KdcError
     from kdc_edge.files import write_atomic
     from kdc_edge.pipeline import Request
 
-    if format not in FORMATS:
-        raise InputError(f"--format {format!r} is unknown: choose from {', '.join(FORMATS)}")
+    if format not in get_args(Format):
+        raise InputError(f"--format {format!r} is unknown: choose from {', '.join(get_args(Format))}")
     request = Request(prompt, "", steps, guidance, seed, scheduler, width, height)
     rows: list[Row] = []
     for folder in bundles or all_bundles():
@@ -48,7 +48,7 @@ def bench(
         )
         say(f"{folder}: {row.failure or 'measured'}")
         rows.append(row)
-    text = render(rows, here(), format)
+    text = render(rows, here(), cast(Format, format))
     if out:
         write_atomic(out, text)
         typer.echo(out)

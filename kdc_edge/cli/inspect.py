@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -63,7 +63,7 @@ def devices(as_json: Json = False) -> None:
     from kdc_edge.errors import MissingPackageError
     from kdc_edge.runtimes import ENGINES, get_runtime
 
-    found = []
+    found: list[dict[str, Any]] = []
     for name, engine in ENGINES.items():
         try:
             runtime = get_runtime(name)
@@ -79,7 +79,7 @@ def devices(as_json: Json = False) -> None:
         if "missing" in row:
             typer.echo(f"{row['engine']}: not installed; {row['missing']}")
         else:
-            listed = "; ".join(f"{d['name']} ({d['description']})" for d in row["devices"])  # type: ignore[index]
+            listed = "; ".join(f"{d['name']} ({d['description']})" for d in row["devices"])
             typer.echo(f"{row['engine']} {row['version']}: {listed}")
 
 

@@ -47,7 +47,7 @@ def train(
     """Distil a student from a teacher, task after task, with latent replay."""
     from kdc_edge.train.config import TrainConfig
     from kdc_edge.train.data import parse_task
-    from kdc_edge.train.loop import StepDone, Trainer
+    from kdc_edge.train.loop import Trainer
     from kdc_edge.train.losses import LossWeights
     from kdc_edge.train.student import find_teacher
 
@@ -71,13 +71,14 @@ def train(
     say(f"on {trainer.device}, into {run}")
     if resume and trainer.position.total:
         say(f"going on after step {trainer.position.total}")
-    _follow(trainer, StepDone)
+    _follow(trainer)
     typer.echo(run / "checkpoint")
 
 
-def _follow(trainer: Trainer, step_done: type) -> None:
+def _follow(trainer: Trainer) -> None:
     """Consume the run: progress on the terminal; SIGTERM saves the state and stops."""
     from kdc_edge.cli.progress import Progress
+    from kdc_edge.train.loop import StepDone
 
     stop = False
 
@@ -89,7 +90,7 @@ def _follow(trainer: Trainer, step_done: type) -> None:
     total = trainer.config.steps * len(trainer.config.tasks)
     with Progress(total, done=trainer.position.total) as progress:
         for event in trainer.run():
-            if isinstance(event, step_done):
+            if isinstance(event, StepDone):
                 progress.step(
                     event.total,
                     f"{event.task} loss {event.losses['total']:.4f} {event.samples_per_sec:.0f} samples/s",

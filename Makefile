@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/kdc-edge quickstart --out demo
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

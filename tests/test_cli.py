@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdc_edge.image import read_parameters
-
 
 def run(*arguments: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     """kdc-edge in a process of its own."""
@@ -34,38 +32,6 @@ def complaint(*arguments: object, cwd: Path, code: int = 1) -> str:
     assert last.startswith("kdc-edge: ")
     assert "Traceback" not in done.stderr
     return last
-
-
-def test_the_bare_workflow_in_an_empty_folder(tmp_path: Path) -> None:
-    """Four commands without an argument but the prompt; the settings file only makes the training short."""
-    (tmp_path / "kdc-edge.toml").write_text(
-        "[train]\nsteps = 2\nbatch-size = 2\nsamples = 8\neval-pictures = 2\nreplay = 4\n"
-        "[bench]\nsteps = 2\nrepeats = 1\nwarmup = 0\nformat = 'json'\n"
-    )
-    trained = run("train", cwd=tmp_path)
-    assert "taking the garden" in trained.stderr
-    assert trained.stdout.strip() == "runs/001/checkpoint"
-    assert (tmp_path / "runs" / "latest").resolve() == tmp_path / "runs" / "001"
-
-    exported = run("export", "--target", "onnx", cwd=tmp_path)
-    assert "no precision given: fp16" in exported.stderr
-    assert exported.stdout.strip() == "bundles/onnx-fp16"
-
-    prompt = "a red flower with five petals and a white center on a sky background"
-    made = run("generate", prompt, cwd=tmp_path)
-    picture = tmp_path / made.stdout.strip()
-    assert np.asarray(Image.open(picture)).shape == (64, 64, 3)
-    assert prompt in read_parameters(picture).values()
-
-    rows = json.loads(run("bench", cwd=tmp_path).stdout)["rows"]
-    assert [row["name"] for row in rows] == ["onnx-fp16"]
-    assert rows[0]["failure"] is None
-    assert rows[0]["steps"] == 2
-
-    assert "as exported" in run("verify", cwd=tmp_path).stdout
-    assert json.loads(run("info", "bundles/onnx-fp16", "--json", cwd=tmp_path).stdout)["precision"] == "fp16"
-    # A flag given by hand wins over the file.
-    assert json.loads(run("bench", "--steps", "3", cwd=tmp_path).stdout)["rows"][0]["steps"] == 3
 
 
 def test_seeds_repeat(bundle: Path, tmp_path: Path) -> None:
@@ -154,6 +120,16 @@ def test_formats_and_devices_are_documents(tmp_path: Path) -> None:
     assert "CPU" in [d["name"] for d in engines["onnxruntime"]["devices"]]
 
 
+@pytest.mark.parametrize("command", [["train"], ["quickstart"], ["init", "--preset", "kdc-482m", "--out", "x"]])
+def test_a_missing_package_names_the_extra(tmp_path: Path, command: list[str]) -> None:
+    code = f"import sys; sys.modules['torch'] = None; sys.argv = ['kdc-edge', *{command}]\n"
+    code += "from kdc_edge.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("pip install 'kdc-edge[train]'")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_init_makes_a_checkpoint_that_trains_on(tmp_path: Path) -> None:
     done = run("init", "--preset", "garden-student", "--from", "garden", "--out", "student", cwd=tmp_path)
     assert "up_blocks.3.attentions.1.norm.weight <- up_blocks.3.attentions.2.norm.weight" in done.stderr
@@ -161,27 +137,35 @@ def test_init_makes_a_checkpoint_that_trains_on(tmp_path: Path) -> None:
     assert "holds other files" in complaint("train", "--teacher", "garden", "--out", tmp_path / "student", cwd=tmp_path)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_was_stopped_goes_on(tmp_path: Path, how: signal.Signals) -> None:
+def test_a_run_that_was_killed_and_then_stopped_goes_on(tmp_path: Path) -> None:
     (tmp_path / "kdc-edge.toml").write_text(
-        "[train]\ntask = ['fish=garden:fish']\nsteps = 40\nsave-every = 5\nbatch-size = 2\nsamples = 8\n"
+        "[train]\ntask = ['fish=garden:fish']\nsteps = 30\nsave-every = 3\nbatch-size = 2\nsamples = 8\n"
         "eval-pictures = 2\n"
     )
-    command = [sys.executable, "-c", "from kdc_edge.cli import main; main()", "train"]
-    log = tmp_path / "runs" / "001" / "metrics.jsonl"
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as running:
+    run_folder = tmp_path / "runs" / "001"
+    _stop(tmp_path, signal.SIGKILL, after_step=5)
+    assert not (run_folder / "checkpoint").exists()
+    code, said = _stop(tmp_path, signal.SIGTERM, "--resume", after_step=12)
+    assert code == 143
+    assert "kdc-edge train --resume" in said
+    assert not (run_folder / "checkpoint").exists()
+    assert "going on after step" in run("train", "--resume", cwd=tmp_path).stderr
+    log = (run_folder / "metrics.jsonl").read_text()
+    assert [json.loads(line)["total"] for line in log.splitlines()] == list(range(1, 31))
+    assert (run_folder / "checkpoint" / "model_index.json").is_file()
+
+
+def _stop(cwd: Path, how: signal.Signals, *arguments: str, after_step: int) -> tuple[int, str]:
+    """Train, send a signal after so many steps: the exit code, and what was said."""
+    command = [sys.executable, "-c", "from kdc_edge.cli import main; main()", "train", *arguments]
+    log = cwd / "runs" / "001" / "metrics.jsonl"
+    with subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, text=True) as running:
         deadline = time.monotonic() + 120
-        while not (log.is_file() and log.read_text().count("\n") >= 7):
-            assert running.poll() is None, running.stderr
+        while not (log.is_file() and log.read_text().count("\n") >= after_step):
+            assert running.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
         running.send_signal(how)
-        said = running.stderr.read() if running.stderr else ""
-    assert not (tmp_path / "runs" / "001" / "checkpoint").exists()
-    if how is signal.SIGTERM:
-        assert running.returncode == 143
-        assert "kdc-edge train --resume" in said
-    done = run("train", "--resume", cwd=tmp_path)
-    assert "going on after step" in done.stderr
-    assert [json.loads(line)["total"] for line in log.read_text().splitlines()] == list(range(1, 41))
-    assert (tmp_path / "runs" / "001" / "checkpoint" / "model_index.json").is_file()
+        assert running.stderr is not None
+        said = running.stderr.read()
+    return running.returncode, said

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from kdc_edge.formats import markdown_table
+from kdc_edge.image import read_parameters
 from tests.test_cli import run
 
 ROOT = Path(__file__).parent.parent
@@ -15,26 +20,43 @@ COMMANDS = [
     line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line.strip()
 ]
 
+# The same commands, with less work.
 SHORT = """
 [train]
-steps = 1
+steps = 2
 batch-size = 2
-samples = 6
+samples = 8
 eval-pictures = 2
+replay = 4
 [bench]
-steps = 1
+steps = 2
 repeats = 1
 warmup = 0
 """
 
 
-def test_commands_of_the_tool_run_one_after_the_other(tmp_path: Path) -> None:
-    (tmp_path / "kdc-edge.toml").write_text(SHORT)  # the same commands, with less work
+def test_the_bare_workflow_and_every_other_command(tmp_path: Path) -> None:
+    """Typed one after the other in a folder that was empty but for the settings that shorten them."""
+    (tmp_path / "kdc-edge.toml").write_text(SHORT)
     ours = [shlex.split(c)[1:] for c in COMMANDS if c.startswith("kdc-edge ")]
-    assert len(ours) >= 8
-    for arguments in ours:
-        run(*arguments, cwd=tmp_path)
-    assert len(list(tmp_path.glob("*.png"))) == 1
+    done = [run(*arguments, cwd=tmp_path) for arguments in ours]
+    assert [words[0] for words in ours[:4]] == ["train", "export", "generate", "bench"]
+    trained, exported, generated, benched = done[:4]
+    assert "taking the garden" in trained.stderr
+    assert trained.stdout.strip() == "runs/001/checkpoint"
+    assert "no precision given: fp16" in exported.stderr
+    assert exported.stdout.strip() == "bundles/onnx-fp16"
+    picture = tmp_path / generated.stdout.strip()
+    assert np.asarray(Image.open(picture)).shape == (64, 64, 3)
+    assert ours[2][1] in read_parameters(picture).values()
+    assert "onnx-fp16" in benched.stdout
+
+    assert (tmp_path / "runs" / "latest").resolve() == tmp_path / "runs" / "002"
+    assert json.loads(run("info", "bundles/onnx-fp16", "--json", cwd=tmp_path).stdout)["precision"] == "fp16"
+    # A flag given by hand wins over the file.
+    found = run("bench", "--steps", 3, "--format", "json", "bundles/onnx-fp16", cwd=tmp_path).stdout
+    rows = json.loads(found)["rows"]
+    assert [(row["steps"], row["repeats"], row["failure"]) for row in rows] == [(3, 1, None)]
 
 
 def test_the_other_commands_are_targets_of_the_makefile() -> None:

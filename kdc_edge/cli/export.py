@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from kdc_edge.cli.project import BUNDLES, Config, command_line, latest_checkpoint, say
+from kdc_edge.cli.project import BUNDLES, Config, command_line, latest_checkpoint, need_export, say
 from kdc_edge.formats import DEFAULT_PRECISION, find_format, targets
 
 
@@ -28,6 +28,7 @@ def export(
     source = checkpoint or latest_checkpoint()
     if checkpoint is None:
         say(f"no checkpoint given: {source.resolve()}")
+    need_export("kdc-edge export")
     from kdc_edge.export.onnx import export_onnx
 
     out = out or BUNDLES / row.name

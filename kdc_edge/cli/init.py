@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from kdc_edge.cli.project import Config, say
+from kdc_edge.cli.project import Config, need_training, say
 
 
 def _preset_help() -> str:
@@ -26,6 +26,7 @@ def init(
 ) -> None:
     """Make a checkpoint from a preset: random weights, or inherited from a teacher."""
     del config
+    need_training("kdc-edge init")
     from kdc_edge.presets import find_preset
     from kdc_edge.train.student import find_teacher, init_checkpoint
 

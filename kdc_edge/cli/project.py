@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from kdc_edge.errors import InputError
+from kdc_edge.errors import InputError, require
 
 SETTINGS = Path("kdc-edge.toml")
 RUNS = Path("runs")
@@ -61,6 +61,18 @@ Config = Annotated[
         help="Settings; kdc-edge.toml in this folder when there is one.",
     ),
 ]  # fmt: skip
+
+
+def need_training(purpose: str) -> None:
+    """Raise MissingPackageError unless what `kdc-edge[train]` brings is here."""
+    for package in ("torch", "diffusers", "transformers", "safetensors"):
+        require(package, extra="train", purpose=purpose)
+
+
+def need_export(purpose: str) -> None:
+    """Raise MissingPackageError unless what `kdc-edge[export]` brings is here."""
+    for package in ("torch", "diffusers", "transformers", "optimum", "onnx", "onnxscript", "onnxruntime"):
+        require(package, extra="export", purpose=purpose)
 
 
 def new_run() -> Path:

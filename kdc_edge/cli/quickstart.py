@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from kdc_edge.cli.project import command_line, say
+from kdc_edge.cli.project import command_line, need_export, need_training, say
 
 
 def quickstart(
@@ -21,6 +21,8 @@ def quickstart(
     seed: Annotated[int, Option(help="Of everything random.")] = 0,
 ) -> None:
     """Train two tasks with and without replay, export, prove, generate, bench: one HTML report."""
+    need_training("kdc-edge quickstart")
+    need_export("kdc-edge quickstart")
     from dataclasses import replace
 
     from kdc_edge.bench.measure import measure_in_fresh_process

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
-from kdc_edge.cli.project import LATEST, Config, new_run, point_latest, say
+from kdc_edge.cli.project import LATEST, Config, need_training, new_run, point_latest, say
 from kdc_edge.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def train(
     config: Config = None,
 ) -> None:
     """Distil a student from a teacher, task after task, with latent replay."""
+    need_training("kdc-edge train")
     from kdc_edge.train.config import TrainConfig
     from kdc_edge.train.data import parse_task
     from kdc_edge.train.loop import Trainer

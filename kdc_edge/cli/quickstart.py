@@ -32,6 +32,7 @@ def quickstart(
     from kdc_edge.cli.quickstart_report import Story, write_report
     from kdc_edge.export.onnx import export_onnx
     from kdc_edge.files import refuse_foreign_folder, write_atomic
+    from kdc_edge.image import grid, save_png
     from kdc_edge.pipeline import Request
     from kdc_edge.runtimes import open_pipeline
     from kdc_edge.train.config import TrainConfig
@@ -101,6 +102,8 @@ def quickstart(
         rows.append(row)
     environment = here()
     write_atomic(out / "bench.json", to_json(BenchReport(environment, tuple(rows))))
+    shown = [p for name in ("teacher", "student", "bundle onnx-fp16") for p in pictures[name]]
+    save_png(out / "pictures.png", grid(shown, len(requests)).repeat(2, axis=0).repeat(2, axis=1), None)
     story = Story(
         config=config, teacher_scores=teacher_scores, runs={"with replay": kept, "without replay": bare},
         prompts=[s.caption for s in scenes], pictures=pictures, bundles=bundles, rows=rows, environment=environment,

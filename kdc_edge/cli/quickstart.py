@@ -13,9 +13,9 @@ from kdc_edge.cli.project import command_line, need_export, need_training, say
 
 def quickstart(
     out: Annotated[Path, Option(help="A new folder for runs, bundles and report.html.")] = Path("quickstart"),
-    steps: Annotated[int, Option(help="Training steps of each task.")] = 300,
+    steps: Annotated[int, Option(help="Training steps of each task.")] = 250,
     batch_size: Annotated[int, Option(help="Samples a step.")] = 16,
-    samples: Annotated[int, Option(help="Pictures of each task.")] = 1500,
+    samples: Annotated[int, Option(help="Pictures of each task.")] = 1200,
     eval_pictures: Annotated[int, Option(help="Pictures of each task, after each task.")] = 48,
     repeats: Annotated[int, Option(help="Of each benchmark.")] = 3,
     seed: Annotated[int, Option(help="Of everything random.")] = 0,

@@ -46,7 +46,8 @@ def to_pixels(images: NDArray[np.floating]) -> NDArray[np.uint8]:
     """
     if np.isnan(images).any():
         raise InputError("the picture holds values that are no numbers: keep the decoder in fp32")
-    unit = np.clip(images.astype(np.float32) * np.float32(0.5) + np.float32(0.5), 0, 1)
+    halved = images.astype(np.float32) * np.float32(0.5)
+    unit: NDArray[np.float32] = np.clip(halved + np.float32(0.5), 0, 1)
     return (unit * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
 
 

@@ -33,7 +33,7 @@ from kdc_edge.train.garden import SUBJECTS, Split, draw_scenes, render_many, sce
 from kdc_edge.train.judge import Judge, load_judge, targets, to_images
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-PICTURES = 4000  # of each subject
+PICTURES = 8000  # of each subject
 TOKENS = 77
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
@@ -296,8 +296,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=1500)
-    parser.add_argument("--diffusion-steps", type=int, nargs="+", default=[2200, 2300])
-    parser.add_argument("--decoder-steps", type=int, default=800)
+    parser.add_argument("--diffusion-steps", type=int, nargs="+", default=[2200, 2300, 3500])
+    parser.add_argument("--decoder-steps", type=int, default=1600)
     parser.add_argument("--judge-steps", type=int, default=900)
     args = parser.parse_args()
     work: Path = args.out / "work"
@@ -308,7 +308,7 @@ def main() -> None:
     if not (work / "tokenizer").exists():
         make_tokenizer(work / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    if not (work / "vae-final").exists():
+    if not all((work / made).exists() for made in ("vae-final", "latents.safetensors")):
         pictures = _stack(render_many(chosen, seed=args.seed))
     if not (work / "vae").exists():
         train_vae(pictures, args.vae_steps).save_pretrained(work / "vae")

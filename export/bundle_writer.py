@@ -3,7 +3,8 @@
     bundle = write_bundle(checkpoint, out, find_format("onnx", "fp16"), write, verify=True)
 
 `write(part, folder)` is the target's own work: it puts one component's files into `folder` and names them,
-the one that the engine opens first. The folder stands at `out` only when all is done, the proof included.
+the one that the engine opens first. `finish(folder)` adds what the target needs beside the components. The
+folder stands at `out` only when all is done, the proof included.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from kdc_edge import __version__
 from kdc_edge.bundle import (
     MANIFEST,
     Bundle,
+    CalibrationInfo,
     Check,
     ComponentInfo,
     ComponentName,
@@ -39,8 +41,11 @@ from kdc_edge.formats import Format
 from kdc_edge.schedule import NoiseSchedule
 
 Write = Callable[[ExportComponent, Path], list[str]]
+Finish = Callable[[Path], None]
 
-PACKAGES = ("torch", "diffusers", "transformers", "optimum", "onnx", "onnxscript", "onnxruntime", "numpy")
+PACKAGES = (
+    "torch", "diffusers", "transformers", "optimum", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "numpy",
+)  # fmt: skip
 # A component's folder in the bundle <- its network's folder in the checkpoint.
 SOURCES: dict[ComponentName, str] = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae"}
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -52,8 +57,10 @@ def write_bundle(
     row: Format,
     write: Write,
     *,
+    finish: Finish | None = None,
     verify: bool = True,
     prompts: Sequence[str] | None = None,
+    calibration: CalibrationInfo | None = None,
     command: str | None = None,
 ) -> Bundle:
     """Fill a folder beside `out`, prove it, rename it in. Raises a KdcError, and `out` stays as it was."""
@@ -65,12 +72,15 @@ def write_bundle(
         components: dict[ComponentName, ComponentInfo] = {
             name: _write_component(checkpoint, name, folder, write) for name in SOURCES
         }
+        if finish:
+            finish(folder)
         manifest = Manifest(
             target=row.target,
             precision=row.precision,
             model=model,
             components=components,
             files=list_files(folder),
+            calibration=calibration,
             provenance=Provenance(
                 checkpoint=checkpoint.resolve().name,
                 checkpoint_sha256=hash_checkpoint(checkpoint),

@@ -78,7 +78,7 @@ def check_parity(checkpoint: Path, bundle: Path, row: Format, prompts: Sequence[
 def record(checkpoint: Path, tokenizer: Path, requests: Iterable[Request]) -> Reference:
     """Make the pictures with PyTorch, remembering what each component was given and answered."""
     runtime = get_runtime("torch")
-    recorders = {c: Recorder(runtime.load(checkpoint, c, device="CPU", threads=None)) for c in COMPONENTS}
+    recorders = {c: Recorder(runtime.load(checkpoint, c, device="CPU")) for c in COMPONENTS}
     pipeline = Pipeline(read_model(checkpoint), Tokenizer.from_folder(tokenizer), recorders)
     try:
         pictures = [pipeline.generate(request) for request in requests]

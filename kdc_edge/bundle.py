@@ -86,6 +86,18 @@ class Parity(_Record):
     checks: list[Check]
 
 
+class CalibrationInfo(_Record):
+    """What the ranges of the activations were recorded on."""
+
+    prompts_sha256: Sha256  # of the prompts, one a line
+    prompts: int = Field(ge=1)
+    samples: int = Field(ge=1)  # U-Net calls, both guidance halves in each
+    seed: int
+    sampler: Text
+    steps: int = Field(ge=1)  # of each picture, from which samples were taken at random
+    guidance: float
+
+
 class Provenance(_Record):
     checkpoint: Text  # name of the source folder
     checkpoint_sha256: Sha256
@@ -102,6 +114,7 @@ class Manifest(_Record):
     components: dict[ComponentName, ComponentInfo]
     files: dict[Text, FileInfo] = Field(max_length=10_000)
     parity: Parity | None = None
+    calibration: CalibrationInfo | None = None
     provenance: Provenance
     licence: Text | None = None
 

@@ -25,6 +25,7 @@ WEIGHTS = {
     "vae": "diffusion_pytorch_model.safetensors",
 }
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
+PROMPTS_FILE = "prompts.txt"  # captions that it was trained on, one a line: what to calibrate and prove it with
 MAX_HEADER_BYTES = 100 * 2**20
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from kdc_edge.schedulers import DEFAULT_SAMPLER, SAMPLERS, NoiseSchedule, make_s
 from kdc_edge.tokenizer import Tokenizer
 
 Stage = Literal["tokenize", "text_encoder", "unet", "vae_decoder"]
+GuidanceMode = Literal["batched", "sequential"]
 MAX_SIDE = 4096  # pixels
 
 
@@ -31,6 +32,15 @@ class Component(Protocol):
     """A network with named numpy inputs and one numpy output (DESIGN: contracts)."""
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray: ...
+
+
+@runtime_checkable
+class Compiled(Protocol):
+    """A component whose engine compiles it anew for each set of input shapes."""
+
+    def prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Compile for these shapes now, so that the first call need not."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -41,11 +51,30 @@ class Request:
     negative_prompt: str = ""
     steps: int = 20
     guidance: float = 7.5  # classifier-free guidance scale (Ho and Salimans, arXiv 2207.12598); 1 = none
+    # Both halves of the guidance in one U-Net call of batch 2, or in two of batch 1, which hold half the
+    # activations. None: batched, but sequential where an interval leaves steps without guidance, so that
+    # the U-Net is needed for one batch size only.
+    guidance_mode: GuidanceMode | None = None
+    # Fractions of the schedule between which there is guidance (Kynkäänniemi et al., arXiv 2404.07724); the
+    # other steps cost half.
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
     sampler: str = DEFAULT_SAMPLER
     width: int | None = None  # pixels; the model's own size when None
     height: int | None = None
     latents: np.ndarray | None = None  # unit normal (1, C, h, w); drawn from the seed when None
+
+    def guided(self, step: int, steps: int) -> bool:
+        """Is this step, counted from 0, one of those with guidance?"""
+        begin, end = self.guidance_interval
+        return self.guidance > 1 and begin * steps <= step < end * steps
+
+    @property
+    def batched(self) -> bool:
+        """Are both halves of the guidance computed in one call?"""
+        if self.guidance_mode is None:
+            return self.guidance_interval == (0.0, 1.0)
+        return self.guidance_mode == "batched"
 
 
 @dataclass(frozen=True)
@@ -86,12 +115,33 @@ class Pipeline:
         make_sampler(request.sampler, self.schedule, request.steps)
         if not 0 <= request.guidance <= 100:  # also refuses nan
             raise InputError(f"--guidance {request.guidance} is out of range: use 1 (none) to 20 or so, at most 100")
+        if request.guidance_mode not in (None, *get_args(GuidanceMode)):
+            raise InputError(f"--guidance-mode {request.guidance_mode!r} is unknown: use batched or sequential")
+        begin, end = request.guidance_interval
+        if not 0 <= begin < end <= 1:
+            raise InputError(
+                f"--guidance-interval {begin:g}:{end:g} is no part of the schedule: use 0.0:0.7 or the like"
+            )
         self.tokenizer.encode([request.negative_prompt, request.prompt])
+
+    def prepare(self, request: Request) -> None:
+        """Load every component and compile it for what the request will ask of it, before the first picture."""
+        self.check(request)
+        shape = self.latent_shape(request)
+        hidden = self.components["text_encoder"](input_ids=self._tokenize(request))  # (1 or 2, 77, D)
+        batches = {2 if request.batched and request.guided(i, request.steps) else 1 for i in range(request.steps)}
+        for name, inputs in (
+            *(("unet", {"sample": (b, *shape[1:]), "timestep": (1,), "encoder_hidden_states": (b, *hidden.shape[1:])})
+              for b in sorted(batches)),
+            ("vae_decoder", {"latent_sample": shape}),
+        ):  # fmt: skip
+            component = self.components[name]
+            if isinstance(component, Compiled):
+                component.prepare(inputs)
 
     def run(self, request: Request) -> Iterator[Progress]:
         """Make the picture, yielding after each stage and each step."""
         self.check(request)
-        guided = request.guidance > 1
         stream = NormalStream(request.seed)
         shape = self.latent_shape(request)
         latents = stream.draw(shape)
@@ -101,37 +151,50 @@ class Pipeline:
             latents = request.latents.astype(np.float32)
         sampler = make_sampler(request.sampler, self.schedule, request.steps, noise=stream)
 
-        texts = [request.negative_prompt, request.prompt] if guided else [request.prompt]
-        input_ids = self.tokenizer.encode(texts)  # (B, 77)
+        input_ids = self._tokenize(request)  # (1 or 2, 77)
         yield Progress("tokenize", 1, 1)
-        hidden = self.components["text_encoder"](input_ids=input_ids)  # (B, 77, D)
+        hidden = self.components["text_encoder"](input_ids=input_ids)  # (1 or 2, 77, D)
         yield Progress("text_encoder", 1, 1)
 
         latents = latents * np.float32(sampler.init_noise_sigma)
         total = len(sampler.timesteps)
+        unet = self.components["unet"]
         for i, timestep in enumerate(sampler.timesteps):
             sample = sampler.scale_model_input(latents, i)  # (1, C, h, w)
-            noise_pred = self.components["unet"](
-                sample=np.repeat(sample, len(texts), axis=0),  # (B, C, h, w)
-                timestep=np.array([timestep], dtype=np.int64),
-                encoder_hidden_states=hidden,
-            )
-            if guided:
-                without, with_ = noise_pred[:1], noise_pred[1:]
-                noise_pred = without + np.float32(request.guidance) * (with_ - without)
+            noise_pred = _predict(unet, request, sample, int(timestep), hidden, guided=request.guided(i, total))
             latents = sampler.step(noise_pred, i, latents)
             yield Progress("unet", i + 1, total, timestep=int(timestep), latents=latents)
+        del unet  # a pipeline that is short of memory drops it before it loads the decoder
 
         image = self.components["vae_decoder"](latent_sample=latents / np.float32(self.model.scaling_factor))
         if not np.isfinite(image).all():
             raise KdcError("the decoder's picture holds values that are no numbers: use a bundle with fp32 weights")
         yield Progress("vae_decoder", 1, 1, pixels=to_pixels(image)[0])
 
+    def _tokenize(self, request: Request) -> np.ndarray:
+        texts = [request.prompt, request.negative_prompt] if request.guidance > 1 else [request.prompt]
+        return self.tokenizer.encode(texts)
+
     def generate(self, request: Request) -> np.ndarray:
         """The picture alone: uint8 (H, W, 3)."""
         *_, last = self.run(request)
         assert last.pixels is not None
         return last.pixels
+
+
+def _predict(
+    unet: Component, request: Request, sample: np.ndarray, timestep: int, hidden: np.ndarray, *, guided: bool
+) -> np.ndarray:
+    """The noise in `sample` (1, C, h, w) as the U-Net sees it, with guidance where there is any."""
+    t = np.array([timestep], dtype=np.int64)
+    if not guided:
+        return unet(sample=sample, timestep=t, encoder_hidden_states=hidden[:1])
+    if request.batched:
+        both = unet(sample=np.repeat(sample, 2, axis=0), timestep=t, encoder_hidden_states=hidden)  # (2, C, h, w)
+        with_, without = both[:1], both[1:]
+    else:
+        with_, without = (unet(sample=sample, timestep=t, encoder_hidden_states=h) for h in (hidden[:1], hidden[1:]))
+    return np.asarray(without + np.float32(request.guidance) * (with_ - without))
 
 
 def describe(request: Request, pixels: np.ndarray, model_name: str) -> dict[str, object]:

@@ -9,7 +9,9 @@ named numpy inputs, one numpy output. Engines are imported when they are asked f
 
 from __future__ import annotations
 
+import gc
 import importlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -42,8 +44,21 @@ class Runtime(Protocol):
         """What this machine has for it, the default first."""
         ...
 
-    def load(self, folder: Path, component: str, *, device: str | None, threads: int | None) -> Component:
-        """Open a component ("text_encoder", "unet", "vae_decoder"); None means the engine's default."""
+    def load(
+        self,
+        folder: Path,
+        component: str,
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        low_memory: bool = False,
+        cache: Path | None = None,
+    ) -> Component:
+        """Open a component ("text_encoder", "unet", "vae_decoder"); None means the engine's default.
+
+        `low_memory` saves memory where that costs speed; `cache` is a folder for what the engine compiles.
+        Engines that can do nothing with one of them leave it.
+        """
         ...
 
 
@@ -61,6 +76,7 @@ ENGINES: dict[str, Engine] = {
     e.name: e
     for e in (
         Engine("onnxruntime", "kdc_edge.runtimes.onnxruntime", "onnxruntime", "onnx"),
+        Engine("openvino", "kdc_edge.runtimes.openvino", "openvino", "openvino"),
         Engine("torch", "kdc_edge.runtimes.torch", "torch", "train"),
     )
 }
@@ -73,10 +89,48 @@ def get_runtime(name: str) -> Runtime:
     return cast(Runtime, importlib.import_module(ENGINES[name].module).RUNTIME)
 
 
+class LoadedComponents(Mapping[str, Component]):
+    """The three components, each loaded when it is first asked for.
+
+    So the decoder is not yet in memory while the first picture's U-Net runs. With `low_memory` no two are ever
+    there together: asking for one drops the other, which is loaded again for the next picture.
+    """
+
+    def __init__(self, load: Callable[[str], Component], *, low_memory: bool = False) -> None:
+        self._load = load
+        self._low_memory = low_memory
+        self._loaded: dict[str, Component] = {}
+
+    def __getitem__(self, name: str) -> Component:
+        if self._low_memory and name not in self._loaded:
+            self._loaded.clear()
+            gc.collect()  # before the next one takes its memory, not after
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name)
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMPONENTS)
+
+    def __len__(self) -> int:
+        return len(COMPONENTS)
+
+
 def open_pipeline(
-    folder: Path, *, engine: str | None = None, device: str | None = None, threads: int | None = None
+    folder: Path,
+    *,
+    engine: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    low_memory: bool = False,
+    cache: Path | None = None,
 ) -> Pipeline:
-    """A pipeline from a bundle, or through torch from a checkpoint folder."""
+    """A pipeline from a bundle, or through torch from a checkpoint folder; components are loaded when needed.
+
+    `device` names one for all ("CPU"), or one a component ("unet=GPU,text_encoder=CPU"). `low_memory` trades
+    speed for memory: one component at a time, and the engine's savings. `cache` is a folder for what the
+    engine compiles, where it can keep that. Raises a KdcError for what can be seen before anything is loaded.
+    """
     if (folder / "model_index.json").is_file() and not (folder / "kdc-edge.json").is_file():
         if engine not in (None, "torch"):
             raise InputError(f"{folder} is a checkpoint, which only torch runs: export it for {engine} first")
@@ -92,8 +146,29 @@ def open_pipeline(
         raise InputError(f"--threads {threads} is too few: use 1 or more")
     tokenizer = Tokenizer.from_folder(folder / "tokenizer")
     runtime = get_runtime(chosen)
-    components = {c: runtime.load(folder, c, device=device, threads=threads) for c in COMPONENTS}
-    return Pipeline(model, tokenizer, components)
+    named = split_devices(device)
+    devices = {c: check_device(runtime, named.get(c, named.get(""))) for c in COMPONENTS}
+
+    def load(component: str) -> Component:
+        return runtime.load(
+            folder, component, device=devices[component], threads=threads, low_memory=low_memory, cache=cache
+        )
+
+    return Pipeline(model, tokenizer, LoadedComponents(load, low_memory=low_memory))
+
+
+def split_devices(device: str | None) -> dict[str, str]:
+    """'unet=GPU,CPU' -> {"unet": "GPU", "": "CPU"}: the device without a name is for all the others."""
+    found: dict[str, str] = {}
+    for part in device.split(",") if device else ():
+        component, _, name = part.strip().rpartition("=")
+        if component not in ("", *COMPONENTS) or not name or component in found:
+            raise InputError(
+                f"--device {device!r} is not understood: use CPU, or unet=GPU,text_encoder=CPU with components"
+                f" {', '.join(COMPONENTS)}"
+            )
+        found[component] = name
+    return found
 
 
 def check_device(runtime: Runtime, device: str | None) -> str:

@@ -76,7 +76,16 @@ class OnnxRuntime:
         there = set(_ort.get_available_providers())
         return [Device(name, does) for provider, name, does in _PROVIDERS if provider in there]
 
-    def load(self, folder: Path, component: str, *, device: str | None, threads: int | None) -> Component:
+    def load(
+        self,
+        folder: Path,
+        component: str,
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        low_memory: bool = False,  # noqa: ARG002  # it has no such savings
+        cache: Path | None = None,  # noqa: ARG002
+    ) -> Component:
         """Open a component of a bundle. Raises BundleError for a file that the engine refuses."""
         _, path = Bundle.open(folder).component(component)
         chosen = check_device(self, device)

@@ -1,6 +1,6 @@
 """PyTorch, the reference: opens the components of a *checkpoint* by diffusers and transformers, in fp32.
 
-    unet = get_runtime("torch").load(Path("runs/latest/checkpoint"), "unet", device="CPU", threads=None)
+    unet = get_runtime("torch").load(Path("runs/latest/checkpoint"), "unet", device="CPU")
     network = load_network(Path("runs/latest/checkpoint"), "vae_decoder")      # the module, for exporters
 
 The components take and give the same named arrays as an exported bundle's (DESIGN: contracts). Only local
@@ -90,7 +90,16 @@ class TorchRuntime:
             found.append(Device("MPS", "Apple GPU"))
         return found
 
-    def load(self, folder: Path, component: str, *, device: str | None, threads: int | None) -> Component:
+    def load(
+        self,
+        folder: Path,
+        component: str,
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        low_memory: bool = False,  # noqa: ARG002  # it has no such savings
+        cache: Path | None = None,  # noqa: ARG002
+    ) -> Component:
         """Open a component of a checkpoint folder; `threads` holds for all of torch."""
         chosen = check_device(self, device)
         if threads is not None:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import psutil
@@ -49,12 +50,13 @@ class Measurement:
 class Job:
     """What the child process is to do; it comes to it as JSON on standard input."""
 
-    opener: str  # "module:function", called with (folder, engine=, device=, threads=)
+    opener: str  # "module:function", called with (folder, engine=, device=, threads=, low_memory=)
     folder: str
     engine: str | None
     device: str | None
     threads: int | None
-    request: dict[str, str | int | float | None]  # the Request's fields but `latents`
+    low_memory: bool
+    request: dict[str, Any]  # the Request's fields but `latents`
     repeats: int
     warmup: int
     out: str  # folder for result.json and picture.png
@@ -73,11 +75,18 @@ JOB = TypeAdapter(Job)
 OUTCOME = TypeAdapter(Outcome)
 
 
-def measure(open_pipeline: Callable[[], Pipeline], request: Request, *, repeats: int, warmup: int) -> Measurement:
-    """Open, run `warmup` pictures that do not count and `repeats` that do; every sample is kept."""
+def measure(
+    open_pipeline: Callable[[], Pipeline], request: Request, *, repeats: int, warmup: int, low_memory: bool = False
+) -> Measurement:
+    """Open, run `warmup` pictures that do not count and `repeats` that do; every sample is kept.
+
+    With `low_memory`, where no two components are in memory together, they are loaded within each picture.
+    """
     _check_counts(repeats, warmup)
     begin = perf_counter()
     pipeline = open_pipeline()
+    if not low_memory:
+        pipeline.prepare(request)
     load_sec = perf_counter() - begin
     pictures = [_time_picture(pipeline, request) for _ in range(warmup + repeats)]
     laps = {stage: [s for p, _ in pictures[warmup:] for s in p[stage]] for stage in pictures[0][0]}
@@ -153,6 +162,7 @@ def measure_in_fresh_process(
     engine: str | None = None,
     device: str | None = None,
     threads: int | None = None,
+    low_memory: bool = False,
     opener: str = OPENER,
     timeout_sec: float | None = None,
 ) -> tuple[Row, np.ndarray | None]:
@@ -173,6 +183,7 @@ def measure_in_fresh_process(
         engine=engine,
         device=device,
         threads=threads,
+        low_memory=low_memory,
         size_bytes=None,
         parity=None,
         repeats=repeats,
@@ -184,7 +195,7 @@ def measure_in_fresh_process(
     except KdcError as error:
         return replace(row, failure=str(error)), None
     with tempfile.TemporaryDirectory(prefix="kdc-edge-bench-") as out:
-        job = Job(opener, str(folder), engine, device, threads, fields, repeats, warmup, out)
+        job = Job(opener, str(folder), engine, device, threads, low_memory, fields, repeats, warmup, out)
         outcome = _run_child(job, timeout_sec)
         row = replace(row, **vars(outcome))
         if outcome.failure is not None:

@@ -56,7 +56,7 @@ class Timings:
 
     __pydantic_config__ = _CLOSED
 
-    load: Timing  # opening the pipeline in a process that had opened none: one sample
+    load: Timing  # opening and compiling, in a process that had opened none: one sample; low_memory: opening alone
     first_picture: Timing  # the first picture after that, warm-up or not: one sample
     tokenize: Timing  # all that comes before the text encoder: checks, noise, tokens
     text_encoder: Timing
@@ -79,12 +79,15 @@ class Row:
     engine: str | None
     device: str | None  # None means the engine's default; so for threads
     threads: int | None
+    low_memory: bool
     size_bytes: int | None
     parity: Check | None  # the manifest's worst check of whole pictures against PyTorch
     prompt: str
     negative_prompt: str
     steps: int
     guidance: float
+    guidance_mode: Literal["batched", "sequential"] | None  # None means the pipeline's own choice
+    guidance_interval: tuple[float, float]  # fractions of the schedule
     sampler: str
     width: int | None  # pixels
     height: int | None

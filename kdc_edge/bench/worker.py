@@ -24,9 +24,16 @@ def work(job: Job) -> Outcome:
     try:
         module, _, function = job.opener.partition(":")
         opener = getattr(importlib.import_module(module), function)
-        options = {"engine": job.engine, "device": job.device, "threads": job.threads}
-        request = Request(**job.request)  # type: ignore[arg-type]  # the parent took them from a Request
-        found = measure(partial(opener, Path(job.folder), **options), request, repeats=job.repeats, warmup=job.warmup)
+        opened = partial(
+            opener,
+            Path(job.folder),
+            engine=job.engine,
+            device=job.device,
+            threads=job.threads,
+            low_memory=job.low_memory,
+        )
+        request = Request(**job.request)  # the parent took them from a Request
+        found = measure(opened, request, repeats=job.repeats, warmup=job.warmup, low_memory=job.low_memory)
     except KdcError as error:
         return Outcome(failure=_one_line(error))
     except MemoryError:

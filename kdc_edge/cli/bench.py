@@ -8,6 +8,16 @@ from typing import Annotated, cast, get_args
 import typer
 from typer import Argument, Option
 
+from kdc_edge.cli.options import (
+    Device,
+    Engine,
+    Guidance,
+    GuidanceInterval,
+    GuidanceModeOption,
+    LowMemory,
+    Threads,
+    make_request,
+)  # fmt: skip
 from kdc_edge.cli.project import Config, all_bundles, say
 
 
@@ -15,16 +25,19 @@ def bench(
     bundles: Annotated[list[Path] | None, Argument(help="Bundles or checkpoints; all in bundles/ when none.")] = None,
     prompt: Annotated[str, Option(help="What the picture shows.")] = "a red flower with five petals",
     steps: Annotated[int, Option(help="Steps of the sampler.")] = 20,
-    guidance: Annotated[float, Option(help="Classifier-free guidance scale.")] = 7.5,
+    guidance: Guidance = 7.5,
+    guidance_mode: GuidanceModeOption = None,
+    guidance_interval: GuidanceInterval = "0.0:1.0",
     scheduler: Annotated[str, Option(help="As in kdc-edge generate.")] = "dpm++2m",
     seed: Annotated[int, Option(help="Of the initial noise.")] = 0,
     width: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     repeats: Annotated[int, Option(help="Pictures that count.")] = 5,
     warmup: Annotated[int, Option(help="Pictures before that, which do not count.")] = 1,
-    engine: Annotated[str | None, Option(help="See kdc-edge devices.")] = None,
-    device: Annotated[str | None, Option(help="See kdc-edge devices.")] = None,
-    threads: Annotated[int | None, Option(help="Of the engine.")] = None,
+    engine: Engine = None,
+    device: Device = None,
+    threads: Threads = None,
+    low_memory: LowMemory = False,
     format: Annotated[str, Option(help="table, md, json, csv or html.")] = "table",
     out: Annotated[Path | None, Option(help="Write to this file instead of stdout.")] = None,
     config: Config = None,
@@ -36,15 +49,24 @@ def bench(
     from kdc_edge.bench.report import Format, render
     from kdc_edge.errors import InputError, KdcError
     from kdc_edge.files import write_atomic
-    from kdc_edge.pipeline import Request
 
     if format not in get_args(Format):
         raise InputError(f"--format {format!r} is unknown: choose from {', '.join(get_args(Format))}")
-    request = Request(prompt, "", steps, guidance, seed, scheduler, width, height)
+    request = make_request(
+        prompt, steps=steps, guidance=guidance, guidance_mode=guidance_mode, guidance_interval=guidance_interval,
+        seed=seed, sampler=scheduler, width=width, height=height, low_memory=low_memory,
+    )  # fmt: skip
     rows: list[Row] = []
     for folder in bundles or all_bundles():
         row, _ = measure_in_fresh_process(
-            folder, request, repeats=repeats, warmup=warmup, engine=engine, device=device, threads=threads
+            folder,
+            request,
+            repeats=repeats,
+            warmup=warmup,
+            engine=engine,
+            device=device,
+            threads=threads,
+            low_memory=low_memory,
         )
         say(f"{folder}: {row.failure or 'measured'}")
         rows.append(row)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
 from kdc_edge.cli.project import BUNDLES, Config, command_line, latest_checkpoint, need_export, say
-from kdc_edge.formats import DEFAULT_PRECISION, find_format, targets
+from kdc_edge.errors import InputError
+from kdc_edge.formats import DEFAULT_PRECISION, Format, find_format, targets
 
 
 def export(
@@ -17,6 +18,10 @@ def export(
     target: Annotated[str, Option(help=f"One of {', '.join(targets())}.")] = "onnx",
     precision: Annotated[str | None, Option(help="See kdc-edge formats.")] = None,
     out: Annotated[Path | None, Option(help="The bundle's folder; bundles/TARGET-PRECISION when not given.")] = None,
+    calibration_prompts: Annotated[
+        Path | None, Option(metavar="FILE", help="Prompts, one a line, for int8; the training captions by default.")
+    ] = None,
+    calibration_samples: Annotated[int | None, Option(help="U-Net calls recorded for int8; 64 by default.")] = None,
     verify: Annotated[bool, Option("--verify/--no-verify", help="Prove it against PyTorch first.")] = True,
     config: Config = None,
 ) -> None:
@@ -29,10 +34,17 @@ def export(
     if checkpoint is None:
         say(f"no checkpoint given: {source.resolve()}")
     need_export("kdc-edge export")
-    from kdc_edge.export.onnx import export_onnx
-
     out = out or BUNDLES / row.name
-    bundle = export_onnx(source, out, precision=row.precision, verify=verify, command=command_line())
+    common: dict[str, Any] = {"precision": row.precision, "verify": verify, "command": command_line()}
+    calibration = _calibration(row, calibration_prompts, calibration_samples)
+    if target == "openvino":
+        from kdc_edge.export.openvino import export_openvino
+
+        bundle = export_openvino(source, out, **common, **calibration)
+    else:
+        from kdc_edge.export.onnx import export_onnx
+
+        bundle = export_onnx(source, out, **common)
     if bundle.manifest.parity is None:
         say("not proved: --no-verify was given")
     else:
@@ -41,3 +53,14 @@ def export(
             say(f"{check.what}: {found} (at least {check.threshold_db:.0f} dB)")
     say(f"{bundle.size_bytes / 2**20:.1f} MiB")
     typer.echo(out)
+
+
+def _calibration(row: Format, prompts: Path | None, samples: int | None) -> dict[str, Any]:
+    """The calibration's options, refused where nothing is calibrated."""
+    if prompts is None and samples is None:
+        return {}
+    if not row.calibrated:
+        raise InputError(f"{row.name} needs no calibration: leave out --calibration-prompts and --calibration-samples")
+    from kdc_edge.export.calibration import read_prompts
+
+    return {"calibration_prompts": prompts and read_prompts(prompts), "calibration_samples": samples}

@@ -9,6 +9,16 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from kdc_edge.cli.options import (
+    Device,
+    Engine,
+    Guidance,
+    GuidanceInterval,
+    GuidanceModeOption,
+    LowMemory,
+    Threads,
+    make_request,
+)  # fmt: skip
 from kdc_edge.cli.project import Config, best_bundle, say
 
 
@@ -19,16 +29,22 @@ def generate(
         Option(help="A bundle, or a checkpoint (through torch); the best in bundles/ when not given."),
     ] = None,
     steps: Annotated[int, Option(help="Steps of the sampler.")] = 20,
-    guidance: Annotated[float, Option(help="Classifier-free guidance scale; 1 for none.")] = 7.5,
+    guidance: Guidance = 7.5,
+    guidance_mode: GuidanceModeOption = None,
+    guidance_interval: GuidanceInterval = "0.0:1.0",
     seed: Annotated[int, Option(help="Of the initial noise.")] = 0,
     scheduler: Annotated[str, Option(help="ddim, pndm, euler, dpm++2m, dpm++2m-karras or lcm.")] = "dpm++2m",
     negative_prompt: Annotated[str, Option(help="What the picture should not show.")] = "",
     width: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     out: Annotated[Path | None, Option(help="A PNG file; named after the prompt when not given.")] = None,
-    engine: Annotated[str | None, Option(help="See kdc-edge devices.")] = None,
-    device: Annotated[str | None, Option(help="See kdc-edge devices.")] = None,
-    threads: Annotated[int | None, Option(help="Of the engine.")] = None,
+    engine: Engine = None,
+    device: Device = None,
+    threads: Threads = None,
+    low_memory: LowMemory = False,
+    cache: Annotated[
+        Path | None, Option(help="A folder where the engine keeps what it compiles; none by default.")
+    ] = None,
     config: Config = None,
 ) -> None:
     """Generate a picture, without PyTorch where a bundle is given."""
@@ -36,7 +52,7 @@ def generate(
     from kdc_edge.cli.progress import Progress
     from kdc_edge.errors import InputError
     from kdc_edge.image import save_png
-    from kdc_edge.pipeline import Request, describe
+    from kdc_edge.pipeline import describe
     from kdc_edge.runtimes import open_pipeline
 
     out = out or Path(f"{_slug(prompt)}-{seed}.png")
@@ -45,8 +61,12 @@ def generate(
     if bundle is None:
         bundle = best_bundle()
         say(f"no bundle given: {bundle}, the smallest that runs here")
-    request = Request(prompt, negative_prompt, steps, guidance, seed, scheduler, width, height)
-    pipeline = open_pipeline(bundle, engine=engine, device=device, threads=threads)
+    request = make_request(
+        prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, guidance_mode=guidance_mode,
+        guidance_interval=guidance_interval, seed=seed, sampler=scheduler, width=width, height=height,
+        low_memory=low_memory,
+    )  # fmt: skip
+    pipeline = open_pipeline(bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, cache=cache)
     pipeline.check(request)
     if cut := pipeline.tokenizer.overflow(prompt):
         say(f"the prompt is longer than the model reads: left out is {cut[:80]!r}")

@@ -1,0 +1,107 @@
+"""What the student really sees: the U-Net's inputs while it generates from the user's own prompts.
+
+    calibration = calibrate(checkpoint, prompts, samples=64, seed=0)
+    [call["sample"].shape for call in calibration.inputs]                # each (2, C, h, w): both guidance halves
+
+Consecutive steps of a few prompts look alike, so each picture gives a few steps taken at random, and the
+prompts are many. Seeded: the same prompts give the same samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kdc_edge.bundle import CalibrationInfo
+from kdc_edge.checkpoint import PROMPTS_FILE, read_model
+from kdc_edge.errors import InputError
+from kdc_edge.export.parity import PROMPTS, Recorder
+from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.runtimes.base import COMPONENTS, LoadedComponents, get_runtime
+from kdc_edge.tokenizer import Tokenizer
+
+SAMPLES = 64
+STEPS = 10  # of each picture
+SAMPLES_A_PICTURE = 4
+GUIDANCE = 7.5
+MAX_PROMPTS_BYTES = 10 * 2**20
+
+
+@dataclass(frozen=True)
+class Calibration:
+    inputs: list[dict[str, np.ndarray]]  # of U-Net calls, by name
+    info: CalibrationInfo
+
+
+def calibrate(
+    checkpoint: Path, prompts: Sequence[str] | None = None, samples: int | None = None, *, seed: int = 0
+) -> Calibration:
+    """Generate in PyTorch from prompts drawn at random, and keep `samples` of the U-Net's calls.
+
+    Without prompts, the checkpoint's own captions are taken.
+
+    Raises InputError for no prompts or a count that cannot be used, CheckpointError for the checkpoint.
+    """
+    prompts = own_prompts(checkpoint) if prompts is None else prompts
+    samples = SAMPLES if samples is None else samples
+    if samples < 1:
+        raise InputError(f"--calibration-samples {samples} is too few: use 1 or more")
+    if not prompts:
+        raise InputError("there are no prompts to calibrate on: give --calibration-prompts a file with one a line")
+    rng = np.random.default_rng(seed)
+    runtime = get_runtime("torch")
+    loaded = LoadedComponents(lambda name: runtime.load(checkpoint, name, device="CPU"))
+    unet = Recorder(loaded["unet"])
+    components = {name: unet if name == "unet" else loaded[name] for name in COMPONENTS if name != "vae_decoder"}
+    pipeline = Pipeline(read_model(checkpoint), Tokenizer.from_folder(checkpoint / "tokenizer"), components)
+    inputs: list[dict[str, np.ndarray]] = []
+    order = [p for _ in range(-(-samples // len(prompts))) for p in rng.permutation(np.array(prompts, object))]
+    for number, prompt in enumerate(order):
+        wanted = min(SAMPLES_A_PICTURE, samples - len(inputs))
+        if wanted == 0:
+            break
+        kept = sorted(rng.choice(STEPS, wanted, replace=False))
+        unet.calls.clear()
+        request = Request(str(prompt), steps=STEPS, guidance=GUIDANCE, seed=seed + number)
+        for progress in pipeline.run(request):
+            if progress.stage == "unet" and progress.step > kept[-1]:
+                break  # the later steps, and the decoder, are not needed
+        inputs += [unet.calls[step][0] for step in kept]
+    text = "\n".join(prompts)
+    info = CalibrationInfo(
+        prompts_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        prompts=len(prompts),
+        samples=len(inputs),
+        seed=seed,
+        sampler=request.sampler,
+        steps=STEPS,
+        guidance=GUIDANCE,
+    )
+    return Calibration(inputs, info)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; empty lines do not count. Raises InputError."""
+    try:
+        if path.stat().st_size > MAX_PROMPTS_BYTES:
+            raise InputError(
+                f"{path} is larger than {MAX_PROMPTS_BYTES // 2**20} MiB: give a file with one prompt a line"
+            )
+        found = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: give a text file with one prompt a line") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as text: {error}") from None
+    if not found:
+        raise InputError(f"{path} holds no prompts: write one a line")
+    return found
+
+
+def own_prompts(checkpoint: Path) -> list[str]:
+    """The captions that came with the checkpoint, or a few general ones."""
+    path = checkpoint / PROMPTS_FILE
+    return read_prompts(path) if path.is_file() else list(PROMPTS)

@@ -1,0 +1,142 @@
+"""Checkpoint to OpenVINO IR: names, folders and tokenizer as optimum-intel and openvino_genai open them.
+
+    bundle = export_openvino(Path("runs/latest/checkpoint"), Path("bundles/openvino-fp16"), precision="fp16")
+
+Weights: `fp16` halves them; `w8` and `w4` keep them as integers that are widened inside the graph (size, hardly
+time). `int8` also computes in integers (W8A8): the ranges of the U-Net's activations are recorded while the
+student itself generates (calibration.py). Components are converted one after the other, so that the peak of
+memory is the largest one's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kdc_edge.bundle import Bundle
+from kdc_edge.errors import require
+from kdc_edge.export.bundle_writer import write_bundle
+from kdc_edge.export.calibration import Calibration, calibrate
+from kdc_edge.export.components import ExportComponent
+from kdc_edge.formats import find_format
+from kdc_edge.runtimes.openvino import without_telemetry
+
+without_telemetry()
+_ov: Any = require("openvino", extra="export", purpose="an export to OpenVINO")
+
+MODEL = "openvino_model.xml"
+W4_GROUP = 64  # weights of a row that share a scale; it divides every width of SD 1.x
+
+
+def export_openvino(
+    checkpoint: Path,
+    out: Path,
+    *,
+    precision: str,
+    verify: bool = True,
+    prompts: Sequence[str] | None = None,
+    calibration_prompts: Sequence[str] | None = None,
+    calibration_samples: int | None = None,
+    command: str | None = None,
+) -> Bundle:
+    """Write a bundle to `out`, proved against PyTorch on `prompts` before it takes its place there.
+
+    Raises CheckpointError, ParityError or InputError; `out` is then what it was before.
+    """
+    row = find_format("openvino", precision)
+    calibration = calibrate(checkpoint, calibration_prompts, calibration_samples) if row.calibrated else None
+
+    def write(part: ExportComponent, folder: Path) -> list[str]:
+        with _quiet():
+            model = compress(convert(part), part.name, precision, calibration)
+            _ov.save_model(model, folder / MODEL, compress_to_fp16=precision != "fp32")
+        return [MODEL, "openvino_model.bin"]
+
+    return write_bundle(
+        checkpoint,
+        out,
+        row,
+        write,
+        finish=write_tokenizer,
+        verify=verify,
+        prompts=prompts,
+        calibration=calibration.info if calibration else None,
+        command=command,
+    )
+
+
+def convert(part: ExportComponent) -> Any:
+    """The component as an OpenVINO model in fp32 with optimum's names; its weights are still the module's."""
+    dummies = part.config.generate_dummy_inputs()
+    shapes = part.config.input_shapes
+    model = _ov.convert_model(
+        part.module,
+        example_input=tuple(dummies.values()),
+        input=[_ov.PartialShape([-1 if isinstance(n, str) else n for n in shape]) for shape in shapes.values()],
+    )
+    for ports, names in ((model.inputs, shapes), (model.outputs, part.config.output_shapes)):
+        for port, name in zip(ports, names, strict=True):
+            port.get_tensor().set_names({name})
+    for node, name in zip(model.get_parameters(), shapes, strict=True):
+        node.set_friendly_name(name)
+    return model
+
+
+def compress(model: Any, component: str, precision: str, calibration: Calibration | None) -> Any:
+    """The model in the precision; only the U-Net is ever computed in integers, or kept in 4 bits."""
+    if precision in ("fp32", "fp16"):
+        return model
+    nncf = require("nncf", extra="export", purpose=f"an export to OpenVINO {precision}")
+    if component != "unet" or precision == "w8":
+        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    if precision == "w4":
+        # ratio 1: every matrix product in 4 bits; convolutions, which nncf keeps out of 4 bits, in 8.
+        mode = nncf.CompressWeightsMode.INT4_SYM
+        fallback = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
+        return nncf.compress_weights(
+            model, mode=mode, ratio=1.0, group_size=W4_GROUP, all_layers=True, advanced_parameters=fallback
+        )
+    assert calibration is not None
+    dataset = nncf.Dataset(calibration.inputs)
+    if precision == "int8-hybrid":
+        model = nncf.compress_weights(model, ignored_scope=nncf.IgnoredScope(types=["Convolution"]))
+        ignored = nncf.IgnoredScope(types=["MatMul", "ScaledDotProductAttention"], validate=False)
+        smooth = nncf.AdvancedSmoothQuantParameters(matmul=-1)  # off
+        return nncf.quantize(
+            model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration.inputs),
+            ignored_scope=ignored, advanced_parameters=nncf.AdvancedQuantizationParameters(smooth_quant_alphas=smooth),
+        )  # fmt: skip
+    return nncf.quantize(model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration.inputs))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """The tokenizer as OpenVINO models, which openvino_genai needs; our own runtime does not."""
+    if importlib.util.find_spec("openvino_tokenizers") is None:
+        return
+    from openvino_tokenizers import convert_tokenizer
+    from transformers import CLIPTokenizer
+
+    with _quiet():
+        found = convert_tokenizer(CLIPTokenizer.from_pretrained(folder), with_detokenizer=True)
+    for name, model in zip(("openvino_tokenizer.xml", "openvino_detokenizer.xml"), found, strict=True):
+        _ov.save_model(model, folder / name, compress_to_fp16=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what torch, OpenVINO and nncf say about their own insides; progress bars go to stderr."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,48 @@
+"""The options that generate and bench share, and the request they make."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdc_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from kdc_edge.pipeline import Request
+
+Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 for none, at half the cost.")]
+GuidanceModeOption = Annotated[
+    str | None,
+    typer.Option("--guidance-mode", help="batched, or sequential: two U-Net calls of half the activations."),
+]
+GuidanceInterval = Annotated[
+    str, typer.Option(metavar="FROM:TO", help="Fractions of the steps with guidance, such as 0.0:0.7.")
+]
+Engine = Annotated[str | None, typer.Option(help="See kdc-edge devices.")]
+Device = Annotated[
+    str | None, typer.Option(help="One for all, or one a component: unet=GPU,text_encoder=CPU. See kdc-edge devices.")
+]
+Threads = Annotated[int | None, typer.Option(help="Of the engine.")]
+LowMemory = Annotated[
+    bool, typer.Option("--low-memory", help="One network in memory at a time, guidance sequential: slower, smaller.")
+]
+
+
+def make_request(
+    prompt: str, *, guidance_mode: str | None, guidance_interval: str, low_memory: bool, **rest: Any
+) -> Request:
+    """The request, which the pipeline checks; `low_memory` makes guidance sequential where no mode is given."""
+    from kdc_edge.pipeline import Request
+
+    mode: Any = guidance_mode or ("sequential" if low_memory else None)
+    return Request(prompt, guidance_mode=mode, guidance_interval=parse_interval(guidance_interval), **rest)
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """'0.0:0.7' as two fractions; raises InputError."""
+    begin, _, end = text.partition(":")
+    try:
+        return float(begin), float(end)
+    except ValueError:
+        raise InputError(f"--guidance-interval {text!r} is not understood: use 0.0:0.7 or the like") from None

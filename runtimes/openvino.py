@@ -1,0 +1,218 @@
+"""OpenVINO: any bundle whose components are OpenVINO IR, on Intel (and other x86 and Arm) CPUs, GPUs and NPUs.
+
+    unet = get_runtime("openvino").load(Path("bundles/openvino-int8"), "unet", device="CPU", threads=2)
+    noise_pred = unet(sample=sample, timestep=timestep, encoder_hidden_states=hidden)
+
+The network is compiled for the exact shapes of its first call (`prepare` does it before), which is faster than
+free shapes and the only way on an NPU. Arithmetic: fp32 bundles stay in 32 bits; all others take bfloat16 where
+the processor computes it, and 32 bits where not. The f16 hint is never given to a CPU: it is five times slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import numpy as np
+import psutil
+
+from kdc_edge.bundle import Bundle
+from kdc_edge.errors import BundleError, InputError, KdcError, require
+from kdc_edge.pipeline import Component
+from kdc_edge.runtimes.base import Device, check_device, first_line
+
+
+def without_telemetry() -> None:
+    """Let OpenVINO and NNCF find no telemetry package, so that they report to nobody."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+
+without_telemetry()
+_ov: Any = require("openvino", extra="openvino", purpose="running an OpenVINO bundle")
+
+TRIM_SEC = 0.02  # between two looks at the mapped weights while an engine compiles
+WORKING_BYTES = 300 * 2**20  # of one component beside its weights, about
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class OpenVinoComponent:
+    """One network, compiled anew for each set of shapes; the first output comes as float32."""
+
+    def __init__(self, path: Path, model: Any, device: str, settings: Mapping[str, Any]) -> None:
+        self._path = path
+        self._model = model
+        self._device = device
+        self._settings = settings
+        # By place, because a compiled model may call its inputs by more names than these.
+        self._inputs = [(port.any_name, port.element_type.to_dtype()) for port in model.inputs]
+        self._requests: dict[tuple[tuple[str, tuple[int, ...]], ...], Any] = {}
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        """Compute; raises BundleError when the network does not take inputs of these names and shapes."""
+        request = self._request({name: value.shape for name, value in inputs.items()})
+        feeds = {i: np.ascontiguousarray(inputs[name], dtype) for i, (name, dtype) in enumerate(self._inputs)}
+        try:
+            found = request.infer(feeds, share_inputs=True, share_outputs=True)
+        except RuntimeError as error:
+            raise BundleError(f"{self._path} cannot compute this: {first_line(error)}") from None
+        return np.array(found[0], np.float32)  # a copy: the engine writes there again
+
+    def prepare(self, shapes: Shapes) -> None:
+        """Compile for these shapes now."""
+        self._request(shapes)
+
+    def _request(self, shapes: Shapes) -> Any:
+        names = [name for name, _ in self._inputs]
+        if shapes.keys() != set(names):
+            raise BundleError(
+                f"{self._path} takes {', '.join(names)} where {', '.join(shapes)} are given: export it again"
+            )
+        key = tuple(sorted(shapes.items()))
+        if key not in self._requests:
+            self._requests[key] = self._compile(shapes).create_infer_request()
+        return self._requests[key]
+
+    def _compile(self, shapes: Shapes) -> Any:
+        weights = self._path.with_suffix(".bin")
+        try:
+            model = self._model.clone()
+            model.reshape({name: list(shape) for name, shape in shapes.items()})
+        except RuntimeError as error:
+            made = ", ".join(f"{port.any_name} {port.partial_shape}" for port in self._model.inputs)
+            raise InputError(
+                f"{self._path} was not made for this size ({first_line(error)}): it takes {made}"
+            ) from None
+        _demand_memory(weights)
+        try:
+            with _trimmed(weights):
+                return _CORE.compile_model(model, self._device, self._settings)
+        except (RuntimeError, MemoryError) as error:
+            if "bad_alloc" in str(error) or isinstance(error, MemoryError):
+                raise _too_little_memory(weights, None) from None
+            raise BundleError(
+                f"{self._path} is refused by openvino {OpenVinoRuntime.version} on {self._device}: {first_line(error)}"
+            ) from None
+
+
+class OpenVinoRuntime:
+    name = "openvino"
+    version: str = _ov.__version__.split("-")[0]
+
+    def devices(self) -> list[Device]:
+        found = [Device(name, str(_CORE.get_property(name, "FULL_DEVICE_NAME"))) for name in _CORE.available_devices]
+        found.sort(key=lambda device: device.name != "CPU")  # the one that is always there comes first
+        return [*found, Device("AUTO", "OpenVINO's own choice among these")]
+
+    def load(
+        self,
+        folder: Path,
+        component: str,
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        low_memory: bool = False,  # noqa: ARG002  # weights are never held twice here
+        cache: Path | None = None,
+    ) -> Component:
+        """Open a component of a bundle. Raises BundleError for a file that the engine refuses."""
+        bundle = Bundle.open(folder)
+        _, path = bundle.component(component)
+        chosen = check_device(self, device)
+        if not path.with_suffix(".bin").is_file():
+            raise BundleError(
+                f"{path.with_suffix('.bin')} is missing: the bundle is incomplete; copy or export it again"
+            )
+        try:
+            model = _CORE.read_model(path)
+        except RuntimeError as error:
+            raise BundleError(
+                f"{path} is refused by openvino {self.version}: {first_line(error)}; copy or export it again"
+            ) from None
+        return OpenVinoComponent(path, model, chosen, _settings(chosen, bundle.manifest.precision, threads, cache))
+
+
+def _settings(device: str, precision: str, threads: int | None, cache: Path | None) -> dict[str, Any]:
+    """For one picture's latency."""
+    found: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if precision == "fp32":
+        found["INFERENCE_PRECISION_HINT"] = "f32"
+    elif device == "CPU":
+        able = _CORE.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        found["INFERENCE_PRECISION_HINT"] = "bf16" if "BF16" in able else "f32"
+    if device == "CPU" and threads is not None:
+        found["INFERENCE_NUM_THREADS"] = threads
+    if cache is not None:
+        found["CACHE_DIR"] = str(cache)
+    return found
+
+
+def _demand_memory(weights: Path) -> None:
+    """Raise KdcError when what is free cannot hold the weights: better a line now than a killed process later."""
+    need = weights.stat().st_size + WORKING_BYTES
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    if need > free:
+        raise _too_little_memory(weights, free)
+
+
+def _too_little_memory(weights: Path, free: int | None) -> KdcError:
+    need = weights.stat().st_size + WORKING_BYTES
+    there = "" if free is None else f", and {free / 2**20:.0f} MiB are free"
+    return KdcError(
+        f"too little memory for {weights.parent.name}: it needs about {need / 2**20:.0f} MiB{there};"
+        " close other programs, use --low-memory, or a bundle of a smaller precision"
+    )
+
+
+@contextmanager
+def _trimmed(weights: Path) -> Iterator[None]:
+    """Give the mapped weights' pages back, while the engine repacks them and once more when it has.
+
+    The engine reads the file through a mapping and keeps its own copy in the layout of its kernels; the pages it
+    has read would count twice until the process ends. They are clean: what is read again comes from the file.
+    """
+    spans = list(_mappings(weights))
+    if not spans:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    done = Event()
+
+    def trim() -> None:
+        for begin, length in spans:
+            libc.madvise(begin, length, mmap.MADV_DONTNEED)
+
+    def watch() -> None:
+        while not done.wait(TRIM_SEC):
+            trim()
+
+    watcher = Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        trim()
+
+
+def _mappings(path: Path) -> Iterator[tuple[int, int]]:
+    """Address and length of each read-only mapping of the file in this process; none where Linux does not tell."""
+    if not sys.platform.startswith("linux"):
+        return
+    name = str(path.resolve())
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5] == name and "w" not in fields[1]:
+            begin, end = (int(address, 16) for address in fields[0].split("-"))
+            yield begin, end - begin
+
+
+_CORE = _ov.Core()
+RUNTIME = OpenVinoRuntime()

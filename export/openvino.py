@@ -116,10 +116,11 @@ def compress(model: Any, component: str, precision: str, calibration: Calibratio
     return nncf.quantize(model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration.inputs))
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(bundle: Path) -> None:
     """The tokenizer as OpenVINO models, which openvino_genai needs; our own runtime does not."""
     if importlib.util.find_spec("openvino_tokenizers") is None:
         return
+    folder = bundle / "tokenizer"
     from openvino_tokenizers import convert_tokenizer
     from transformers import CLIPTokenizer
 

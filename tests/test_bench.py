@@ -90,8 +90,10 @@ def make_pipeline(work: Callable[[str], None] = lambda _: None) -> Pipeline:
 # What the child processes open, by name.
 
 
-def open_fake(folder: Path, *, engine: str | None, device: str | None, threads: int | None) -> Pipeline:
-    print(f"engines talk: {folder} {engine} {device} {threads}")
+def open_fake(
+    folder: Path, *, engine: str | None, device: str | None, threads: int | None, low_memory: bool
+) -> Pipeline:
+    print(f"engines talk: {folder} {engine} {device} {threads} {low_memory}")
     return make_pipeline()
 
 
@@ -161,12 +163,15 @@ def make_row(name: str = "onnx-fp16", scale: float = 1.0, **changes: object) -> 
         engine="onnxruntime",
         device=None,
         threads=2,
+        low_memory=False,
         size_bytes=3 * 2**20,
         parity=check("picture", 51.7),
         prompt="a red flower",
         negative_prompt="",
         steps=20,
         guidance=7.5,
+        guidance_mode=None,
+        guidance_interval=(0.0, 1.0),
         sampler="ddim",
         width=64,
         height=64,

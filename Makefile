@@ -1,10 +1,10 @@
 # make setup   create .venv and install everything that building and testing need (pip, Python 3.11 or newer)
 # make demo    the whole path on the garden: train, export, prove, bench; the report is demo/report.html
-# make test    the fast tests       make check   lint, types, floors: what CI runs
+# make test    the fast tests       make interop  our bundles in other programs       make check   lint, types, floors: what CI runs
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test interop check format clean
 
 setup: .venv/ready
 
@@ -20,6 +20,22 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# Our bundles in openvino_genai, optimum-intel and optimum-onnx, in an environment that they can live in.
+INTEROP := .venv-interop
+BUNDLES := onnx-fp32 onnx-fp16 openvino-fp16 openvino-int8
+
+interop: setup $(INTEROP)/ready $(BUNDLES:%=$(INTEROP)/bundles/%/kdc-edge.json)
+	KDC_EDGE_INTEROP=$(INTEROP)/bundles $(INTEROP)/bin/python -m pytest -m interop -o filterwarnings=default tests/interop
+
+$(INTEROP)/ready: tests/interop/requirements.txt
+	@test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -r $< --editable .
+	@touch $@
+
+$(INTEROP)/bundles/%/kdc-edge.json: train/assets/garden-teacher/quality.json
+	$(BIN)/kdc-edge export train/assets/garden-teacher --target $(firstword $(subst -, ,$*)) \
+	  --precision $(lastword $(subst -, ,$*)) --out $(@D)
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,4 +47,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv demo build *.egg-info
+	rm -rf .venv .venv-interop demo build *.egg-info

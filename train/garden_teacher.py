@@ -29,6 +29,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from kdc_edge.checkpoint import PROMPTS_FILE
 from kdc_edge.train.garden import SUBJECTS, Split, draw_scenes, render_many, scenes
 from kdc_edge.train.judge import Judge, load_judge, targets, to_images
 
@@ -258,6 +259,8 @@ def assemble(out: Path, work: Path, unet: UNet2DConditionModel, text: CLIPTextMo
     pipeline.to(torch.float16).save_pretrained(out)
     shutil.rmtree(out / "tokenizer")  # transformers 5 writes no vocab.json; every other program reads it
     shutil.copytree(work / "tokenizer", out / "tokenizer")
+    captions = [s.caption for subject in SUBJECTS for s in draw_scenes(subject, 32, seed=0)]
+    (out / PROMPTS_FILE).write_text("".join(f"{c}\n" for c in dict.fromkeys(captions)))
     for path in out.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes for its owner alone
     return pipeline.to(torch.float32)

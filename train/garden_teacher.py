@@ -261,6 +261,10 @@ def assemble(out: Path, work: Path, unet: UNet2DConditionModel, text: CLIPTextMo
     shutil.copytree(work / "tokenizer", out / "tokenizer")
     captions = [s.caption for subject in SUBJECTS for s in draw_scenes(subject, 32, seed=0)]
     (out / PROMPTS_FILE).write_text("".join(f"{c}\n" for c in dict.fromkeys(captions)))
+    for network in (out / "unet" / "config.json", out / "vae" / "config.json"):
+        config = json.loads(network.read_text())
+        del config["_name_or_path"]  # a folder of the machine that made it
+        network.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for path in out.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes for its owner alone
     return pipeline.to(torch.float32)

@@ -35,7 +35,8 @@ from kdc_edge.bundle import (
 from kdc_edge.checkpoint import hash_checkpoint, read_model
 from kdc_edge.errors import CheckpointError, ParityError
 from kdc_edge.export.components import ExportComponent, describe, load_component
-from kdc_edge.export.parity import PROMPTS, check_parity
+from kdc_edge.export.parity import PICTURES, check_parity
+from kdc_edge.export.prompts import own_prompts
 from kdc_edge.files import atomic_folder, inside, read_json
 from kdc_edge.formats import Format
 from kdc_edge.schedule import NoiseSchedule
@@ -91,10 +92,15 @@ def write_bundle(
         )
         write_manifest(folder, manifest)
         if verify:
-            parity = check_parity(checkpoint, folder, row, prompts or PROMPTS)
+            parity = check_parity(checkpoint, folder, row, prompts or spread(own_prompts(checkpoint), PICTURES))
             _demand(parity, row)
             write_manifest(folder, manifest.model_copy(update={"parity": parity}))
     return Bundle.open(out)
+
+
+def spread(prompts: Sequence[str], count: int) -> list[str]:
+    """Up to `count` of the prompts, evenly over the list, so that each task has its part."""
+    return [prompts[i * len(prompts) // count] for i in range(min(count, len(prompts)))]
 
 
 def _write_component(checkpoint: Path, name: ComponentName, folder: Path, write: Write) -> ComponentInfo:

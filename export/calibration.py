@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from kdc_edge.bundle import CalibrationInfo
-from kdc_edge.checkpoint import PROMPTS_FILE, read_model
+from kdc_edge.checkpoint import read_model
 from kdc_edge.errors import InputError
-from kdc_edge.export.parity import PROMPTS, Recorder
+from kdc_edge.export.parity import Recorder
+from kdc_edge.export.prompts import own_prompts
 from kdc_edge.pipeline import Pipeline, Request
 from kdc_edge.runtimes.base import COMPONENTS, LoadedComponents, get_runtime
 from kdc_edge.tokenizer import Tokenizer
@@ -28,7 +29,6 @@ SAMPLES = 64
 STEPS = 10  # of each picture
 SAMPLES_A_PICTURE = 4
 GUIDANCE = 7.5
-MAX_PROMPTS_BYTES = 10 * 2**20
 
 
 @dataclass(frozen=True)
@@ -82,26 +82,3 @@ def calibrate(
         guidance=GUIDANCE,
     )
     return Calibration(inputs, info)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; empty lines do not count. Raises InputError."""
-    try:
-        if path.stat().st_size > MAX_PROMPTS_BYTES:
-            raise InputError(
-                f"{path} is larger than {MAX_PROMPTS_BYTES // 2**20} MiB: give a file with one prompt a line"
-            )
-        found = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give a text file with one prompt a line") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as text: {error}") from None
-    if not found:
-        raise InputError(f"{path} holds no prompts: write one a line")
-    return found
-
-
-def own_prompts(checkpoint: Path) -> list[str]:
-    """The captions that came with the checkpoint, or a few general ones."""
-    path = checkpoint / PROMPTS_FILE
-    return read_prompts(path) if path.is_file() else list(PROMPTS)

@@ -24,8 +24,8 @@ from kdc_edge.pipeline import Component, Pipeline, Request
 from kdc_edge.runtimes.base import COMPONENTS, get_runtime, open_pipeline
 from kdc_edge.tokenizer import Tokenizer
 
-PROMPTS = ("a photo of a red flower", "a blue butterfly with white spots on a dark background")
-STEPS = 4  # enough to visit noise, structure and detail; each one costs a U-Net call on both sides
+PICTURES = 2  # each one costs STEPS U-Net calls on both sides
+STEPS = 4  # enough to visit noise, structure and detail
 GUIDANCE = 4.0
 
 Call = tuple[dict[str, np.ndarray], np.ndarray]  # a component's inputs by name, and its answer

@@ -15,8 +15,9 @@ import pytest
 
 from kdc_edge.bundle import Bundle, list_files
 from kdc_edge.errors import BundleError, InputError, KdcError
-from kdc_edge.export.calibration import calibrate, own_prompts, read_prompts
+from kdc_edge.export.calibration import calibrate
 from kdc_edge.export.openvino import export_openvino
+from kdc_edge.export.prompts import own_prompts, read_prompts
 from kdc_edge.pipeline import Request
 from kdc_edge.runtimes import get_runtime, open_pipeline
 from tests.test_runtimes import some_inputs

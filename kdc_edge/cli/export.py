@@ -61,6 +61,6 @@ def _calibration(row: Format, prompts: Path | None, samples: int | None) -> dict
         return {}
     if not row.calibrated:
         raise InputError(f"{row.name} needs no calibration: leave out --calibration-prompts and --calibration-samples")
-    from kdc_edge.export.calibration import read_prompts
+    from kdc_edge.export.prompts import read_prompts
 
     return {"calibration_prompts": prompts and read_prompts(prompts), "calibration_samples": samples}

@@ -29,6 +29,7 @@ from kdc_edge.bundle import (
     Manifest,
     Parity,
     Provenance,
+    Tensor,
     list_files,
     write_manifest,
 )
@@ -41,14 +42,21 @@ from kdc_edge.formats import Format
 from kdc_edge.schedule import NoiseSchedule
 
 Write = Callable[[ExportComponent, Path], list[str]]
+Interface = tuple[dict[str, Tensor], dict[str, Tensor]]  # inputs and outputs by name
 Finish = Callable[[Path], None]
 
 PACKAGES = (
-    "torch", "diffusers", "transformers", "optimum", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "numpy",
+    "torch", "diffusers", "transformers", "optimum", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf",
+    "coremltools", "numpy",
 )  # fmt: skip
 # A component's folder in the bundle <- its network's folder in the checkpoint.
 SOURCES: dict[ComponentName, str] = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae"}
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+def optimum_interface(part: ExportComponent) -> Interface:
+    """The component's inputs and outputs under optimum's names, free sizes included."""
+    return describe(part.config.input_shapes), describe(part.config.output_shapes)
 
 
 def write_bundle(
@@ -57,20 +65,24 @@ def write_bundle(
     row: Format,
     write: Write,
     *,
+    interface: Callable[[ExportComponent], Interface] = optimum_interface,
     finish: Finish | None = None,
     verify: bool = True,
     prompts: Sequence[str] | None = None,
     calibration: CalibrationInfo | None = None,
     command: str | None = None,
 ) -> Bundle:
-    """Fill a folder beside `out`, prove it, rename it in. Raises a KdcError, and `out` stays as it was."""
+    """Fill a folder beside `out`, prove it, rename it in. Raises a KdcError, and `out` stays as it was.
+
+    `interface` says what goes into a component and comes out of it where a target has names of its own.
+    """
     model = read_model(checkpoint)
     NoiseSchedule.from_config(model.scheduler)  # refuses a schedule that no sampler has, before the work
     with atomic_folder(out, marker=MANIFEST) as folder:
         copy_configs(checkpoint, folder)
         copy_tokenizer(checkpoint / "tokenizer", folder / "tokenizer")
         components: dict[ComponentName, ComponentInfo] = {
-            name: _write_component(checkpoint, name, folder, write) for name in SOURCES
+            name: _write_component(checkpoint, name, folder, write, interface) for name in SOURCES
         }
         if finish:
             finish(folder)
@@ -97,15 +109,18 @@ def write_bundle(
     return Bundle.open(out)
 
 
-def _write_component(checkpoint: Path, name: ComponentName, folder: Path, write: Write) -> ComponentInfo:
+def _write_component(
+    checkpoint: Path,
+    name: ComponentName,
+    folder: Path,
+    write: Write,
+    interface: Callable[[ExportComponent], Interface],
+) -> ComponentInfo:
     """One component from file to file; its weights are in memory only while this runs."""
     part = load_component(checkpoint, name)
+    inputs, outputs = interface(part)
     files = write(part, folder / name)
-    return ComponentInfo(
-        files=[f"{name}/{file}" for file in files],
-        inputs=describe(part.config.input_shapes),
-        outputs=describe(part.config.output_shapes),
-    )
+    return ComponentInfo(files=[f"{name}/{file}" for file in files], inputs=inputs, outputs=outputs)
 
 
 def copy_configs(checkpoint: Path, folder: Path) -> None:

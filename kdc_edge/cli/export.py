@@ -23,6 +23,17 @@ def export(
     ] = None,
     calibration_samples: Annotated[int | None, Option(help="U-Net calls recorded for int8; 64 by default.")] = None,
     verify: Annotated[bool, Option("--verify/--no-verify", help="Prove it against PyTorch first.")] = True,
+    unet_batch: Annotated[int | None, Option(help="Core ML: samples a U-Net pass, 2 (with guidance) or 1.")] = None,
+    deployment_target: Annotated[
+        str | None, Option(help="Core ML: iOS17 (macOS 14), the default, or iOS18 (macOS 15).")
+    ] = None,
+    attention: Annotated[
+        str | None,
+        Option(help="Core ML: original (GPU), split-einsum (Neural Engine), or sdpa (fused; needs iOS18)."),
+    ] = None,
+    swift: Annotated[
+        bool | None, Option("--swift", help="Core ML: lay out Resources/ for Apple's Swift package.")
+    ] = None,
     config: Config = None,
 ) -> None:
     """Export a checkpoint to a bundle that a device can run, and prove that it computes the same."""
@@ -33,6 +44,15 @@ def export(
     source = checkpoint or latest_checkpoint()
     if checkpoint is None:
         say(f"no checkpoint given: {source.resolve()}")
+    own: dict[str, Any] = {
+        "unet_batch": unet_batch,
+        "deployment_target": deployment_target,
+        "attention": attention,
+        "swift": swift,
+    }
+    asked = {name: value for name, value in own.items() if value is not None}
+    if asked and row.target != "coreml":
+        raise InputError(f"--{next(iter(asked)).replace('_', '-')} is for --target coreml: leave it out")
     need_export("kdc-edge export")
     out = out or BUNDLES / row.name
     common: dict[str, Any] = {"precision": row.precision, "verify": verify, "command": command_line()}
@@ -41,6 +61,10 @@ def export(
         from kdc_edge.export.openvino import export_openvino
 
         bundle = export_openvino(source, out, **common, **calibration)
+    elif target == "coreml":
+        from kdc_edge.export.coreml import CoreMLOptions, export_coreml
+
+        bundle = export_coreml(source, out, **common, options=CoreMLOptions(**asked))
     else:
         from kdc_edge.export.onnx import export_onnx
 

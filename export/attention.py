@@ -1,0 +1,57 @@
+"""Attention in the layouts that Core ML's devices like, as processors of diffusers' attention layers.
+
+    set_attention(unet, "split-einsum")         # the same numbers, arranged for the Neural Engine
+
+`original`: all heads in one batched product, for the GPU. `split-einsum`: channels first, (B, C, 1, S), linear
+layers as 1x1 convolutions, head by head, long queries in pieces (Apple, "Deploying Transformers on the Apple
+Neural Engine", 2022). `sdpa`: one fused operation, which Core ML has since iOS 18 and macOS 15.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import Tensor
+
+ATTENTIONS = ("original", "split-einsum", "sdpa")
+QUERIES_AT_ONCE = 512  # of split-einsum: a head's scores (B, S, 1, 512) stay in the Neural Engine's memory
+
+
+class SplitEinsumProcessor:
+    """Self and cross attention of a U-Net, head by head."""
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object
+    ) -> Tensor:
+        """hidden_states (B, S, C), encoder_hidden_states (B, T, D) or None -> (B, S, C)."""
+        x = hidden_states.transpose(1, 2).unsqueeze(2)  # (B, C, 1, S)
+        text = x if encoder_hidden_states is None else encoder_hidden_states.transpose(1, 2).unsqueeze(2)
+        query, key, value = _project(attn.to_q, x), _project(attn.to_k, text), _project(attn.to_v, text)
+        key = key.transpose(1, 3)  # (B, T, 1, C)
+        width = query.shape[1] // attn.heads
+        heads = zip(torch.split(query, width, 1), torch.split(key, width, 3), torch.split(value, width, 1), strict=True)
+        found = torch.cat([_one_head(*head, attn.scale) for head in heads], dim=1)  # (B, C, 1, S)
+        return _project(attn.to_out[0], found).squeeze(2).transpose(1, 2)
+
+
+def _one_head(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """query (B, d, 1, S), key (B, T, 1, d), value (B, d, 1, T) -> (B, d, 1, S)."""
+    found = []
+    for part in torch.split(query, QUERIES_AT_ONCE, 3):
+        scores = torch.einsum("bchq,bkhc->bkhq", part, key) * scale  # (B, T, 1, S)
+        found.append(torch.einsum("bkhq,bchk->bchq", scores.softmax(dim=1), value))
+    return torch.cat(found, dim=3)
+
+
+def _project(layer: Any, x: Tensor) -> Tensor:
+    """A linear layer over the channels of (B, C, 1, S)."""
+    return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
+
+
+def set_attention(unet: Any, kind: str) -> None:
+    """Give every attention layer of a U-Net this layout."""
+    processors = {"original": AttnProcessor, "split-einsum": SplitEinsumProcessor, "sdpa": AttnProcessor2_0}
+    unet.set_attn_processor(processors[kind]())

@@ -1,0 +1,251 @@
+"""Checkpoint to Core ML: packages with the names and layouts that Apple's Swift package reads.
+
+    bundle = export_coreml(Path("runs/latest/checkpoint"), Path("bundles/coreml-fp16"), precision="fp16")
+
+Each network is traced by torch.jit, converted by coremltools to an ML Program, and compressed: `w8` keeps int8
+weights with a scale a channel, `palette8/6/4` a table of 2**n values a weight, found by k-means. Everything but
+fp32 computes in fp16. It works on any machine; the proof is computed by runtimes/mil.py where Core ML is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdc_edge.bundle import Bundle
+from kdc_edge.checkpoint import read_model
+from kdc_edge.errors import CheckpointError, InputError
+from kdc_edge.export.attention import ATTENTIONS, set_attention
+from kdc_edge.export.bundle_writer import Interface, write_bundle
+from kdc_edge.export.components import ExportComponent
+from kdc_edge.export.coreml_modules import AppleNetwork, apple_network
+from kdc_edge.formats import find_format
+from kdc_edge.runtimes.base import first_line
+from kdc_edge.runtimes.coreml_layout import CHUNKS, PACKAGES, PROGRAM
+from kdc_edge.runtimes.coreml_tools import load_coremltools
+
+DEPLOYMENT_TARGETS = ("iOS17", "iOS18")  # macOS 14 and 15
+UNET_BATCHES = (1, 2)
+CHUNK_BYTES = 1_000_000_000  # iPhones do not load more in one piece
+PALETTE_BITS = {"palette8": 8, "palette6": 6, "palette4": 4}
+VOCABULARY = ("vocab.json", "merges.txt")
+COMPILER = ("xcrun", "coremlcompiler", "compile")
+MIN_WEIGHTS = 2048  # smaller constants cost more as a table than they save
+# It stores a token's id in 16 signed bits on its way to the embedding: CLIP has 49,408 of them.
+UNSAFE_PASS = "common::add_int16_cast"
+
+
+@dataclass(frozen=True)
+class CoreMLOptions:
+    """What only Core ML asks. Raises InputError naming the option."""
+
+    unet_batch: int = 2  # 2 computes both halves of guidance at once; 1 takes less memory
+    deployment_target: str = "iOS17"  # iOS 17 and macOS 14; iOS18 (macOS 15) has fused attention
+    attention: str = "original"  # export/attention.py
+    swift: bool = False  # lay out Resources/ for Apple's Swift package
+
+    def __post_init__(self) -> None:
+        if self.unet_batch not in UNET_BATCHES:
+            raise InputError(f"--unet-batch {self.unet_batch} is not what Apple's package reads: use 2 or 1")
+        if self.deployment_target not in DEPLOYMENT_TARGETS:
+            raise InputError(
+                f"--deployment-target {self.deployment_target!r} is unknown:"
+                f" choose from {', '.join(DEPLOYMENT_TARGETS)}"
+            )
+        if self.attention not in ATTENTIONS:
+            raise InputError(f"--attention {self.attention!r} is unknown: choose from {', '.join(ATTENTIONS)}")
+        if self.attention == "sdpa" and self.deployment_target == "iOS17":
+            raise InputError("--attention sdpa is an operation of iOS 18 and macOS 15: add --deployment-target iOS18")
+
+
+def export_coreml(
+    checkpoint: Path,
+    out: Path,
+    *,
+    precision: str,
+    options: CoreMLOptions | None = None,
+    verify: bool = True,
+    prompts: Sequence[str] | None = None,
+    command: str | None = None,
+) -> Bundle:
+    """Write a bundle to `out`, proved against PyTorch on `prompts` before it takes its place there.
+
+    Raises CheckpointError, ParityError or InputError; `out` is then what it was before.
+    """
+    row = find_format("coreml", precision)
+    chosen = options or CoreMLOptions()
+    load_coremltools("exporting to Core ML")
+    model = read_model(checkpoint)
+
+    def interface(part: ExportComponent) -> Interface:
+        network = apple_network(part, model, unet_batch=chosen.unet_batch)
+        return dict(network.inputs), dict(network.outputs)
+
+    def write(part: ExportComponent, folder: Path) -> list[str]:
+        if part.name == "unet":
+            set_attention(part.module.unet, chosen.attention)
+        network = apple_network(part, model, unet_batch=chosen.unet_batch)
+        package = convert(network, half=precision != "fp32", target=chosen.deployment_target)
+        package = compress(package, precision)
+        return save(package, folder, part.name, network)
+
+    return write_bundle(
+        checkpoint,
+        out,
+        row,
+        write,
+        interface=interface,
+        finish=lay_out_resources if chosen.swift else None,
+        verify=verify,
+        prompts=prompts,
+        command=command,
+    )
+
+
+def convert(network: AppleNetwork, *, half: bool, target: str) -> Any:
+    """The network as coremltools' MLModel, in memory. Raises CheckpointError where coremltools refuses it."""
+    ct = load_coremltools("exporting to Core ML")
+    passes = ct.PassPipeline.DEFAULT
+    passes.remove_passes({UNSAFE_PASS})
+    with quiet():
+        with torch.no_grad():
+            traced = torch.jit.trace(  # type: ignore[no-untyped-call]
+                network.module, network.samples(), check_trace=False, strict=False
+            )
+        try:
+            return ct.convert(
+                traced,
+                convert_to="mlprogram",
+                inputs=[ct.TensorType(n, tuple(t.shape), np.float32) for n, t in network.inputs.items()],
+                outputs=[ct.TensorType(n, dtype=np.float32) for n in network.outputs],
+                minimum_deployment_target=getattr(ct.target, target),
+                compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
+                pass_pipeline=passes,
+                skip_model_load=True,
+            )
+        except Exception as error:  # coremltools raises whatever comes
+            raise CheckpointError(f"coremltools {ct.__version__} cannot convert this: {first_line(error)}") from None
+
+
+def compress(package: Any, precision: str) -> Any:
+    """The package with smaller weights, as the precision says; fp32 and fp16 stay as they are."""
+    from coremltools.optimize import coreml as cto
+
+    if precision in ("fp32", "fp16"):
+        return package
+    with quiet():
+        if precision == "w8":
+            int8 = cto.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=MIN_WEIGHTS)
+            return cto.linear_quantize_weights(package, cto.OptimizationConfig(global_config=int8))
+        palette = cto.OpPalettizerConfig(nbits=PALETTE_BITS[precision], weight_threshold=MIN_WEIGHTS)
+        return cto.palettize_weights(package, cto.OptimizationConfig(global_config=palette))
+
+
+def save(package: Any, folder: Path, name: str, network: AppleNetwork) -> list[str]:
+    """Write the package, in two where one would be too large; the files' names, programs first."""
+    ct = load_coremltools("exporting to Core ML")
+    folder.mkdir(exist_ok=True)
+    with quiet():
+        describe(package, network)
+        names = list(PACKAGES[name])
+        package.save(str(folder / f"{names[0]}.mlpackage"))
+        if name == "unet" and _size_bytes(folder) > CHUNK_BYTES:
+            _chunk(ct, folder / f"{names[0]}.mlpackage", network)
+            names = list(CHUNKS)
+    programs = [f"{n}.mlpackage/{PROGRAM}" for n in names]
+    rest = sorted(
+        path.relative_to(folder).as_posix()
+        for n in names
+        for path in (folder / f"{n}.mlpackage").rglob("*.*")
+        if path.is_file()
+    )
+    return programs + [path for path in rest if path not in programs]
+
+
+def describe(package: Any, network: AppleNetwork) -> None:
+    """What Xcode shows of the package."""
+    package.author = "exported by kdc-edge"
+    package.short_description = f"Part of a Stable Diffusion student: {network.does}."
+    spec = package.get_spec().description  # of a chunk, whose inputs may be another's outputs
+    for ends, descriptions, infos in (
+        (spec.input, package.input_description, network.inputs),
+        (spec.output, package.output_description, network.outputs),
+    ):
+        for name in {end.name for end in ends} & infos.keys():
+            descriptions[name] = f"{network.descriptions[name]}; {' x '.join(map(str, infos[name].shape))}"
+
+
+def lay_out_resources(folder: Path) -> None:
+    """Resources/ in the bundle: the vocabulary, and the compiled models where this machine can compile.
+
+    Elsewhere compile.sh holds the commands for a Mac. It writes to a folder of its caller's: a bundle stays as it is.
+    """
+    resources = folder / "Resources"
+    resources.mkdir()
+    for name in VOCABULARY:
+        shutil.copyfile(folder / "tokenizer" / name, resources / name)
+    packages = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.mlpackage"))
+    if sys.platform == "darwin":
+        for package in packages:
+            done = subprocess.run(
+                [*COMPILER, str(folder / package), str(resources)], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise InputError(f"{shlex.join(COMPILER)} cannot compile {package}: {done.stderr.strip()[:300]}")
+        return
+    lines = [
+        "#!/bin/sh",
+        "# On a Mac with Xcode: compile.sh DIR puts all that Apple's StableDiffusion package reads into DIR.",
+        "set -eu",
+        'bundle=$(cd "$(dirname "$0")/.." && pwd)',
+        "out=${1:?usage: compile.sh DIR}",
+        'mkdir -p "$out"',
+        *(f'cp "$bundle/Resources/{name}" "$out"' for name in VOCABULARY),
+        *(f'{shlex.join(COMPILER)} "$bundle/{package}" "$out"' for package in packages),
+    ]
+    (resources / "compile.sh").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back the progress bars, advice and warnings of the tracer and of coremltools.
+
+    They are about the libraries' own insides, and nobody here can act on them.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _chunk(ct: Any, whole: Path, network: AppleNetwork) -> None:
+    """Put two packages of about the same size in the place of a whole one."""
+    ct.models.utils.bisect_model(str(whole), str(whole.parent), check_output_correctness=False)
+    shutil.rmtree(whole)
+    for i, name in enumerate(CHUNKS, 1):
+        made = whole.parent / f"{whole.stem}_chunk{i}.mlpackage"
+        part = ct.models.MLModel(str(made), skip_model_load=True)
+        describe(part, network)
+        part.save(str(whole.parent / f"{name}.mlpackage"))
+        shutil.rmtree(made)
+
+
+def _size_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

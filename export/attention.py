@@ -40,8 +40,9 @@ class SplitEinsumProcessor:
 def _one_head(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """query (B, d, 1, S), key (B, T, 1, d), value (B, d, 1, T) -> (B, d, 1, S)."""
     found = []
-    for part in torch.split(query, QUERIES_AT_ONCE, 3):
-        scores = torch.einsum("bchq,bkhc->bkhq", part, key) * scale  # (B, T, 1, S)
+    for start in range(0, query.shape[3], QUERIES_AT_ONCE):  # coremltools cannot split where one piece is left over
+        part = query[..., start : start + QUERIES_AT_ONCE]
+        scores = torch.einsum("bchq,bkhc->bkhq", part, key) * scale  # (B, T, 1, 512)
         found.append(torch.einsum("bkhq,bchk->bchq", scores.softmax(dim=1), value))
     return torch.cat(found, dim=3)
 

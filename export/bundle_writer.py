@@ -29,6 +29,7 @@ from kdc_edge.bundle import (
     Manifest,
     Parity,
     Provenance,
+    Recipe,
     Tensor,
     list_files,
     write_manifest,
@@ -43,7 +44,7 @@ from kdc_edge.schedule import NoiseSchedule
 
 Write = Callable[[ExportComponent, Path], list[str]]
 Interface = tuple[dict[str, Tensor], dict[str, Tensor]]  # inputs and outputs by name
-Finish = Callable[[Path], None]
+Finish = Callable[[Path], Sequence[Check] | None]  # checks of what it adds, where it adds something to prove
 
 PACKAGES = (
     "torch", "diffusers", "transformers", "optimum", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf",
@@ -70,6 +71,7 @@ def write_bundle(
     verify: bool = True,
     prompts: Sequence[str] | None = None,
     calibration: CalibrationInfo | None = None,
+    recipe: Recipe | None = None,
     command: str | None = None,
 ) -> Bundle:
     """Fill a folder beside `out`, prove it, rename it in. Raises a KdcError, and `out` stays as it was.
@@ -84,8 +86,7 @@ def write_bundle(
         components: dict[ComponentName, ComponentInfo] = {
             name: _write_component(checkpoint, name, folder, write, interface) for name in SOURCES
         }
-        if finish:
-            finish(folder)
+        own_checks = (finish(folder) if finish else None) or ()
         manifest = Manifest(
             target=row.target,
             precision=row.precision,
@@ -93,6 +94,7 @@ def write_bundle(
             components=components,
             files=list_files(folder),
             calibration=calibration,
+            recipe=recipe,
             provenance=Provenance(
                 checkpoint=checkpoint.resolve().name,
                 checkpoint_sha256=hash_checkpoint(checkpoint),
@@ -104,6 +106,7 @@ def write_bundle(
         write_manifest(folder, manifest)
         if verify:
             parity = check_parity(checkpoint, folder, row, prompts or PROMPTS)
+            parity = parity.model_copy(update={"checks": [*parity.checks, *own_checks]})
             _demand(parity, row)
             write_manifest(folder, manifest.model_copy(update={"parity": parity}))
     return Bundle.open(out)

@@ -9,30 +9,32 @@ fp32 computes in fp16. It works on any machine; the proof is computed by runtime
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
+import hashlib
 import shlex
 import shutil
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from kdc_edge.bundle import Bundle
-from kdc_edge.checkpoint import read_model
+from kdc_edge.bundle import MANIFEST, Bundle, Check, Recipe
+from kdc_edge.checkpoint import hash_checkpoint, read_model
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.export.attention import ATTENTIONS, set_attention
 from kdc_edge.export.bundle_writer import Interface, write_bundle
-from kdc_edge.export.components import ExportComponent
+from kdc_edge.export.calibration import calibrate
+from kdc_edge.export.components import ExportComponent, load_component
+from kdc_edge.export.coreml_extras import EXTRAS, extra_networks, prove
 from kdc_edge.export.coreml_modules import AppleNetwork, apple_network
-from kdc_edge.formats import find_format
+from kdc_edge.export.coreml_tools import MIN_WEIGHTS, folder_bytes, palettize, quiet
+from kdc_edge.export.mixed import Budget, Search, Tell, apply_recipe
+from kdc_edge.files import refuse_foreign_folder
+from kdc_edge.formats import Format, find_format
 from kdc_edge.runtimes.base import first_line
 from kdc_edge.runtimes.coreml_layout import CHUNKS, PACKAGES, PROGRAM
 from kdc_edge.runtimes.coreml_tools import load_coremltools
@@ -40,10 +42,10 @@ from kdc_edge.runtimes.coreml_tools import load_coremltools
 DEPLOYMENT_TARGETS = ("iOS17", "iOS18")  # macOS 14 and 15
 UNET_BATCHES = (1, 2)
 CHUNK_BYTES = 1_000_000_000  # iPhones do not load more in one piece
-PALETTE_BITS = {"palette8": 8, "palette6": 6, "palette4": 4}
+PALETTE_BITS = {"palette8": 8, "palette6": 6, "palette4": 4, "mixed": 8}  # mixed: of all but the U-Net
+MIXED_SAMPLES = 8  # U-Net calls: each is computed once for every layer and number of bits
 VOCABULARY = ("vocab.json", "merges.txt")
 COMPILER = ("xcrun", "coremlcompiler", "compile")
-MIN_WEIGHTS = 2048  # smaller constants cost more as a table than they save
 # It stores a token's id in 16 signed bits on its way to the embedding: CLIP has 49,408 of them.
 UNSAFE_PASS = "common::add_int16_cast"
 
@@ -56,6 +58,8 @@ class CoreMLOptions:
     deployment_target: str = "iOS17"  # iOS 17 and macOS 14; iOS18 (macOS 15) has fused attention
     attention: str = "original"  # export/attention.py
     swift: bool = False  # lay out Resources/ for Apple's Swift package
+    budget: Budget | None = None  # of mixed
+    recipe: Recipe | None = None  # of mixed, found before: instead of a budget
 
     def __post_init__(self) -> None:
         if self.unet_batch not in UNET_BATCHES:
@@ -79,28 +83,62 @@ def export_coreml(
     options: CoreMLOptions | None = None,
     verify: bool = True,
     prompts: Sequence[str] | None = None,
+    calibration_prompts: Sequence[str] | None = None,
+    calibration_samples: int | None = None,
     command: str | None = None,
+    tell: Tell | None = None,
 ) -> Bundle:
     """Write a bundle to `out`, proved against PyTorch on `prompts` before it takes its place there.
 
+    `mixed` searches on calibration inputs from `calibration_prompts`, and `tell` gets a line now and then.
     Raises CheckpointError, ParityError or InputError; `out` is then what it was before.
     """
     row = find_format("coreml", precision)
     chosen = options or CoreMLOptions()
+    _check_budget(row, chosen)
     load_coremltools("exporting to Core ML")
     model = read_model(checkpoint)
+    refuse_foreign_folder(out, MANIFEST)
+
+    def to_package(part: ExportComponent) -> tuple[AppleNetwork, Any]:
+        if part.name == "unet":
+            # For iOS 17 coremltools takes sdpa apart into the original, and tracing it holds no scores in memory.
+            whole = chosen.attention == "original" and chosen.deployment_target == "iOS17"
+            set_attention(part.module.unet, "sdpa" if whole else chosen.attention)
+        network = apple_network(part, model, unet_batch=chosen.unet_batch)
+        return network, convert(network, half=precision != "fp32", target=chosen.deployment_target)
+
+    recipe, calibration = chosen.recipe, None
+    if chosen.budget is not None:
+        calibration = calibrate(checkpoint, calibration_prompts, calibration_samples or MIXED_SAMPLES)
+        part: Any = load_component(checkpoint, "unet")
+        _, package = to_package(part)
+        key = [hash_checkpoint(checkpoint), calibration.info.model_dump_json(), repr(replace(chosen, budget=None))]
+        folder = out.parent / f".coreml-search-{hashlib.sha256(''.join(key).encode()).hexdigest()[:12]}"
+        recipe = Search(part.module.unet, package, calibration.inputs, folder, tell).find(chosen.budget)
+        del part, package
 
     def interface(part: ExportComponent) -> Interface:
         network = apple_network(part, model, unet_batch=chosen.unet_batch)
         return dict(network.inputs), dict(network.outputs)
 
     def write(part: ExportComponent, folder: Path) -> list[str]:
-        if part.name == "unet":
-            set_attention(part.module.unet, chosen.attention)
-        network = apple_network(part, model, unet_batch=chosen.unet_batch)
-        package = convert(network, half=precision != "fp32", target=chosen.deployment_target)
-        package = compress(package, precision)
+        network, package = to_package(part)
+        if recipe is not None and part.name == "unet":
+            package = apply_recipe(package, recipe)
+        else:
+            package = compress(package, precision)
         return save(package, folder, part.name, network)
+
+    def finish(folder: Path) -> list[Check]:
+        checks = []
+        for name, network in extra_networks(checkpoint, model):
+            package = convert(network, half=precision != "fp32", target=chosen.deployment_target)
+            save(compress(package, precision), folder / name, name, network)
+            if verify:
+                checks.append(prove(name, network, folder / name / f"{EXTRAS[name]}.mlpackage", row))
+        lay_out_resources(folder)
+        return checks
 
     return write_bundle(
         checkpoint,
@@ -108,11 +146,22 @@ def export_coreml(
         row,
         write,
         interface=interface,
-        finish=lay_out_resources if chosen.swift else None,
+        finish=finish if chosen.swift else None,
         verify=verify,
         prompts=prompts,
+        calibration=calibration.info if calibration else None,
+        recipe=recipe,
         command=command,
     )
+
+
+def _check_budget(row: Format, options: CoreMLOptions) -> None:
+    """Mixed needs a budget or a recipe, and nothing else takes one."""
+    given = [x for x in (options.budget, options.recipe) if x is not None]
+    if row.precision == "mixed" and len(given) != 1:
+        raise InputError("coreml-mixed needs --max-size 300MB, --min-psnr 30 or --recipe FILE, and one of them only")
+    if row.precision != "mixed" and given:
+        raise InputError(f"{row.name} has no budget: --max-size, --min-psnr and --recipe are for --precision mixed")
 
 
 def convert(network: AppleNetwork, *, half: bool, target: str) -> Any:
@@ -150,8 +199,7 @@ def compress(package: Any, precision: str) -> Any:
         if precision == "w8":
             int8 = cto.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=MIN_WEIGHTS)
             return cto.linear_quantize_weights(package, cto.OptimizationConfig(global_config=int8))
-        palette = cto.OpPalettizerConfig(nbits=PALETTE_BITS[precision], weight_threshold=MIN_WEIGHTS)
-        return cto.palettize_weights(package, cto.OptimizationConfig(global_config=palette))
+        return palettize(package, PALETTE_BITS[precision])
 
 
 def save(package: Any, folder: Path, name: str, network: AppleNetwork) -> list[str]:
@@ -160,11 +208,11 @@ def save(package: Any, folder: Path, name: str, network: AppleNetwork) -> list[s
     folder.mkdir(exist_ok=True)
     with quiet():
         describe(package, network)
-        names = list(PACKAGES[name])
+        names: Sequence[str] = [(PACKAGES | EXTRAS)[name]]
         package.save(str(folder / f"{names[0]}.mlpackage"))
-        if name == "unet" and _size_bytes(folder) > CHUNK_BYTES:
+        if name == "unet" and folder_bytes(folder) > CHUNK_BYTES:
             _chunk(ct, folder / f"{names[0]}.mlpackage", network)
-            names = list(CHUNKS)
+            names = CHUNKS
     programs = [f"{n}.mlpackage/{PROGRAM}" for n in names]
     rest = sorted(
         path.relative_to(folder).as_posix()
@@ -219,22 +267,6 @@ def lay_out_resources(folder: Path) -> None:
     (resources / "compile.sh").write_text("\n".join(lines) + "\n", "utf-8")
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back the progress bars, advice and warnings of the tracer and of coremltools.
-
-    They are about the libraries' own insides, and nobody here can act on them.
-    """
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
 def _chunk(ct: Any, whole: Path, network: AppleNetwork) -> None:
     """Put two packages of about the same size in the place of a whole one."""
     ct.models.utils.bisect_model(str(whole), str(whole.parent), check_output_correctness=False)
@@ -245,7 +277,3 @@ def _chunk(ct: Any, whole: Path, network: AppleNetwork) -> None:
         describe(part, network)
         part.save(str(whole.parent / f"{name}.mlpackage"))
         shutil.rmtree(made)
-
-
-def _size_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -67,8 +67,8 @@ def apple_network(part: ExportComponent, model: Model, *, unet_batch: int) -> Ap
         width = int(described["last_hidden_state"][2])
         return AppleNetwork(
             AppleTextEncoder(inner.text_encoder),
-            {"input_ids": _floats(1, tokens)},
-            {"last_hidden_state": _floats(1, tokens, width), "pooled_outputs": _floats(1, width)},
+            {"input_ids": floats(1, tokens)},
+            {"last_hidden_state": floats(1, tokens, width), "pooled_outputs": floats(1, width)},
             {
                 "input_ids": f"token ids of the prompt as floats, padded to {tokens}",
                 "last_hidden_state": "the text as the U-Net reads it: one vector a token",
@@ -81,11 +81,11 @@ def apple_network(part: ExportComponent, model: Model, *, unet_batch: int) -> Ap
         return AppleNetwork(
             AppleUNet(inner.unet),
             {
-                "sample": _floats(unet_batch, *latents),
-                "timestep": _floats(unet_batch),
-                "encoder_hidden_states": _floats(unet_batch, width, 1, tokens),
+                "sample": floats(unet_batch, *latents),
+                "timestep": floats(unet_batch),
+                "encoder_hidden_states": floats(unet_batch, width, 1, tokens),
             },
-            {"noise_pred": _floats(unet_batch, int(described["out_sample"][1]), *latents[1:])},
+            {"noise_pred": floats(unet_batch, int(described["out_sample"][1]), *latents[1:])},
             {
                 "sample": "noisy latents, scaled as the sampler wants them",
                 "timestep": "how far the noise has come, one a sample, as a float",
@@ -97,8 +97,8 @@ def apple_network(part: ExportComponent, model: Model, *, unet_batch: int) -> Ap
     side = model.picture_size
     return AppleNetwork(
         AppleVaeDecoder(inner.vae),
-        {"z": _floats(1, *latents)},
-        {"image": _floats(1, int(described["sample"][1]), side, side)},
+        {"z": floats(1, *latents)},
+        {"image": floats(1, int(described["sample"][1]), side, side)},
         {
             "z": "latents, divided by the scaling factor",
             "image": "the picture in [-1, 1]",
@@ -107,5 +107,6 @@ def apple_network(part: ExportComponent, model: Model, *, unet_batch: int) -> Ap
     )
 
 
-def _floats(*shape: int) -> TensorInfo:
+def floats(*shape: int) -> TensorInfo:
+    """A float32 tensor of these sizes, as the manifest lists it."""
     return TensorInfo(dtype="float32", shape=list(shape))

@@ -43,6 +43,8 @@ FORMATS: tuple[Format, ...] = (
     Format("coreml", "palette8", f"weights from tables of 256 values, {_FP16}", 1.0, False, _COREML, 40.0, 30.0),
     Format("coreml", "palette6", f"weights from tables of 64 values, {_FP16}", 0.75, False, _COREML, 32.0, 25.0),
     Format("coreml", "palette4", f"weights from tables of 16 values, {_FP16}", 0.5, False, _COREML, 20.0, 12.0),
+    Format("coreml", "mixed", f"each layer of the U-Net from a table of 2 to 256 values, within a budget, {_FP16}", 0.5,
+           True, _COREML, 15.0, 10.0),
     Format("openvino", "fp32", "weights and arithmetic in 32 bits", 4.0, False, _OPENVINO, 60.0, 50.0),
     Format("openvino", "fp16", f"weights stored in 16 bits, {_BF16}", 2.0, False, _OPENVINO, 40.0, 35.0),
     Format("openvino", "w8", f"weights stored in 8 bits, {_BF16}", 1.0, False, _OPENVINO, 35.0, 30.0),

@@ -23,15 +23,15 @@ from kdc_edge.files import inside
 Predict = Callable[..., Mapping[str, np.ndarray]]  # named fp32 arrays in, all outputs by name
 Stage = tuple[Sequence[str], Predict]  # a package's inputs, and the package
 
-# component -> its package in the bundle's folder of that name; a U-Net may lie in two.
-PACKAGES = {
-    "text_encoder": ("TextEncoder",),
-    "unet": ("Unet",),
-    "vae_decoder": ("VAEDecoder",),
-    "vae_encoder": ("VAEEncoder",),
-}
+# component -> its package in the bundle's folder of that name; a large U-Net lies in two.
+PACKAGES = {"text_encoder": "TextEncoder", "unet": "Unet", "vae_decoder": "VAEDecoder"}
 CHUNKS = ("UnetChunk1", "UnetChunk2")
-OUTPUTS = {"text_encoder": "last_hidden_state", "unet": "noise_pred", "vae_decoder": "image", "vae_encoder": "latent"}
+OUTPUTS = {"text_encoder": "last_hidden_state", "unet": "noise_pred", "vae_decoder": "image"}
+CONTRACT = {
+    "text_encoder": ("input_ids",),
+    "unet": ("sample", "timestep", "encoder_hidden_states"),
+    "vae_decoder": ("latent_sample",),
+}
 PROGRAM = "Data/com.apple.CoreML/model.mlmodel"  # within a package
 
 
@@ -76,6 +76,11 @@ class Adapted:
 
     def _arrange(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The contract's arrays under Apple's names, shapes checked but for the batch."""
+        if inputs.keys() != set(CONTRACT[self.name]):
+            raise BundleError(
+                f"the {self.name} takes {', '.join(CONTRACT[self.name])} where {', '.join(inputs)} are given: a bundle"
+                " made for another pipeline"
+            )
         if self.name == "unet":
             sample = inputs["sample"]
             arranged = {
@@ -89,8 +94,7 @@ class Adapted:
             arranged = dict(inputs)
         if arranged.keys() != self.inputs.keys():
             raise BundleError(
-                f"the bundle's {self.name} takes {', '.join(self.inputs)} where {', '.join(arranged)} are given:"
-                " export it again"
+                f"the bundle's {self.name} takes {', '.join(self.inputs)}, not Apple's names: export it again"
             )
         for name, value in arranged.items():
             expected = self.inputs[name].shape[1:]

@@ -71,6 +71,8 @@ class Evaluator:
                 ) from None
             for name in dead:
                 del values[name]
+        if lost := self.program.outputs.keys() - values.keys():
+            raise BundleError(f"{self.program.path} does not compute its output {min(lost)!r:.200}; export it again")
         return {name: values[name] for name in self.program.outputs}
 
     def constants(self) -> Iterator[tuple[str, Value | Operation]]:

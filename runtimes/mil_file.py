@@ -25,9 +25,9 @@ from kdc_edge.errors import BundleError
 from kdc_edge.files import inside
 
 MAX_PROGRAM_BYTES = 256 * 2**20  # the 482M U-Net's is 1.4 MiB: weights lie in their own file
-MAX_DEPTH = 16  # of messages within messages
 MODEL_PATH = "@model_path/"
 SENTINEL = 0xDEADBEEF  # opens a weight's metadata
+METADATA_BYTES = 64
 
 # MIL.proto's DataType -> (name, numpy's dtype, bits a value); below a byte, values are packed, lowest bits first.
 DTYPES: dict[int, tuple[str, type[np.generic], int]] = {
@@ -121,13 +121,15 @@ class Program:
             return np.asarray(value.immediate)
         try:
             return self._blob(value)
-        except (Damaged, struct.error, ValueError) as error:
+        except ValueError as error:
             raise BundleError(f"{self.path} refers to a damaged weight file: {error}; export it again") from None
 
     def _blob(self, value: Value) -> np.ndarray:
         if value.file not in self._files:
             self._files[value.file] = self._map(value.file)
         data = self._files[value.file]
+        if value.offset + METADATA_BYTES > len(data):
+            raise Damaged(f"it ends before offset {value.offset}")
         sentinel, _, size_bytes, offset = struct.unpack_from("<IIQQ", data, value.offset)
         bits = BITS[value.type.dtype]
         needed = -(-value.type.size * bits // 8)
@@ -182,7 +184,7 @@ def read_program(path: Path) -> Program:
         if path.stat().st_size > MAX_PROGRAM_BYTES:
             raise Damaged(f"it is larger than {MAX_PROGRAM_BYTES // 2**20} MiB")
         return _model(path, memoryview(path.read_bytes()))
-    except (OSError, ValueError, KeyError, struct.error, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise BundleError(f"{path} is no ML Program that can be read: {error}; export it again") from None
 
 
@@ -220,12 +222,15 @@ def _operation(data: Buffer) -> Operation:
     found = _collect(data)
     if 4 in found:
         raise Damaged("control flow, which no export of ours contains")
-    return Operation(
+    operation = Operation(
         type=_text(_one(found, 1)),
         inputs={k: tuple(map(_binding, _collect(v).get(1, []))) for k, v in _entries_of(found.get(2, [])).items()},
         outputs=dict(_named_type(v) for v in found.get(3, [])),
         attributes={k: _value(v) for k, v in _entries_of(found.get(5, [])).items()},
     )
+    if not operation.outputs or (operation.type == "const" and "val" not in operation.attributes):
+        raise Damaged("an operation without its result")
+    return operation
 
 
 def _binding(data: Buffer) -> str | Value:
@@ -282,6 +287,8 @@ def _immediate(tensor: dict[int, list[Any]], kind: TensorType) -> Any:
 
 def _collect(data: Buffer) -> dict[int, list[Any]]:
     """A message's fields by number; embedded messages, strings and packed numbers are still bytes."""
+    if not isinstance(data, memoryview):
+        raise Damaged("a number where a message is expected")
     found: dict[int, list[Any]] = {}
     position, end = 0, len(data)
     while position < end:
@@ -334,6 +341,8 @@ def _entries_of(fields: list[Any]) -> dict[str, Buffer]:
 
 
 def _text(data: Buffer) -> str:
+    if not isinstance(data, memoryview):
+        raise Damaged("a number where a text is expected")
     return bytes(data).decode("utf-8")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +37,17 @@ APPLE = {
     ),
     "vae_decoder/VAEDecoder": ({"z": (1, 4, 16, 16)}, {"image": (1, 3, 64, 64)}),
 }
+# With --swift, for image to image.
+ENCODER = (
+    {
+        "sample": (1, 3, 64, 64),
+        "diagonal_noise": (1, 4, 16, 16),
+        "noise": (1, 4, 16, 16),
+        "sqrt_alphas_cumprod": (1, 1),
+        "sqrt_one_minus_alphas_cumprod": (1, 1),
+    },
+    {"latent": (1, 4, 16, 16)},
+)
 
 
 def start_from_packages_of(bundle: Path, patch: pytest.MonkeyPatch) -> None:
@@ -57,13 +67,13 @@ def converted(coreml_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names_shapes_and_types_are_apples(coreml_bundle: Path) -> None:
-    for name, (inputs, outputs) in APPLE.items():
+    for name, (inputs, outputs) in (APPLE | {"vae_encoder/VAEEncoder": ENCODER}).items():
         program = read_program(coreml_bundle / f"{name}.mlpackage" / PROGRAM)
         assert {n: t.shape for n, t in program.inputs.items()} == inputs
         assert {n: t.shape for n, t in program.outputs.items()} == outputs
         assert {t.dtype for t in (program.inputs | program.outputs).values()} == {"fp32"}
         assert program.opset == "CoreML7"  # iOS 17, macOS 14
-        assert "student" in program.metadata["shortDescription"]
+        assert "Stable Diffusion student" in program.metadata["shortDescription"]
         assert program.metadata["author"] == "exported by kdc-edge"
     spec = load_coremltools("a test").utils.load_spec(str(coreml_bundle / "unet" / "Unet.mlpackage"))
     assert [f.shortDescription for f in spec.description.input][1].endswith("one a sample, as a float; 2")
@@ -88,23 +98,21 @@ def test_the_proof_was_computed_here(coreml_bundle: Path) -> None:
     parity = Bundle.open(coreml_bundle).manifest.parity
     assert parity is not None
     assert parity.conditions.startswith("mil ")
+    assert [c.what for c in parity.checks] == ["text_encoder", "unet", "vae_decoder", "picture", "vae_encoder"]
     for check in parity.checks:
         assert check.psnr_db is not None
         assert check.psnr_db > 45  # random weights of the garden's shape; 35 dB are demanded
 
 
 @pytest.mark.usefixtures("converted")
-@pytest.mark.parametrize(("precision", "share", "most_db"), [("w8", 0.6, 70.0), ("palette4", 0.4, 50.0)])
-def test_compressed_weights(
-    checkpoint: Path, coreml_bundle: Path, tmp_path: Path, precision: str, share: float, most_db: float
-) -> None:
-    made = export_coreml(checkpoint, tmp_path / "out", precision=precision, prompts=["a red flower"])
-    assert made.size_bytes < share * Bundle.open(coreml_bundle).size_bytes + 500_000
+def test_compressed_weights(checkpoint: Path, coreml_bundle: Path, tmp_path: Path) -> None:
+    made = export_coreml(checkpoint, tmp_path / "out", precision="palette4", prompts=["a red flower"])
+    assert made.size_bytes < 0.4 * Bundle.open(coreml_bundle).size_bytes + 500_000
     parity = made.manifest.parity
     assert parity is not None
-    assert all(check.passed and check.psnr_db is not None and check.psnr_db < most_db for check in parity.checks)
+    assert all(check.passed and check.psnr_db is not None and check.psnr_db < 50 for check in parity.checks)
     kinds = {o.type for o in read_program(tmp_path / f"out/unet/Unet.mlpackage/{PROGRAM}").operations}
-    assert "constexpr_affine_dequantize" in kinds or "constexpr_lut_to_dense" in kinds
+    assert "constexpr_lut_to_dense" in kinds
 
 
 @pytest.mark.usefixtures("converted")
@@ -145,10 +153,8 @@ def test_another_size_is_refused_in_one_line(coreml_bundle: Path) -> None:
     pipeline = open_pipeline(coreml_bundle, engine="mil")
     with pytest.raises(InputError, match="takes sample of 4x16x16 where 4x16x24 are given: its sizes are fixed"):
         pipeline.generate(Request("a red flower", steps=1, width=96))
-    with pytest.raises(BundleError, match="takes z where latent are given"):
-        get_runtime("mil").load(coreml_bundle, "vae_decoder", device=None, threads=None).__call__(
-            **{"latent": np.zeros((1, 4, 16, 16), np.float32)}
-        )
+    with pytest.raises(BundleError, match="takes latent_sample where latent are given"):
+        get_runtime("mil").load(coreml_bundle, "vae_decoder")(latent=np.zeros((1, 4, 16, 16), np.float32))
 
 
 @pytest.mark.parametrize("kind", ["original", "split-einsum", "sdpa"])
@@ -204,9 +210,48 @@ def test_resources_for_swift(coreml_bundle: Path, tmp_path: Path) -> None:
     assert subprocess.run(command, capture_output=True, env=environment, check=False).returncode != 0
     subprocess.run([*command, str(tmp_path / "app data")], check=True, env=environment)
     assert sorted(p.name for p in (tmp_path / "app data").iterdir()) == [
-        "TextEncoder.mlmodelc", "Unet.mlmodelc", "VAEDecoder.mlmodelc", "merges.txt", "vocab.json",
+        "TextEncoder.mlmodelc", "Unet.mlmodelc", "VAEDecoder.mlmodelc", "VAEEncoder.mlmodelc", "merges.txt",
+        "vocab.json",
     ]  # fmt: skip
     assert Bundle.open(coreml_bundle).verify() > 0  # the bundle is as it was
+
+
+def test_a_safety_checker_is_exported_where_there_is_one(own_checkpoint: Path, tmp_path: Path) -> None:
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+
+    from kdc_edge.checkpoint import read_model
+    from kdc_edge.export.coreml import convert, save
+    from kdc_edge.export.coreml_extras import extra_networks, prove
+    from kdc_edge.formats import find_format
+    from kdc_edge.runtimes.mil import Evaluator
+
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 32, "patch_size": 8}  # fmt: skip
+    torch.manual_seed(0)
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16))
+    for embeds in (checker.concept_embeds, checker.special_care_embeds):
+        torch.nn.init.normal_(embeds)
+    checker.save_pretrained(own_checkpoint / "safety_checker")
+    _, (name, network) = extra_networks(own_checkpoint, read_model(own_checkpoint))
+    save(convert(network, half=True, target="iOS17"), tmp_path / name, name, network)
+    package = tmp_path / name / "SafetyChecker.mlpackage"
+    assert prove(name, network, package, find_format("coreml", "fp16")).passed
+    program = read_program(package / PROGRAM)
+    assert list(program.inputs) == ["clip_input", "images", "adjustment"]
+    assert program.outputs.keys() == {"filtered_images", "has_nsfw_concepts", "concept_scores"}
+    picture = np.random.default_rng(0).standard_normal((1, 3, 32, 32), np.float32)
+    for adjustment, unsafe in ((-3.0, 0.0), (3.0, 1.0)):
+        inputs = {"clip_input": picture, "images": np.ones((1, 64, 64, 3), np.float32)}
+        found = Evaluator(program)(**inputs, adjustment=np.full(1, adjustment, np.float32))
+        assert found["has_nsfw_concepts"].tolist() == [unsafe]
+        assert found["filtered_images"].max() == 1 - unsafe
+    # The scores are diffusers' own, where nothing is special.
+    expected = torch.nn.functional.cosine_similarity(
+        checker.visual_projection(checker.vision_model(torch.from_numpy(picture))[1]), checker.concept_embeds
+    ) - checker.concept_embeds_weights  # fmt: skip
+    found = Evaluator(program)(**inputs, adjustment=np.zeros(1, np.float32))
+    np.testing.assert_allclose(found["concept_scores"][0], expected.detach().numpy(), atol=3e-3)
 
 
 def test_options_are_checked_before_the_work(checkpoint: Path, tmp_path: Path) -> None:
@@ -220,9 +265,7 @@ def test_options_are_checked_before_the_work(checkpoint: Path, tmp_path: Path) -
             CoreMLOptions(**options)  # type: ignore[arg-type]
     for arguments, message in (
         (["--target", "onnx", "--swift"], "--swift is for --target coreml"),
-        (["--target", "onnx", "--unet-batch", "1"], "--unet-batch is for --target coreml"),
         (["--target", "coreml", "--attention", "sdpa"], "add --deployment-target iOS18"),
-        (["--target", "coreml", "--precision", "int3"], "coreml has no precision 'int3'"),
     ):
         assert message in complaint("export", checkpoint, *arguments, cwd=tmp_path)
 
@@ -236,9 +279,12 @@ def test_damaged_weights_fail_the_export(checkpoint: Path, tmp_path: Path, monke
     def save_wrongly(package: Any, folder: Path, name: str, network: Any) -> list[str]:
         files = save(package, folder, name, network)
         weights = folder / next(f for f in files if f.endswith("weight.bin"))
-        data = bytearray(weights.read_bytes())
         if name == "unet":
-            data[len(data) // 2 : len(data) // 2 + 200_000] = bytes(200_000)
+            stored = [o.attributes["val"] for o in read_program(folder / files[0]).operations if o.type == "const"]
+            largest = max((v for v in stored if v.file), key=lambda v: v.type.size)
+            data = bytearray(weights.read_bytes())
+            begin = largest.offset + 64  # behind its metadata
+            data[begin : begin + largest.type.size] = bytes(largest.type.size)  # half of its 16-bit values
             weights.write_bytes(data)
         return files
 
@@ -262,18 +308,51 @@ def test_a_picture_on_any_machine_and_no_benchmark(coreml_bundle: Path, tmp_path
     assert found["mil"]["devices"][0]["name"] == "CPU"
 
 
-def test_the_export_is_quiet(checkpoint: Path, tmp_path: Path) -> None:
-    """In a process of its own: coremltools warns when it is first imported."""
-    shutil.copytree(checkpoint, tmp_path / "c")
-    code = (
-        "from pathlib import Path\n"
-        "from kdc_edge.export.coreml import convert\n"
-        "from kdc_edge.export.coreml_modules import apple_network\n"
-        "from kdc_edge.export.components import load_component\n"
-        "from kdc_edge.checkpoint import read_model\n"
-        "c = Path('c')\n"
-        "network = apple_network(load_component(c, 'text_encoder'), read_model(c), unet_batch=2)\n"
-        "convert(network, half=True, target='iOS17')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+def test_converting_is_quiet(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from kdc_edge.checkpoint import read_model
+    from kdc_edge.export.coreml import convert
+    from kdc_edge.export.coreml_modules import apple_network
+
+    part = load_component(checkpoint, "text_encoder")
+    convert(apple_network(part, read_model(checkpoint), unet_batch=2), half=True, target="iOS17")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_loading_coremltools_is_quiet() -> None:
+    """In a process of its own: it warns when it is first imported."""
+    code = "from kdc_edge.runtimes.coreml_tools import load_coremltools; load_coremltools('a test')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+
+
+@pytest.mark.full
+def test_the_482m_student(tmp_path: Path) -> None:
+    """Names and sizes of the full size, and one pass of its U-Net in fp16 against PyTorch."""
+    from kdc_edge.presets import find_preset
+    from kdc_edge.train.student import init_checkpoint
+
+    source = tmp_path / "student"
+    init_checkpoint(source, find_preset("kdc-482m"), None, seed=0)
+    bundles = {p: export_coreml(source, tmp_path / p, precision=p, verify=False) for p in ("fp16", "palette6", "w8")}
+    assert bundles["palette6"].size_bytes < 560e6
+    unet = bundles["fp16"].manifest.components["unet"]
+    assert {n: t.shape for n, t in (unet.inputs | unet.outputs).items()} == {
+        "sample": [2, 4, 64, 64],
+        "timestep": [2],
+        "encoder_hidden_states": [2, 768, 1, 77],
+        "noise_pred": [2, 4, 64, 64],
+    }
+    random = np.random.default_rng(0)
+    inputs = {
+        "sample": random.standard_normal((2, 4, 64, 64), np.float32),
+        "timestep": np.array([990]),
+        "encoder_hidden_states": random.standard_normal((2, 77, 768), np.float32),
+    }
+    expected = get_runtime("torch").load(source, "unet")(**inputs)
+    for precision, least_db in (("fp16", 45), ("w8", 30), ("palette6", 25)):
+        found = get_runtime("mil").load(bundles[precision].root, "unet")(**inputs)
+        assert 10 * np.log10(np.abs(expected).max() ** 2 / np.mean((found - expected) ** 2)) > least_db
+    ids = np.array([[49406, 320, 1125, *[49407] * 74]])  # ids that 16 signed bits do not hold
+    text = get_runtime("mil").load(bundles["fp16"].root, "text_encoder")(input_ids=ids)
+    expected = get_runtime("torch").load(source, "text_encoder")(input_ids=ids)
+    assert 10 * np.log10(np.abs(expected).max() ** 2 / np.mean((text - expected) ** 2)) > 45

@@ -43,7 +43,7 @@ DEPLOYMENT_TARGETS = ("iOS17", "iOS18")  # macOS 14 and 15
 UNET_BATCHES = (1, 2)
 CHUNK_BYTES = 1_000_000_000  # iPhones do not load more in one piece
 PALETTE_BITS = {"palette8": 8, "palette6": 6, "palette4": 4, "mixed": 8}  # mixed: of all but the U-Net
-MIXED_SAMPLES = 8  # U-Net calls: each is computed once for every layer and number of bits
+MIXED_SAMPLES = 12  # U-Net calls, a prompt each: every layer and number of bits costs as many
 VOCABULARY = ("vocab.json", "merges.txt")
 COMPILER = ("xcrun", "coremlcompiler", "compile")
 # It stores a token's id in 16 signed bits on its way to the embedding: CLIP has 49,408 of them.
@@ -110,12 +110,13 @@ def export_coreml(
 
     recipe, calibration = chosen.recipe, None
     if chosen.budget is not None:
-        calibration = calibrate(checkpoint, calibration_prompts, calibration_samples or MIXED_SAMPLES)
+        samples = MIXED_SAMPLES if calibration_samples is None else calibration_samples
+        calibration = calibrate(checkpoint, calibration_prompts, samples, samples_a_picture=1)
         part: Any = load_component(checkpoint, "unet")
         _, package = to_package(part)
         key = [hash_checkpoint(checkpoint), calibration.info.model_dump_json(), repr(replace(chosen, budget=None))]
         folder = out.parent / f".coreml-search-{hashlib.sha256(''.join(key).encode()).hexdigest()[:12]}"
-        recipe = Search(part.module.unet, package, calibration.inputs, folder, tell).find(chosen.budget)
+        recipe = Search(part.module.unet, package, calibration, folder, tell).find(chosen.budget)
         del part, package
 
     def interface(part: ExportComponent) -> Interface:

@@ -1,11 +1,12 @@
 """Mixed-bit palettization: each layer of the U-Net gets as few bits as it can bear, within a budget.
 
-    search = Search(unet, package, calibration.inputs, Path("bundles/.coreml-search-1f2e..."))
+    search = Search(unet, package, calibration, Path("bundles/.coreml-search-1f2e..."))
     recipe = search.find(Budget(max_size_bytes=300_000_000))       # layer by layer 1, 2, 4, 6 or 8 bits
     package = apply_recipe(package, recipe)
 
 First every layer alone is damaged with the tables of 1, 2, 4, 6 and 8 bits that coremltools would store, and the
-U-Net's error on calibration inputs is measured. Then, from 8 bits everywhere, the step that saves the most bytes
+error of the guided prediction on calibration inputs is measured (guidance multiplies the errors in what the text
+does, which the plain prediction hides). Then, from 8 bits everywhere, the step that saves the most bytes
 for the least added error is taken again and again (each layer along the convex hull of its choices), until the
 budget is met; the whole recipe is then measured at once. Layers are matched by name. All that is slow is written
 to the folder as it is found, so an interrupted search goes on, and another budget needs seconds.
@@ -29,6 +30,7 @@ from torch import nn
 
 from kdc_edge.bundle import Recipe
 from kdc_edge.errors import InputError
+from kdc_edge.export.calibration import Calibration
 from kdc_edge.export.coreml_tools import MIN_WEIGHTS, folder_bytes, palettize, quiet
 from kdc_edge.files import read_json
 from kdc_edge.runtimes.coreml_layout import PROGRAM
@@ -46,7 +48,7 @@ class Budget:
     """What the search has to keep to: exactly one of the two."""
 
     max_size_bytes: int | None = None  # of the U-Net's package
-    min_psnr_db: float | None = None  # of the U-Net's output on the calibration inputs
+    min_psnr_db: float | None = None  # of the guided prediction on the calibration inputs
 
     def __post_init__(self) -> None:
         if (self.max_size_bytes is None) == (self.min_psnr_db is None):
@@ -72,7 +74,7 @@ class Search:
         self,
         unet: nn.Module,
         package: Any,
-        inputs: Sequence[Mapping[str, np.ndarray]],
+        calibration: Calibration,
         folder: Path,
         tell: Tell | None = None,
     ) -> None:
@@ -80,7 +82,8 @@ class Search:
         self._unet = unet
         self._package = package
         self._tell = tell or (lambda _: None)
-        self._inputs = _together(inputs)
+        self._inputs = _together(calibration.inputs)
+        self._guidance = calibration.info.guidance
         self._weights = {f"unet_{name.replace('.', '_')}": p for name, p in unet.named_parameters()}
         folder.mkdir(parents=True, exist_ok=True)
         self._tables = {bits: self._palettize(bits) for bits in BITS}
@@ -110,7 +113,7 @@ class Search:
         return sorted(found, key=lambda s: s.added_error / s.saved_bytes)
 
     def damage(self) -> dict[str, dict[int, float]]:
-        """layer -> bits -> mean square error over the squared peak, that layer alone having so few bits."""
+        """layer -> bits -> mean square error over the squared peak, only that layer having so few bits."""
         path = self.folder / "damage.jsonl"
         found: dict[str, dict[int, float]] = {layer: {} for layer in self.layers}
         before = path.read_text("utf-8") if path.is_file() else ""
@@ -140,7 +143,7 @@ class Search:
         return self._rest_bytes + sum(stored_bytes(size, bits[layer]) for layer, size in self.layers.items())
 
     def psnr_db(self, bits: Mapping[str, int]) -> float:
-        """Of the U-Net's output on the calibration inputs, all layers at once."""
+        """Of the guided prediction on the calibration inputs, all layers at once."""
         return -10 * math.log10(max(self._error(bits), 1e-30))
 
     def set_weights(self, bits: Mapping[str, int]) -> None:
@@ -165,7 +168,8 @@ class Search:
         return error if math.isfinite(error) else math.inf
 
     def _compute(self) -> torch.Tensor:
-        return torch.cat([self._unet(**call, return_dict=False)[0] for call in self._inputs])
+        both = torch.cat([self._unet(**call, return_dict=False)[0] for call in self._inputs])
+        return guided(both, self._guidance)
 
     def _weight(self, layer: str) -> nn.Parameter:
         return self._weights[layer.removesuffix("_to_fp16")]
@@ -248,6 +252,12 @@ def apply_recipe(package: Any, recipe: Recipe) -> Any:
         raise InputError(f"the recipe names the layer {unknown[0]!r}, which this U-Net does not have: make a new one")
     with quiet():
         return palettize(package, 8, recipe.bits)
+
+
+def guided(both: torch.Tensor, guidance: float) -> torch.Tensor:
+    """Predictions (2N, C, h, w), with and without the text in turn, combined as the pipeline does: (N, C, h, w)."""
+    with_, without = both[::2], both[1::2]
+    return without + guidance * (with_ - without)
 
 
 def _together(inputs: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, torch.Tensor]]:

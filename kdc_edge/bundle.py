@@ -103,7 +103,7 @@ class Recipe(_Record):
 
     bits: dict[Text, Literal[1, 2, 4, 6, 8]] = Field(max_length=10_000)
     size_bytes: int = Field(ge=0)  # of the U-Net's package, as it was planned
-    psnr_db: float  # of the U-Net's output on the calibration inputs, in PyTorch with these weights
+    psnr_db: float  # of the guided prediction on the calibration inputs, in PyTorch with these weights
 
 
 class Provenance(_Record):

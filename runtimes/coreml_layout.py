@@ -66,12 +66,17 @@ class Adapted:
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         """Compute in batches of the network's own size, the last one filled up; float32."""
         arranged = self._arrange(inputs)
-        batch = int(next(iter(self.inputs.values())).shape[0])
+        batch = next(iter(self.inputs.values())).shape[0]
+        if not isinstance(batch, int) or batch < 1:
+            raise BundleError(f"the bundle's {self.name} has a batch of {batch!r:.40}: export it again")
         total = len(next(iter(arranged.values())))
         found = []
         for start in range(0, total, batch):
             part = {name: _fill(value[start : start + batch], batch) for name, value in arranged.items()}
-            found.append(self.predict(**part)[OUTPUTS[self.name]][: total - start])
+            outputs = self.predict(**part)
+            if OUTPUTS[self.name] not in outputs:
+                raise BundleError(f"the bundle's {self.name} gives no {OUTPUTS[self.name]}: export it again")
+            found.append(outputs[OUTPUTS[self.name]][: total - start])
         return np.concatenate(found).astype(np.float32, copy=False)
 
     def _arrange(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -12,17 +12,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdc_edge.bundle import Recipe, Tensor
+from kdc_edge.bundle import CalibrationInfo, Recipe, Tensor
 from kdc_edge.errors import InputError
+from kdc_edge.export.calibration import Calibration
 from kdc_edge.export.coreml import CoreMLOptions, convert, export_coreml
 from kdc_edge.export.coreml_modules import AppleNetwork, AppleUNet
 from kdc_edge.export.coreml_tools import folder_bytes
-from kdc_edge.export.mixed import BITS, Budget, Search, apply_recipe, bargains, parse_size, read_recipe, stored_bytes
+from kdc_edge.export.mixed import (
+    BITS,
+    Budget,
+    Search,
+    apply_recipe,
+    bargains,
+    guided,
+    parse_size,
+    read_recipe,
+    stored_bytes,
+)
 from kdc_edge.runtimes.coreml_layout import PROGRAM
 from kdc_edge.runtimes.mil import Evaluator
 from kdc_edge.runtimes.mil_file import read_program
 
 Inputs = list[dict[str, np.ndarray]]
+INFO = CalibrationInfo(prompts_sha256="0" * 64, prompts=3, samples=3, seed=0, sampler="dpm++2m", steps=10, guidance=2.0)
 
 
 class TinyUNet(torch.nn.Module):
@@ -73,7 +85,12 @@ def package() -> Any:
 
 @pytest.fixture(scope="module")
 def search(inputs: Inputs, package: Any, tmp_path_factory: pytest.TempPathFactory) -> Search:
-    return Search(TinyUNet().eval(), package, inputs, tmp_path_factory.mktemp("search"))
+    return Search(TinyUNet().eval(), package, Calibration(inputs, INFO), tmp_path_factory.mktemp("search"))
+
+
+def test_guidance_is_the_pipelines() -> None:
+    both = torch.tensor([3.0, 1.0, 10.0, 20.0])  # with and without the text, twice
+    assert guided(both, 2.0).tolist() == [5.0, 0.0]
 
 
 def test_layers_are_matched_by_name(search: Search) -> None:
@@ -142,7 +159,7 @@ def test_an_interrupted_search_goes_on(
     assert len(lines) == len(search.layers) * len(BITS)
     path.write_text("\n".join(lines[:9]) + "\n" + lines[9][:20])  # cut off in the middle of a line
     monkeypatch.setattr("kdc_edge.export.mixed.palettize", None)  # the tables are there
-    again = Search(TinyUNet().eval(), package, inputs, search.folder)
+    again = Search(TinyUNet().eval(), package, Calibration(inputs, INFO), search.folder)
     measured: list[object] = []
     error = again._error
     monkeypatch.setattr(again, "_error", lambda bits: measured.append(bits) or error(bits))
@@ -151,7 +168,7 @@ def test_an_interrupted_search_goes_on(
     assert found.keys() == expected.keys()
     for layer, by_bits in expected.items():
         assert found[layer] == pytest.approx(by_bits)
-    assert len(Search(TinyUNet().eval(), package, inputs, search.folder).damage()) == 3
+    assert len(Search(TinyUNet().eval(), package, Calibration(inputs, INFO), search.folder).damage()) == 3
 
 
 def test_a_recipe_is_applied_again_or_refused(search: Search, package: Any, tmp_path: Path) -> None:

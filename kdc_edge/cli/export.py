@@ -40,7 +40,7 @@ def export(
     max_size: Annotated[
         str | None, Option(metavar="SIZE", help="Core ML, mixed: of the U-Net's package, such as 300MB.")
     ] = None,
-    min_psnr: Annotated[float | None, Option(help="Core ML, mixed: of the U-Net on calibration inputs, in dB.")] = None,
+    min_psnr: Annotated[float | None, Option(help="Core ML, mixed: of the U-Net's guided prediction, in dB.")] = None,
     recipe: Annotated[
         Path | None, Option(metavar="FILE", help="Core ML, mixed: a mixed bundle's kdc-edge.json, to apply it again.")
     ] = None,

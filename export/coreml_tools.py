@@ -1,4 +1,4 @@
-"""coremltools without its noise, and its k-means under one name: what converting and compressing share."""
+"""coremltools without its noise, and palettization under one name: what converting and compressing share."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kdc_edge.export.kmeans import kmeans
+
 MIN_WEIGHTS = 2048  # smaller constants cost more as a table than they save
 
 
 def palettize(package: Any, bits: int, by_name: Mapping[str, int] | None = None) -> Any:
-    """The package with tables of 2**bits values a weight, found by k-means; `by_name` has exceptions."""
+    """The package with tables of 2**bits values a weight, found by k-means; `by_name` has exceptions.
+
+    The k-means is ours: coremltools' own is optimal, and a hundred times slower for an error 0 to 3 % smaller.
+    """
     from coremltools.optimize import coreml as cto
 
     def config(n: int) -> Any:
-        return cto.OpPalettizerConfig(nbits=n, weight_threshold=MIN_WEIGHTS)
+        return cto.OpPalettizerConfig(
+            mode="custom", lut_function=lambda weight: kmeans(weight, n), weight_threshold=MIN_WEIGHTS
+        )
 
     names = {name: config(n) for name, n in (by_name or {}).items()}
     return cto.palettize_weights(package, cto.OptimizationConfig(global_config=config(bits), op_name_configs=names))

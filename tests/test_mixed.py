@@ -18,6 +18,7 @@ from kdc_edge.export.calibration import Calibration
 from kdc_edge.export.coreml import CoreMLOptions, convert, export_coreml
 from kdc_edge.export.coreml_modules import AppleNetwork, AppleUNet
 from kdc_edge.export.coreml_tools import folder_bytes
+from kdc_edge.export.kmeans import kmeans
 from kdc_edge.export.mixed import (
     BITS,
     Budget,
@@ -182,6 +183,24 @@ def test_a_recipe_is_applied_again_or_refused(search: Search, package: Any, tmp_
         read_recipe(tmp_path / "other.json")
     with pytest.raises(InputError, match="names the layer 'unet_third_weight'"):
         apply_recipe(package, Recipe(bits={"unet_third_weight": 4}, size_bytes=0, psnr_db=0))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    bits=st.sampled_from([1, 2, 4, 6, 8]), seed=st.integers(0, 99), size=st.integers(2048, 20_000),
+    kind=st.sampled_from(["standard_normal", "laplace", "uniform"]),
+)  # fmt: skip
+def test_kmeans_is_near_the_optimum(bits: int, seed: int, size: int, kind: str) -> None:
+    from coremltools.models.neural_network.quantization_utils import _get_kmeans_lookup_table_and_weight as optimum
+
+    weight = (getattr(np.random.default_rng(seed), kind)(size=size) * 0.05).astype(np.float16).reshape(1, -1)
+    lut, indices = kmeans(weight, bits)
+    assert lut.shape == (2**bits,)
+    assert (lut.dtype, indices.dtype, indices.shape) == (np.float16, np.uint8, (size,))
+    best, places = optimum(bits, weight, force_kmeans1d=True)
+    least, ours = (float(np.square(t.astype(float) - weight[0]).mean()) for t in (best[places], lut[indices]))
+    # With few values a place, single ones decide, and the errors are small against what fp16 loses anyway.
+    assert ours <= 1.15 * least + 1e-4 * float(weight.astype(float).var())
 
 
 @settings(max_examples=100, deadline=None)

@@ -10,10 +10,7 @@ fp32 computes in fp16. It works on any machine; the proof is computed by runtime
 from __future__ import annotations
 
 import hashlib
-import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,15 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdc_edge.bundle import MANIFEST, Bundle, Check, Recipe
+from kdc_edge.bundle import MANIFEST, Bundle, Check, Model, Recipe
 from kdc_edge.checkpoint import hash_checkpoint, read_model
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.export.attention import ATTENTIONS, set_attention
 from kdc_edge.export.bundle_writer import Interface, write_bundle
-from kdc_edge.export.calibration import calibrate
+from kdc_edge.export.calibration import Calibration, calibrate
 from kdc_edge.export.components import ExportComponent, load_component
 from kdc_edge.export.coreml_extras import EXTRAS, extra_networks, prove
 from kdc_edge.export.coreml_modules import AppleNetwork, apple_network
+from kdc_edge.export.coreml_swift import lay_out_resources
 from kdc_edge.export.coreml_tools import MIN_WEIGHTS, folder_bytes, palettize, quiet
 from kdc_edge.export.mixed import Budget, Search, Tell, apply_recipe
 from kdc_edge.files import refuse_foreign_folder
@@ -44,8 +42,6 @@ UNET_BATCHES = (1, 2)
 CHUNK_BYTES = 1_000_000_000  # iPhones do not load more in one piece
 PALETTE_BITS = {"palette8": 8, "palette6": 6, "palette4": 4, "mixed": 8}  # mixed: of all but the U-Net
 MIXED_SAMPLES = 12  # U-Net calls, a prompt each: every layer and number of bits costs as many
-VOCABULARY = ("vocab.json", "merges.txt")
-COMPILER = ("xcrun", "coremlcompiler", "compile")
 # It stores a token's id in 16 signed bits on its way to the embedding: CLIP has 49,408 of them.
 UNSAFE_PASS = "common::add_int16_cast"
 
@@ -97,63 +93,84 @@ def export_coreml(
     chosen = options or CoreMLOptions()
     _check_budget(row, chosen)
     load_coremltools("exporting to Core ML")
-    model = read_model(checkpoint)
-    refuse_foreign_folder(out, MANIFEST)
-
-    def to_package(part: ExportComponent) -> tuple[AppleNetwork, Any]:
-        if part.name == "unet":
-            # For iOS 17 coremltools takes sdpa apart into the original, and tracing it holds no scores in memory.
-            whole = chosen.attention == "original" and chosen.deployment_target == "iOS17"
-            set_attention(part.module.unet, "sdpa" if whole else chosen.attention)
-        network = apple_network(part, model, unet_batch=chosen.unet_batch)
-        return network, convert(network, half=precision != "fp32", target=chosen.deployment_target)
-
+    refuse_foreign_folder(out, MANIFEST)  # before the search, which may take hours
+    export = _Export(checkpoint, read_model(checkpoint), row, chosen, tell or (lambda _: None))
     recipe, calibration = chosen.recipe, None
     if chosen.budget is not None:
         samples = MIXED_SAMPLES if calibration_samples is None else calibration_samples
         calibration = calibrate(checkpoint, calibration_prompts, samples, samples_a_picture=1)
-        part: Any = load_component(checkpoint, "unet")
-        _, package = to_package(part)
-        key = [hash_checkpoint(checkpoint), calibration.info.model_dump_json(), repr(replace(chosen, budget=None))]
-        folder = out.parent / f".coreml-search-{hashlib.sha256(''.join(key).encode()).hexdigest()[:12]}"
-        recipe = Search(part.module.unet, package, calibration, folder, tell).find(chosen.budget)
-        del part, package
-
-    def interface(part: ExportComponent) -> Interface:
-        network = apple_network(part, model, unet_batch=chosen.unet_batch)
-        return dict(network.inputs), dict(network.outputs)
-
-    def write(part: ExportComponent, folder: Path) -> list[str]:
-        network, package = to_package(part)
-        if recipe is not None and part.name == "unet":
-            package = apply_recipe(package, recipe)
-        else:
-            package = compress(package, precision)
-        return save(package, folder, part.name, network)
-
-    def finish(folder: Path) -> list[Check]:
-        checks = []
-        for name, network in extra_networks(checkpoint, model):
-            package = convert(network, half=precision != "fp32", target=chosen.deployment_target)
-            save(compress(package, precision), folder / name, name, network)
-            if verify:
-                checks.append(prove(name, network, folder / name / f"{EXTRAS[name]}.mlpackage", row))
-        lay_out_resources(folder)
-        return checks
-
+        recipe = export.search(calibration, out.parent)
     return write_bundle(
         checkpoint,
         out,
         row,
-        write,
-        interface=interface,
-        finish=finish if chosen.swift else None,
+        lambda part, folder: export.write(part, folder, recipe),
+        interface=export.interface,
+        finish=export.finish if chosen.swift else None,
         verify=verify,
         prompts=prompts,
         calibration=calibration.info if calibration else None,
         recipe=recipe,
         command=command,
     )
+
+
+@dataclass(frozen=True)
+class _Export:
+    """What stays the same for every network of one export."""
+
+    checkpoint: Path
+    model: Model
+    row: Format
+    options: CoreMLOptions
+    tell: Tell
+
+    def interface(self, part: ExportComponent) -> Interface:
+        network = apple_network(part, self.model, unet_batch=self.options.unet_batch)
+        return dict(network.inputs), dict(network.outputs)
+
+    def write(self, part: ExportComponent, folder: Path, recipe: Recipe | None) -> list[str]:
+        """One component's packages in `folder`; their files' names, programs first."""
+        network, package = self._convert(part)
+        if recipe is not None and part.name == "unet":
+            package = apply_recipe(package, recipe)
+        else:
+            package = compress(package, self.row.precision)
+        return save(package, folder, part.name, network, self.tell)
+
+    def finish(self, folder: Path) -> list[Check]:
+        """What Apple's package reads beside the components, proved, and Resources/."""
+        checks = []
+        for name, network in extra_networks(self.checkpoint, self.model):
+            package = convert(network, half=self._half, target=self.options.deployment_target)
+            save(compress(package, self.row.precision), folder / name, name, network, self.tell)
+            checks.append(prove(name, network, folder / name / f"{EXTRAS[name]}.mlpackage", self.row))
+        lay_out_resources(folder)
+        return checks
+
+    def search(self, calibration: Calibration, beside: Path) -> Recipe:
+        """The recipe for the budget; what is found on the way stays in a folder of its own."""
+        assert self.options.budget is not None
+        part: Any = load_component(self.checkpoint, "unet")
+        _, package = self._convert(part)
+        options = repr(replace(self.options, budget=None, swift=False))
+        key = "".join([hash_checkpoint(self.checkpoint), calibration.info.model_dump_json(), options])
+        folder = beside / f".coreml-search-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+        self.tell(f"searching; what is found is kept in {folder}, for other budgets too")
+        return Search(part.module.unet, package, calibration, folder, self.tell).find(self.options.budget)
+
+    @property
+    def _half(self) -> bool:
+        return self.row.precision != "fp32"
+
+    def _convert(self, part: ExportComponent) -> tuple[AppleNetwork, Any]:
+        target = self.options.deployment_target
+        if part.name == "unet":
+            # For iOS 17 coremltools takes sdpa apart into the original, and tracing it holds no scores in memory.
+            whole = self.options.attention == "original" and target == "iOS17"
+            set_attention(part.module.unet, "sdpa" if whole else self.options.attention)
+        network = apple_network(part, self.model, unet_batch=self.options.unet_batch)
+        return network, convert(network, half=self._half, target=target)
 
 
 def _check_budget(row: Format, options: CoreMLOptions) -> None:
@@ -203,7 +220,7 @@ def compress(package: Any, precision: str) -> Any:
         return palettize(package, PALETTE_BITS[precision])
 
 
-def save(package: Any, folder: Path, name: str, network: AppleNetwork) -> list[str]:
+def save(package: Any, folder: Path, name: str, network: AppleNetwork, tell: Tell) -> list[str]:
     """Write the package, in two where one would be too large; the files' names, programs first."""
     ct = load_coremltools("exporting to Core ML")
     folder.mkdir(exist_ok=True)
@@ -212,6 +229,7 @@ def save(package: Any, folder: Path, name: str, network: AppleNetwork) -> list[s
         names: Sequence[str] = [(PACKAGES | EXTRAS)[name]]
         package.save(str(folder / f"{names[0]}.mlpackage"))
         if name == "unet" and folder_bytes(folder) > CHUNK_BYTES:
+            tell(f"the U-Net's package is over {CHUNK_BYTES / 1e9:g} GB, more than iPhones load: it lies in two")
             _chunk(ct, folder / f"{names[0]}.mlpackage", network)
             names = CHUNKS
     programs = [f"{n}.mlpackage/{PROGRAM}" for n in names]
@@ -235,37 +253,6 @@ def describe(package: Any, network: AppleNetwork) -> None:
     ):
         for name in {end.name for end in ends} & infos.keys():
             descriptions[name] = f"{network.descriptions[name]}; {' x '.join(map(str, infos[name].shape))}"
-
-
-def lay_out_resources(folder: Path) -> None:
-    """Resources/ in the bundle: the vocabulary, and the compiled models where this machine can compile.
-
-    Elsewhere compile.sh holds the commands for a Mac. It writes to a folder of its caller's: a bundle stays as it is.
-    """
-    resources = folder / "Resources"
-    resources.mkdir()
-    for name in VOCABULARY:
-        shutil.copyfile(folder / "tokenizer" / name, resources / name)
-    packages = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.mlpackage"))
-    if sys.platform == "darwin":
-        for package in packages:
-            done = subprocess.run(
-                [*COMPILER, str(folder / package), str(resources)], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise InputError(f"{shlex.join(COMPILER)} cannot compile {package}: {done.stderr.strip()[:300]}")
-        return
-    lines = [
-        "#!/bin/sh",
-        "# On a Mac with Xcode: compile.sh DIR puts all that Apple's StableDiffusion package reads into DIR.",
-        "set -eu",
-        'bundle=$(cd "$(dirname "$0")/.." && pwd)',
-        "out=${1:?usage: compile.sh DIR}",
-        'mkdir -p "$out"',
-        *(f'cp "$bundle/Resources/{name}" "$out"' for name in VOCABULARY),
-        *(f'{shlex.join(COMPILER)} "$bundle/{package}" "$out"' for package in packages),
-    ]
-    (resources / "compile.sh").write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def _chunk(ct: Any, whole: Path, network: AppleNetwork) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdc_edge.bundle import Check, Model
@@ -64,13 +63,18 @@ class AppleSafetyChecker(nn.Module):
 
     def forward(self, clip_input: Tensor, images: Tensor, adjustment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         checker = self.checker
-        embeds = F.normalize(checker.visual_projection(checker.vision_model(clip_input)[1]))
-        special = embeds @ F.normalize(checker.special_care_embeds).T - checker.special_care_embeds_weights
+        embeds = _unit(checker.visual_projection(checker.vision_model(clip_input)[1]))
+        special = embeds @ _unit(checker.special_care_embeds).T - checker.special_care_embeds_weights
         stricter = ((special + adjustment).amax(1, keepdim=True) > 0).float() * 0.01
-        scores = embeds @ F.normalize(checker.concept_embeds).T - checker.concept_embeds_weights
+        scores = embeds @ _unit(checker.concept_embeds).T - checker.concept_embeds_weights
         scores = scores + stricter + adjustment
         unsafe = (scores.amax(1) > 0).float()
         return images * (1 - unsafe)[:, None, None, None], unsafe, scores
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    length: Tensor = vectors.norm(dim=1, keepdim=True)
+    return vectors / length
 
 
 def extra_networks(checkpoint: Path, model: Model) -> Iterator[tuple[str, AppleNetwork]]:

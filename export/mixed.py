@@ -76,12 +76,12 @@ class Search:
         package: Any,
         calibration: Calibration,
         folder: Path,
-        tell: Tell | None = None,
+        tell: Tell,
     ) -> None:
         self.folder = folder
         self._unet = unet
         self._package = package
-        self._tell = tell or (lambda _: None)
+        self._tell = tell
         self._inputs = _together(calibration.inputs)
         self._guidance = calibration.info.guidance
         self._weights = {f"unet_{name.replace('.', '_')}": p for name, p in unet.named_parameters()}
@@ -204,7 +204,7 @@ class Search:
             size -= step.saved_bytes
         if size > max_size_bytes:
             raise InputError(
-                f"--max-size {max_size_bytes / 1e6:g}MB is below {size / 1e6:.1f} MB, the least at 1 bit a weight"
+                f"--max-size {max_size_bytes / 1e6:g}MB is below {size / 1e6:.4g} MB, the least at 1 bit a weight"
             )
         return len(steps)
 

@@ -42,8 +42,6 @@ UNET_BATCHES = (1, 2)
 CHUNK_BYTES = 1_000_000_000  # iPhones do not load more in one piece
 PALETTE_BITS = {"palette8": 8, "palette6": 6, "palette4": 4, "mixed": 8}  # mixed: of all but the U-Net
 MIXED_SAMPLES = 12  # U-Net calls, a prompt each: every layer and number of bits costs as many
-# It stores a token's id in 16 signed bits on its way to the embedding: CLIP has 49,408 of them.
-UNSAFE_PASS = "common::add_int16_cast"
 
 
 @dataclass(frozen=True)
@@ -185,8 +183,6 @@ def _check_budget(row: Format, options: CoreMLOptions) -> None:
 def convert(network: AppleNetwork, *, half: bool, target: str) -> Any:
     """The network as coremltools' MLModel, in memory. Raises CheckpointError where coremltools refuses it."""
     ct = load_coremltools("exporting to Core ML")
-    passes = ct.PassPipeline.DEFAULT
-    passes.remove_passes({UNSAFE_PASS})
     with quiet():
         with torch.no_grad():
             traced = torch.jit.trace(  # type: ignore[no-untyped-call]
@@ -200,7 +196,6 @@ def convert(network: AppleNetwork, *, half: bool, target: str) -> Any:
                 outputs=[ct.TensorType(n, dtype=np.float32) for n in network.outputs],
                 minimum_deployment_target=getattr(ct.target, target),
                 compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
-                pass_pipeline=passes,
                 skip_model_load=True,
             )
         except Exception as error:  # coremltools raises whatever comes

@@ -26,11 +26,7 @@ def lay_out_resources(folder: Path) -> None:
     packages = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.mlpackage"))
     if sys.platform == "darwin":
         for package in packages:
-            done = subprocess.run(
-                [*COMPILER, str(folder / package), str(resources)], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise InputError(f"{shlex.join(COMPILER)} cannot compile {package}: {done.stderr.strip()[:300]}")
+            _compile(folder / package, resources)
         return
     lines = [
         "#!/bin/sh",
@@ -43,3 +39,15 @@ def lay_out_resources(folder: Path) -> None:
         *(f'{shlex.join(COMPILER)} "$bundle/{package}" "$out"' for package in packages),
     ]
     (resources / "compile.sh").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _compile(package: Path, resources: Path) -> None:
+    try:
+        done = subprocess.run([*COMPILER, str(package), str(resources)], capture_output=True, text=True, check=False)
+    except OSError:
+        raise InputError(
+            "--swift compiles with xcrun, which comes with Xcode: install Xcode, or leave it out"
+        ) from None
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:300]
+        raise InputError(f"{shlex.join(COMPILER)} cannot compile {package.name}: {said}")

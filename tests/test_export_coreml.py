@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -216,6 +218,29 @@ def test_resources_for_swift(coreml_bundle: Path, tmp_path: Path) -> None:
     assert Bundle.open(coreml_bundle).verify() > 0  # the bundle is as it was
 
 
+def test_on_a_mac_resources_are_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdc_edge.export import coreml_swift
+
+    monkeypatch.setattr(coreml_swift, "sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    for part in ("tokenizer", "unet/Unet.mlpackage", "bin"):
+        (tmp_path / part).mkdir(parents=True)
+    for name in coreml_swift.VOCABULARY:
+        (tmp_path / "tokenizer" / name).write_text("{}")
+    with pytest.raises(InputError, match="xcrun, which comes with Xcode"):
+        coreml_swift.lay_out_resources(tmp_path)
+    for script, code in (("echo 'bad model' >&2; exit 1", 1), ('mkdir "$4/$(basename "$3" .mlpackage).mlmodelc"', 0)):
+        shutil.rmtree(tmp_path / "Resources")
+        (tmp_path / "bin" / "xcrun").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / "xcrun").chmod(0o755)
+        if code:
+            with pytest.raises(InputError, match=r"cannot compile Unet\.mlpackage: bad model"):
+                coreml_swift.lay_out_resources(tmp_path)
+        else:
+            coreml_swift.lay_out_resources(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "Resources").iterdir()) == ["Unet.mlmodelc", "merges.txt", "vocab.json"]
+
+
 def test_a_safety_checker_is_exported_where_there_is_one(own_checkpoint: Path, tmp_path: Path) -> None:
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig
@@ -349,7 +374,9 @@ def test_the_482m_student(tmp_path: Path) -> None:
     for precision, least_db in (("fp16", 45), ("w8", 30), ("palette6", 25)):
         found = get_runtime("mil").load(bundles[precision].root, "unet")(**inputs)
         assert 10 * np.log10(np.abs(expected).max() ** 2 / np.mean((found - expected) ** 2)) > least_db
-    ids = np.array([[49406, 320, 1125, *[49407] * 74]])  # ids that 16 signed bits do not hold
+    ids = np.array(
+        [[49406, 320, 1125, *[49407] * 74]]
+    )  # ids that 16 signed bits do not hold: coremltools likes to store indices so
     text = get_runtime("mil").load(bundles["fp16"].root, "text_encoder")(input_ids=ids)
     expected = get_runtime("torch").load(source, "text_encoder")(input_ids=ids)
     assert 10 * np.log10(np.abs(expected).max() ** 2 / np.mean((text - expected) ** 2)) > 45

@@ -12,9 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from torch import Tensor
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from torch import Tensor, nn
 
 ATTENTIONS = ("original", "split-einsum", "sdpa")
 QUERIES_AT_ONCE = 512  # of split-einsum: a head's scores (B, S, 1, 512) stay in the Neural Engine's memory
@@ -29,12 +28,13 @@ class SplitEinsumProcessor:
         """hidden_states (B, S, C), encoder_hidden_states (B, T, D) or None -> (B, S, C)."""
         x = hidden_states.transpose(1, 2).unsqueeze(2)  # (B, C, 1, S)
         text = x if encoder_hidden_states is None else encoder_hidden_states.transpose(1, 2).unsqueeze(2)
-        query, key, value = _project(attn.to_q, x), _project(attn.to_k, text), _project(attn.to_v, text)
+        query, key, value = attn.to_q(x), attn.to_k(text), attn.to_v(text)
         key = key.transpose(1, 3)  # (B, T, 1, C)
         width = query.shape[1] // attn.heads
         heads = zip(torch.split(query, width, 1), torch.split(key, width, 3), torch.split(value, width, 1), strict=True)
         found = torch.cat([_one_head(*head, attn.scale) for head in heads], dim=1)  # (B, C, 1, S)
-        return _project(attn.to_out[0], found).squeeze(2).transpose(1, 2)
+        projected: Tensor = attn.to_out[0](found)
+        return projected.squeeze(2).transpose(1, 2)
 
 
 def _one_head(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -47,12 +47,22 @@ def _one_head(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
     return torch.cat(found, dim=3)
 
 
-def _project(layer: Any, x: Tensor) -> Tensor:
-    """A linear layer over the channels of (B, C, 1, S)."""
-    return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
-
-
 def set_attention(unet: Any, kind: str) -> None:
-    """Give every attention layer of a U-Net this layout."""
+    """Give every attention layer of a U-Net this layout; `split-einsum` makes its linear layers convolutions."""
     processors = {"original": AttnProcessor, "split-einsum": SplitEinsumProcessor, "sdpa": AttnProcessor2_0}
-    unet.set_attn_processor(processors[kind]())
+    for layer in [module for module in unet.modules() if isinstance(module, Attention)]:
+        layer.set_processor(processors[kind]())
+        if kind == "split-einsum":
+            layer.to_q, layer.to_k, layer.to_v = map(_as_convolution, (layer.to_q, layer.to_k, layer.to_v))
+            layer.to_out[0] = _as_convolution(layer.to_out[0])
+
+
+def _as_convolution(layer: Any) -> Any:
+    """The same weights as a 1x1 convolution; as a module, so that they keep their name in the package."""
+    if not isinstance(layer, nn.Linear):
+        return layer  # it has been done
+    found = nn.Conv2d(layer.in_features, layer.out_features, 1, bias=layer.bias is not None)
+    found.weight = nn.Parameter(layer.weight.detach()[:, :, None, None], requires_grad=False)
+    if layer.bias is not None:
+        found.bias = layer.bias
+    return found

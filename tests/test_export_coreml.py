@@ -181,20 +181,20 @@ def test_attention_layouts_through_core_ml(kind: str, target: str) -> None:
     from kdc_edge.runtimes.mil import Evaluator
 
     torch.manual_seed(0)
-    attention = Attention(32, cross_attention_dim=24, heads=2, dim_head=16).eval()
-    inputs = {"x": torch.randn(2, 40, 32), "text": torch.randn(2, 7, 24)}
+    attention = Attention(64, cross_attention_dim=48, heads=2, dim_head=32).eval()
+    inputs = {"x": torch.randn(2, 40, 64), "text": torch.randn(2, 7, 48)}
     expected = attention(inputs["x"], inputs["text"]).detach().numpy()
-    holder = torch.nn.Module()
-    holder.set_attn_processor = attention.set_processor  # type: ignore[assignment]
-    set_attention(holder, kind)
+    set_attention(attention, kind)
     described = {name: Tensor(dtype="float32", shape=list(value.shape)) for name, value in inputs.items()}
-    network = AppleNetwork(attention, described, {"y": Tensor(dtype="float32", shape=[2, 40, 32])}, {}, "")
+    network = AppleNetwork(attention, described, {"y": Tensor(dtype="float32", shape=[2, 40, 64])}, {}, "")
     package = convert(network, half=True, target=target)
     folder = Path(package.package_path)
     program = read_program(folder / PROGRAM)
     kinds = {o.type for o in program.operations}
     assert ("scaled_dot_product_attention" in kinds) == (kind == "sdpa")
     assert ("conv" in kinds) == (kind == "split-einsum")
+    weights = {o.name for o in program.operations if o.type == "const" and o.attributes["val"].type.size >= 2048}
+    assert {f"to_{x}_weight_to_fp16" for x in ("q", "k", "v")} <= weights  # a recipe finds its layers by name
     found = Evaluator(program)(**{name: value.numpy() for name, value in inputs.items()})["y"]
     error = np.mean((found - expected) ** 2)
     assert 10 * np.log10(np.abs(expected).max() ** 2 / error) > 55

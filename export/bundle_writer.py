@@ -29,6 +29,8 @@ from kdc_edge.bundle import (
     Manifest,
     Parity,
     Provenance,
+    Recipe,
+    Tensor,
     list_files,
     write_manifest,
 )
@@ -42,14 +44,21 @@ from kdc_edge.formats import Format
 from kdc_edge.schedule import NoiseSchedule
 
 Write = Callable[[ExportComponent, Path], list[str]]
-Finish = Callable[[Path], None]
+Interface = tuple[dict[str, Tensor], dict[str, Tensor]]  # inputs and outputs by name
+Finish = Callable[[Path], Sequence[Check] | None]  # checks of what it adds, where it adds something to prove
 
 PACKAGES = (
-    "torch", "diffusers", "transformers", "optimum", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "numpy",
+    "torch", "diffusers", "transformers", "optimum", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf",
+    "coremltools", "numpy",
 )  # fmt: skip
 # A component's folder in the bundle <- its network's folder in the checkpoint.
 SOURCES: dict[ComponentName, str] = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae"}
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+def optimum_interface(part: ExportComponent) -> Interface:
+    """The component's inputs and outputs under optimum's names, free sizes included."""
+    return describe(part.config.input_shapes), describe(part.config.output_shapes)
 
 
 def write_bundle(
@@ -58,23 +67,27 @@ def write_bundle(
     row: Format,
     write: Write,
     *,
+    interface: Callable[[ExportComponent], Interface] = optimum_interface,
     finish: Finish | None = None,
     verify: bool = True,
     prompts: Sequence[str] | None = None,
     calibration: CalibrationInfo | None = None,
+    recipe: Recipe | None = None,
     command: str | None = None,
 ) -> Bundle:
-    """Fill a folder beside `out`, prove it, rename it in. Raises a KdcError, and `out` stays as it was."""
+    """Fill a folder beside `out`, prove it, rename it in. Raises a KdcError, and `out` stays as it was.
+
+    `interface` says what goes into a component and comes out of it where a target has names of its own.
+    """
     model = read_model(checkpoint)
     NoiseSchedule.from_config(model.scheduler)  # refuses a schedule that no sampler has, before the work
     with atomic_folder(out, marker=MANIFEST) as folder:
         copy_configs(checkpoint, folder)
         copy_tokenizer(checkpoint / "tokenizer", folder / "tokenizer")
         components: dict[ComponentName, ComponentInfo] = {
-            name: _write_component(checkpoint, name, folder, write) for name in SOURCES
+            name: _write_component(checkpoint, name, folder, write, interface) for name in SOURCES
         }
-        if finish:
-            finish(folder)
+        own_checks = (finish(folder) if finish else None) or ()
         manifest = Manifest(
             target=row.target,
             precision=row.precision,
@@ -82,6 +95,7 @@ def write_bundle(
             components=components,
             files=list_files(folder),
             calibration=calibration,
+            recipe=recipe,
             provenance=Provenance(
                 checkpoint=checkpoint.resolve().name,
                 checkpoint_sha256=hash_checkpoint(checkpoint),
@@ -93,6 +107,7 @@ def write_bundle(
         write_manifest(folder, manifest)
         if verify:
             parity = check_parity(checkpoint, folder, row, prompts or spread(own_prompts(checkpoint), PICTURES))
+            parity = parity.model_copy(update={"checks": [*parity.checks, *own_checks]})
             _demand(parity, row)
             write_manifest(folder, manifest.model_copy(update={"parity": parity}))
     return Bundle.open(out)
@@ -103,15 +118,18 @@ def spread(prompts: Sequence[str], count: int) -> list[str]:
     return [prompts[i * len(prompts) // count] for i in range(min(count, len(prompts)))]
 
 
-def _write_component(checkpoint: Path, name: ComponentName, folder: Path, write: Write) -> ComponentInfo:
+def _write_component(
+    checkpoint: Path,
+    name: ComponentName,
+    folder: Path,
+    write: Write,
+    interface: Callable[[ExportComponent], Interface],
+) -> ComponentInfo:
     """One component from file to file; its weights are in memory only while this runs."""
     part = load_component(checkpoint, name)
+    inputs, outputs = interface(part)
     files = write(part, folder / name)
-    return ComponentInfo(
-        files=[f"{name}/{file}" for file in files],
-        inputs=describe(part.config.input_shapes),
-        outputs=describe(part.config.output_shapes),
-    )
+    return ComponentInfo(files=[f"{name}/{file}" for file in files], inputs=inputs, outputs=outputs)
 
 
 def copy_configs(checkpoint: Path, folder: Path) -> None:

@@ -38,7 +38,12 @@ class Calibration:
 
 
 def calibrate(
-    checkpoint: Path, prompts: Sequence[str] | None = None, samples: int | None = None, *, seed: int = 0
+    checkpoint: Path,
+    prompts: Sequence[str] | None = None,
+    samples: int | None = None,
+    *,
+    seed: int = 0,
+    samples_a_picture: int = SAMPLES_A_PICTURE,
 ) -> Calibration:
     """Generate in PyTorch from prompts drawn at random, and keep `samples` of the U-Net's calls.
 
@@ -61,7 +66,7 @@ def calibrate(
     inputs: list[dict[str, np.ndarray]] = []
     order = [p for _ in range(-(-samples // len(prompts))) for p in rng.permutation(np.array(prompts, object))]
     for number, prompt in enumerate(order):
-        wanted = min(SAMPLES_A_PICTURE, samples - len(inputs))
+        wanted = min(samples_a_picture, samples - len(inputs))
         if wanted == 0:
             break
         kept = sorted(rng.choice(STEPS, wanted, replace=False))

@@ -21,7 +21,7 @@ from kdc_edge.checkpoint import read_model
 from kdc_edge.errors import CheckpointError, KdcError
 from kdc_edge.formats import Format
 from kdc_edge.pipeline import Component, Pipeline, Request
-from kdc_edge.runtimes.base import COMPONENTS, get_runtime, open_pipeline
+from kdc_edge.runtimes.base import COMPONENTS, get_runtime, open_pipeline, preferred_engine
 from kdc_edge.tokenizer import Tokenizer
 
 PICTURES = 2  # each one costs STEPS U-Net calls on both sides
@@ -65,7 +65,7 @@ def check_parity(checkpoint: Path, bundle: Path, row: Format, prompts: Sequence[
         for name in COMPONENTS
     ]
     checks.append(_compare_pictures(reference.pictures, candidate, requests, row.min_image_psnr_db))
-    torch_version, engine = get_runtime("torch").version, get_runtime(row.engines[0])
+    torch_version, engine = get_runtime("torch").version, get_runtime(preferred_engine(row).name)
     size = candidate.model.picture_size
     return Parity(
         reference=f"the checkpoint in PyTorch {torch_version}, fp32, on the CPU",

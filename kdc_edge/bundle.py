@@ -98,6 +98,14 @@ class CalibrationInfo(_Record):
     guidance: float
 
 
+class Recipe(_Record):
+    """How many bits each layer of the U-Net got, by the name of its weight; `--recipe` applies it again."""
+
+    bits: dict[Text, Literal[1, 2, 4, 6, 8]] = Field(max_length=10_000)
+    size_bytes: int = Field(ge=0)  # of the U-Net's package, as it was planned
+    psnr_db: float  # of the guided prediction on the calibration inputs, in PyTorch with these weights
+
+
 class Provenance(_Record):
     checkpoint: Text  # name of the source folder
     checkpoint_sha256: Sha256
@@ -115,6 +123,7 @@ class Manifest(_Record):
     files: dict[Text, FileInfo] = Field(max_length=10_000)
     parity: Parity | None = None
     calibration: CalibrationInfo | None = None
+    recipe: Recipe | None = None
     provenance: Provenance
     licence: Text | None = None
 

@@ -19,7 +19,7 @@ class Format:
     does: str  # in plain words, for `kdc-edge formats`
     bytes_per_weight: float  # of the U-Net, on disk
     calibrated: bool  # needs recorded inputs to quantize?
-    engines: tuple[str, ...]  # that can run it, the preferred first
+    engines: tuple[str, ...]  # that can run it, the preferred first where the machine has it
     min_component_psnr_db: float
     min_image_psnr_db: float
 
@@ -29,12 +29,22 @@ class Format:
 
 
 _ORT, _OPENVINO = ("onnxruntime",), ("openvino",)
+_COREML = ("coreml", "mil")  # mil proves on every machine what coreml runs on Apple's
 _BF16 = "arithmetic in bfloat16 where the processor has it"
+_FP16 = "arithmetic in 16 bits"
 
 # fmt: off
 FORMATS: tuple[Format, ...] = (
     Format("onnx", "fp32", "weights and arithmetic in 32 bits", 4.0, False, _ORT, 60.0, 50.0),
     Format("onnx", "fp16", "weights stored in 16 bits, arithmetic in 32 bits", 2.0, False, _ORT, 45.0, 35.0),
+    Format("coreml", "fp32", "weights and arithmetic in 32 bits", 4.0, False, _COREML, 60.0, 50.0),
+    Format("coreml", "fp16", "weights and arithmetic in 16 bits", 2.0, False, _COREML, 45.0, 35.0),
+    Format("coreml", "w8", f"weights stored in 8 bits, {_FP16}", 1.0, False, _COREML, 40.0, 30.0),
+    Format("coreml", "palette8", f"weights from tables of 256 values, {_FP16}", 1.0, False, _COREML, 40.0, 30.0),
+    Format("coreml", "palette6", f"weights from tables of 64 values, {_FP16}", 0.75, False, _COREML, 32.0, 25.0),
+    Format("coreml", "palette4", f"weights from tables of 16 values, {_FP16}", 0.5, False, _COREML, 20.0, 12.0),
+    Format("coreml", "mixed", f"each layer of the U-Net from a table of 2 to 256 values, within a budget, {_FP16}", 0.5,
+           True, _COREML, 15.0, 10.0),
     Format("openvino", "fp32", "weights and arithmetic in 32 bits", 4.0, False, _OPENVINO, 60.0, 50.0),
     Format("openvino", "fp16", f"weights stored in 16 bits, {_BF16}", 2.0, False, _OPENVINO, 40.0, 35.0),
     Format("openvino", "w8", f"weights stored in 8 bits, {_BF16}", 1.0, False, _OPENVINO, 35.0, 30.0),

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import gc
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
-from kdc_edge.bundle import Bundle
+from kdc_edge.bundle import Bundle, Model
 from kdc_edge.checkpoint import read_model
 from kdc_edge.errors import InputError
-from kdc_edge.formats import find_format
+from kdc_edge.formats import Format, find_format
 from kdc_edge.pipeline import Component, Pipeline
 from kdc_edge.tokenizer import Tokenizer
 
@@ -70,6 +71,8 @@ class Engine:
     module: str
     package: str
     extra: str
+    platform: str | None = None  # sys.platform where it runs; anywhere when None
+    reference: bool = False  # proves artifacts; too slow to be chosen or measured where another engine runs
 
 
 ENGINES: dict[str, Engine] = {
@@ -77,6 +80,8 @@ ENGINES: dict[str, Engine] = {
     for e in (
         Engine("onnxruntime", "kdc_edge.runtimes.onnxruntime", "onnxruntime", "onnx"),
         Engine("openvino", "kdc_edge.runtimes.openvino", "openvino", "openvino"),
+        Engine("coreml", "kdc_edge.runtimes.coreml", "coremltools", "coreml", platform="darwin"),
+        Engine("mil", "kdc_edge.runtimes.mil", "numpy", "coreml", reference=True),
         Engine("torch", "kdc_edge.runtimes.torch", "torch", "train"),
     )
 }
@@ -86,7 +91,15 @@ def get_runtime(name: str) -> Runtime:
     """The engine of that name; raises InputError when unknown, MissingPackageError when absent."""
     if name not in ENGINES:
         raise InputError(f"unknown engine {name!r}: choose from {', '.join(ENGINES)}")
+    if ENGINES[name].platform not in (None, sys.platform):
+        raise InputError(f"{name} needs Apple's frameworks, which only macOS has: use --engine mil here")
     return cast(Runtime, importlib.import_module(ENGINES[name].module).RUNTIME)
+
+
+def preferred_engine(row: Format) -> Engine:
+    """The first of the format's engines that this kind of machine has."""
+    engines = [ENGINES[name] for name in row.engines]
+    return next((e for e in engines if e.platform in (None, sys.platform)), engines[0])
 
 
 class LoadedComponents(Mapping[str, Component]):
@@ -131,21 +144,11 @@ def open_pipeline(
     speed for memory: one component at a time, and the engine's savings. `cache` is a folder for what the
     engine compiles, where it can keep that. Raises a KdcError for what can be seen before anything is loaded.
     """
-    if (folder / "model_index.json").is_file() and not (folder / "kdc-edge.json").is_file():
-        if engine not in (None, "torch"):
-            raise InputError(f"{folder} is a checkpoint, which only torch runs: export it for {engine} first")
-        model, chosen = read_model(folder), "torch"
-    else:
-        bundle = Bundle.open(folder)
-        model = bundle.manifest.model
-        able = find_format(bundle.manifest.target, bundle.manifest.precision).engines
-        if engine is not None and engine not in able:
-            raise InputError(f"{engine} cannot run {bundle.manifest.name}: choose from {', '.join(able)}")
-        chosen = engine or able[0]
+    model, chosen = _choose(folder, engine)
     if threads is not None and threads < 1:
         raise InputError(f"--threads {threads} is too few: use 1 or more")
     tokenizer = Tokenizer.from_folder(folder / "tokenizer")
-    runtime = get_runtime(chosen)
+    runtime = get_runtime(chosen.name)
     named = split_devices(device)
     devices = {c: check_device(runtime, named.get(c, named.get(""))) for c in COMPONENTS}
 
@@ -169,6 +172,27 @@ def split_devices(device: str | None) -> dict[str, str]:
             )
         found[component] = name
     return found
+
+
+def open_for_bench(folder: Path, *, engine: str | None = None, **options: Any) -> Pipeline:
+    """The same, but for engines that only prove: what they take says nothing about the artifact."""
+    _, chosen = _choose(folder, engine)
+    if chosen.reference:
+        raise InputError(f"{chosen.name} proves this bundle and is not for measuring: bench it where its engine runs")
+    return open_pipeline(folder, engine=engine, **options)
+
+
+def _choose(folder: Path, engine: str | None) -> tuple[Model, Engine]:
+    """What the folder computes, and the engine asked for or preferred; InputError where they do not fit."""
+    if (folder / "model_index.json").is_file() and not (folder / "kdc-edge.json").is_file():
+        if engine not in (None, "torch"):
+            raise InputError(f"{folder} is a checkpoint, which only torch runs: export it for {engine} first")
+        return read_model(folder), ENGINES["torch"]
+    manifest = Bundle.open(folder).manifest
+    row = find_format(manifest.target, manifest.precision)
+    if engine is not None and engine not in row.engines:
+        raise InputError(f"{engine} cannot run {manifest.name}: choose from {', '.join(row.engines)}")
+    return manifest.model, preferred_engine(row) if engine is None else ENGINES[engine]
 
 
 def check_device(runtime: Runtime, device: str | None) -> str:

@@ -85,3 +85,12 @@ def start_from_graphs_of(bundle: Path, patch: pytest.MonkeyPatch) -> None:
     import onnx_ir as ir
 
     patch.setattr("kdc_edge.export.onnx.trace", lambda part: ir.load(bundle / part.name / "model.onnx"))
+
+
+@pytest.fixture(scope="session")
+def coreml_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """fp16, for Core ML, with Resources/."""
+    from kdc_edge.export.coreml import CoreMLOptions, export_coreml
+
+    out = tmp_path_factory.mktemp("bundles") / "coreml-fp16"
+    return export_coreml(checkpoint, out, precision="fp16", options=CoreMLOptions(swift=True)).root

@@ -34,7 +34,7 @@ from kdc_edge.errors import InputError, KdcError
 from kdc_edge.formats import find_format
 from kdc_edge.pipeline import Pipeline, Progress, Request
 
-OPENER = "kdc_edge.runtimes:open_pipeline"  # a name, because the runtimes stand on a higher floor than this one
+OPENER = "kdc_edge.runtimes:open_for_bench"  # a name, because the runtimes stand on a higher floor than this one
 
 
 @dataclass(frozen=True)

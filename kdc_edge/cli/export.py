@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -11,6 +11,9 @@ from typer import Argument, Option
 from kdc_edge.cli.project import BUNDLES, Config, command_line, latest_checkpoint, need_export, say
 from kdc_edge.errors import InputError
 from kdc_edge.formats import DEFAULT_PRECISION, Format, find_format, targets
+
+if TYPE_CHECKING:
+    from kdc_edge.export.coreml import CoreMLOptions
 
 
 def export(
@@ -23,6 +26,24 @@ def export(
     ] = None,
     calibration_samples: Annotated[int | None, Option(help="U-Net calls recorded for int8; 64 by default.")] = None,
     verify: Annotated[bool, Option("--verify/--no-verify", help="Prove it against PyTorch first.")] = True,
+    unet_batch: Annotated[int | None, Option(help="Core ML: samples a U-Net pass, 2 (with guidance) or 1.")] = None,
+    deployment_target: Annotated[
+        str | None, Option(help="Core ML: iOS17 (macOS 14), the default, or iOS18 (macOS 15).")
+    ] = None,
+    attention: Annotated[
+        str | None,
+        Option(help="Core ML: original (GPU), split-einsum (Neural Engine), or sdpa (fused; needs iOS18)."),
+    ] = None,
+    swift: Annotated[
+        bool | None, Option("--swift", help="Core ML: lay out Resources/ for Apple's Swift package.")
+    ] = None,
+    max_size: Annotated[
+        str | None, Option(metavar="SIZE", help="Core ML, mixed: of the U-Net's package, such as 300MB.")
+    ] = None,
+    min_psnr: Annotated[float | None, Option(help="Core ML, mixed: of the U-Net's guided prediction, in dB.")] = None,
+    recipe: Annotated[
+        Path | None, Option(metavar="FILE", help="Core ML, mixed: a mixed bundle's kdc-edge.json, to apply it again.")
+    ] = None,
     config: Config = None,
 ) -> None:
     """Export a checkpoint to a bundle that a device can run, and prove that it computes the same."""
@@ -33,6 +54,18 @@ def export(
     source = checkpoint or latest_checkpoint()
     if checkpoint is None:
         say(f"no checkpoint given: {source.resolve()}")
+    own: dict[str, Any] = {
+        "unet_batch": unet_batch,
+        "deployment_target": deployment_target,
+        "attention": attention,
+        "swift": swift,
+        "max_size": max_size,
+        "min_psnr": min_psnr,
+        "recipe": recipe,
+    }
+    asked = {name: value for name, value in own.items() if value is not None}
+    if asked and row.target != "coreml":
+        raise InputError(f"--{next(iter(asked)).replace('_', '-')} is for --target coreml: leave it out")
     need_export("kdc-edge export")
     out = out or BUNDLES / row.name
     common: dict[str, Any] = {"precision": row.precision, "verify": verify, "command": command_line()}
@@ -41,6 +74,10 @@ def export(
         from kdc_edge.export.openvino import export_openvino
 
         bundle = export_openvino(source, out, **common, **calibration)
+    elif target == "coreml":
+        from kdc_edge.export.coreml import export_coreml
+
+        bundle = export_coreml(source, out, **common, **calibration, options=_coreml_options(asked), tell=say)
     else:
         from kdc_edge.export.onnx import export_onnx
 
@@ -64,3 +101,16 @@ def _calibration(row: Format, prompts: Path | None, samples: int | None) -> dict
     from kdc_edge.export.prompts import read_prompts
 
     return {"calibration_prompts": prompts and read_prompts(prompts), "calibration_samples": samples}
+
+
+def _coreml_options(asked: dict[str, Any]) -> CoreMLOptions:
+    """The options that only Core ML has, with the budget and the recipe read."""
+    from kdc_edge.export.coreml import CoreMLOptions
+    from kdc_edge.export.mixed import Budget, parse_size, read_recipe
+
+    size, psnr_db, recipe = (asked.pop(name, None) for name in ("max_size", "min_psnr", "recipe"))
+    if size is not None or psnr_db is not None:
+        asked["budget"] = Budget(size and parse_size(size), psnr_db)
+    if recipe is not None:
+        asked["recipe"] = read_recipe(recipe)
+    return CoreMLOptions(**asked)

@@ -60,7 +60,7 @@ def info(
 
 def devices(as_json: Json = False) -> None:
     """What this machine can run: the engines and their devices."""
-    from kdc_edge.errors import MissingPackageError
+    from kdc_edge.errors import InputError, MissingPackageError
     from kdc_edge.runtimes import ENGINES, get_runtime
 
     found: list[dict[str, Any]] = []
@@ -69,7 +69,10 @@ def devices(as_json: Json = False) -> None:
             runtime = get_runtime(name)
             devices = runtime.devices()
         except MissingPackageError:
-            found.append({"engine": name, "missing": f"pip install 'kdc-edge[{engine.extra}]'"})
+            found.append({"engine": name, "missing": f"not installed; pip install 'kdc-edge[{engine.extra}]'"})
+            continue
+        except InputError as error:  # of another system
+            found.append({"engine": name, "missing": str(error)})
             continue
         found.append({"engine": name, "version": runtime.version, "devices": [asdict(d) for d in devices]})
     if as_json:
@@ -77,7 +80,7 @@ def devices(as_json: Json = False) -> None:
         return
     for row in found:
         if "missing" in row:
-            typer.echo(f"{row['engine']}: not installed; {row['missing']}")
+            typer.echo(f"{row['engine']}: {row['missing']}")
         else:
             listed = "; ".join(f"{d['name']} ({d['description']})" for d in row["devices"])
             typer.echo(f"{row['engine']} {row['version']}: {listed}")

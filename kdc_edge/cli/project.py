@@ -110,22 +110,22 @@ def all_bundles() -> list[Path]:
 
 
 def best_bundle() -> Path:
-    """The bundle for this machine: the smallest whose engine is installed."""
+    """The bundle for this machine: the smallest whose engine is installed, a reference engine's last."""
     import importlib.util
 
     from kdc_edge.bundle import Bundle
     from kdc_edge.formats import find_format
-    from kdc_edge.runtimes.base import ENGINES
+    from kdc_edge.runtimes.base import preferred_engine
 
-    ranked: list[tuple[int, Path]] = []
+    ranked: list[tuple[bool, int, Path]] = []
     for path in all_bundles():
         bundle = Bundle.open(path)
-        engines = find_format(bundle.manifest.target, bundle.manifest.precision).engines
-        if any(importlib.util.find_spec(ENGINES[e].package) for e in engines):
-            ranked.append((bundle.size_bytes, path))
+        engine = preferred_engine(find_format(bundle.manifest.target, bundle.manifest.precision))
+        if importlib.util.find_spec(engine.package):
+            ranked.append((engine.reference, bundle.size_bytes, path))
     if not ranked:
         raise InputError("no bundle in bundles/ has its engine installed here: see kdc-edge devices")
-    return min(ranked)[1]
+    return min(ranked)[2]
 
 
 def command_line() -> str:

@@ -1,0 +1,112 @@
+"""The networks as Core ML packages: Apple's names, shapes and layouts around the exportable modules.
+
+    network = apple_network(part, sizes)
+    network.module(*network.samples()), network.inputs["sample"].shape          # (2, 4, 64, 64)
+
+Names and layouts are those that Apple's Swift package reads: the text's ids are floats, its channels come before
+its tokens, and there is one timestep a sample. All shapes are fixed: Core ML plans its memory ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from kdc_edge.bundle import Model
+from kdc_edge.bundle import Tensor as TensorInfo
+from kdc_edge.export.components import ExportComponent, TextEncoder, UNet, VaeDecoder
+
+
+class AppleTextEncoder(TextEncoder):
+    """ids float (1, 77) -> hidden states (1, 77, D), pooled (1, D)."""
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(input_ids.to(torch.int32))
+
+
+class AppleUNet(UNet):
+    """sample (B, C, h, w), timestep (B), text (B, D, 1, 77) -> prediction (B, C, h, w)."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        return super().forward(sample, timestep, encoder_hidden_states.squeeze(2).transpose(1, 2))
+
+
+class AppleVaeDecoder(VaeDecoder):
+    """z (1, C, h, w) -> picture (1, 3, 8h, 8w) in [-1, 1]."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(z)
+
+
+@dataclass(frozen=True)
+class AppleNetwork:
+    """A traceable module, and what goes in and comes out."""
+
+    module: nn.Module
+    inputs: Mapping[str, TensorInfo]
+    outputs: Mapping[str, TensorInfo]
+    descriptions: Mapping[str, str]  # of every input and output
+    does: str
+
+    def samples(self) -> list[Tensor]:
+        """One input each, for the tracer."""
+        return [torch.ones(cast(list[int], info.shape)) for info in self.inputs.values()]
+
+
+def apple_network(part: ExportComponent, model: Model, *, unet_batch: int) -> AppleNetwork:
+    """The component as Core ML gets it; it shares the weights of `part`."""
+    latents = [model.latent_channels, model.latent_size, model.latent_size]
+    tokens = part.config.tokens
+    described = part.config.output_shapes
+    inner: Any = part.module
+    if part.name == "text_encoder":
+        width = int(described["last_hidden_state"][2])
+        return AppleNetwork(
+            AppleTextEncoder(inner.text_encoder),
+            {"input_ids": floats(1, tokens)},
+            {"last_hidden_state": floats(1, tokens, width), "pooled_outputs": floats(1, width)},
+            {
+                "input_ids": f"token ids of the prompt as floats, padded to {tokens}",
+                "last_hidden_state": "the text as the U-Net reads it: one vector a token",
+                "pooled_outputs": "the text as one vector; the U-Net does not read it",
+            },
+            "reads a prompt",
+        )
+    if part.name == "unet":
+        width = int(part.config.input_shapes["encoder_hidden_states"][2])
+        return AppleNetwork(
+            AppleUNet(inner.unet),
+            {
+                "sample": floats(unet_batch, *latents),
+                "timestep": floats(unet_batch),
+                "encoder_hidden_states": floats(unet_batch, width, 1, tokens),
+            },
+            {"noise_pred": floats(unet_batch, int(described["out_sample"][1]), *latents[1:])},
+            {
+                "sample": "noisy latents, scaled as the sampler wants them",
+                "timestep": "how far the noise has come, one a sample, as a float",
+                "encoder_hidden_states": "the text encoder's last hidden state, channels first",
+                "noise_pred": "the noise in the sample, as the network sees it",
+            },
+            "predicts the noise in latents",
+        )
+    side = model.picture_size
+    return AppleNetwork(
+        AppleVaeDecoder(inner.vae),
+        {"z": floats(1, *latents)},
+        {"image": floats(1, int(described["sample"][1]), side, side)},
+        {
+            "z": "latents, divided by the scaling factor",
+            "image": "the picture in [-1, 1]",
+        },
+        "turns latents into a picture",
+    )
+
+
+def floats(*shape: int) -> TensorInfo:
+    """A float32 tensor of these sizes, as the manifest lists it."""
+    return TensorInfo(dtype="float32", shape=list(shape))

@@ -1,0 +1,104 @@
+"""Core ML on a Mac: Apple's own engine, on the processor, the GPU and the Neural Engine.
+
+    unet = get_runtime("coreml").load(Path("bundles/coreml-palette6"), "unet", device="CPU_AND_NE", threads=None)
+
+A package has to be compiled for the machine before it runs, which takes a while for a large U-Net. The compiled
+model is kept beside the bundle (`.NAME.compiled/`, safe to delete) under the hashes of what it was made from and
+the system's version. Elsewhere the registry refuses this engine; `mil` computes the same files anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdc_edge.bundle import Bundle
+from kdc_edge.errors import BundleError
+from kdc_edge.pipeline import Component
+from kdc_edge.runtimes.base import Device, check_device, first_line
+from kdc_edge.runtimes.coreml_layout import PROGRAM, Predict, Stage, adapt, in_turn, packages_of
+from kdc_edge.runtimes.coreml_tools import load_coremltools
+from kdc_edge.runtimes.mil_file import read_program
+
+_ct: Any = load_coremltools("running a Core ML bundle")
+
+_UNITS = (
+    ("ALL", "Core ML chooses among processor, GPU and Neural Engine"),
+    ("CPU_AND_NE", "processor and Neural Engine"),
+    ("CPU_AND_GPU", "processor and GPU"),
+    ("CPU_ONLY", "processor"),
+)
+
+
+class CoreMLRuntime:
+    name = "coreml"
+    version: str = _ct.__version__
+
+    def devices(self) -> list[Device]:
+        return [Device(name, does) for name, does in _UNITS]
+
+    def load(
+        self,
+        folder: Path,
+        component: str,
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        low_memory: bool = False,
+        cache: Path | None = None,
+    ) -> Component:
+        """Open a component of a bundle; Core ML sets the number of its threads itself. Raises BundleError."""
+        del threads, low_memory
+        units = _ct.ComputeUnit[check_device(self, device)]
+        bundle = Bundle.open(folder)
+        info, _ = bundle.component(component)
+        root = bundle.root.resolve()
+        cache = cache or root.parent / f".{root.name}.compiled"
+        hashes = [bundle.manifest.files[name].sha256 for name in info.files]
+        key = hashlib.sha256(" ".join([*hashes, platform.platform()]).encode()).hexdigest()[:16]
+        stages = [
+            _open(package, cache / f"{package.stem}-{key}.mlmodelc", units) for package in packages_of(bundle, info)
+        ]
+        return adapt(bundle, component, in_turn(stages))
+
+
+def _open(package: Path, compiled: Path, units: Any) -> Stage:
+    """One package, compiled unless that was done before."""
+    inputs = read_program(package / PROGRAM).inputs
+    try:
+        if not compiled.is_dir():
+            _compile(package, compiled)
+        model = _ct.models.CompiledMLModel(str(compiled), units)
+    except Exception as error:  # coremltools and the frameworks under it raise whatever comes
+        shutil.rmtree(compiled, ignore_errors=True)  # perhaps it was this that is damaged: the next try makes it anew
+        raise BundleError(f"{package} is refused by Core ML: {first_line(error)}; copy or export it again") from None
+    return list(inputs), _predict(package, model)
+
+
+def _compile(package: Path, compiled: Path) -> None:
+    """Compile beside its place, so that a compiled model is whole or not there."""
+    compiled.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=compiled.parent, prefix=".part-") as temporary:
+        made = _ct.models.utils.compile_model(str(package), str(Path(temporary) / compiled.name))
+        Path(made).replace(compiled)
+
+
+def _predict(package: Path, model: Any) -> Predict:
+    def predict(**inputs: np.ndarray) -> Mapping[str, np.ndarray]:
+        try:
+            found: Mapping[str, np.ndarray] = model.predict(inputs)
+        except Exception as error:
+            raise BundleError(f"{package} cannot compute this: {first_line(error)}") from None
+        return found
+
+    return predict
+
+
+RUNTIME = CoreMLRuntime()

@@ -1,0 +1,126 @@
+"""Apple's names and layouts behind the contract's: what the Core ML engines share.
+
+The files that Apple's Swift package reads have fixed shapes, their own names, the text's channels first and the
+timestep once a sample (FACTS: Core ML). A pipeline speaks the contract's names and any batch; `adapt` stands
+between the two.
+
+    unet = adapt("unet", info.inputs, predict)           # predict(**Apple's inputs) -> Apple's outputs
+    noise_pred = unet(sample=sample, timestep=timestep, encoder_hidden_states=hidden)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kdc_edge.bundle import Bundle, ComponentInfo, Tensor
+from kdc_edge.errors import BundleError, InputError
+from kdc_edge.files import inside
+
+Predict = Callable[..., Mapping[str, np.ndarray]]  # named fp32 arrays in, all outputs by name
+Stage = tuple[Sequence[str], Predict]  # a package's inputs, and the package
+
+# component -> its package in the bundle's folder of that name; a large U-Net lies in two.
+PACKAGES = {"text_encoder": "TextEncoder", "unet": "Unet", "vae_decoder": "VAEDecoder"}
+CHUNKS = ("UnetChunk1", "UnetChunk2")
+OUTPUTS = {"text_encoder": "last_hidden_state", "unet": "noise_pred", "vae_decoder": "image"}
+CONTRACT = {
+    "text_encoder": ("input_ids",),
+    "unet": ("sample", "timestep", "encoder_hidden_states"),
+    "vae_decoder": ("latent_sample",),
+}
+PROGRAM = "Data/com.apple.CoreML/model.mlmodel"  # within a package
+
+
+def packages_of(bundle: Bundle, info: ComponentInfo) -> list[Path]:
+    """The component's .mlpackage folders, in the order in which they are computed."""
+    found = [name.removesuffix(f"/{PROGRAM}") for name in info.files if name.endswith(f".mlpackage/{PROGRAM}")]
+    if not found:
+        raise BundleError(f"{bundle.root} names no Core ML package: export it again")
+    return [inside(bundle.root, name, BundleError) for name in found]
+
+
+def in_turn(stages: Sequence[Stage]) -> Predict:
+    """A network that lies in several packages: each gets the first inputs and what those before it gave."""
+
+    def predict(**inputs: np.ndarray) -> Mapping[str, np.ndarray]:
+        values: dict[str, np.ndarray] = dict(inputs)
+        for names, stage in stages:
+            values |= stage(**{name: values[name] for name in names if name in values})
+        return values
+
+    return predict
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A component of the contract, computed by a network with Apple's names and one fixed batch."""
+
+    name: str
+    inputs: Mapping[str, Tensor]  # as the manifest lists them
+    predict: Predict
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        """Compute in batches of the network's own size, the last one filled up; float32."""
+        arranged = self._arrange(inputs)
+        batch = next(iter(self.inputs.values())).shape[0]
+        if not isinstance(batch, int) or batch < 1:
+            raise BundleError(f"the bundle's {self.name} has a batch of {batch!r:.40}: export it again")
+        total = len(next(iter(arranged.values())))
+        found = []
+        for start in range(0, total, batch):
+            part = {name: _fill(value[start : start + batch], batch) for name, value in arranged.items()}
+            outputs = self.predict(**part)
+            if OUTPUTS[self.name] not in outputs:
+                raise BundleError(f"the bundle's {self.name} gives no {OUTPUTS[self.name]}: export it again")
+            found.append(outputs[OUTPUTS[self.name]][: total - start])
+        return np.concatenate(found).astype(np.float32, copy=False)
+
+    def _arrange(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The contract's arrays under Apple's names, shapes checked but for the batch."""
+        if inputs.keys() != set(CONTRACT[self.name]):
+            raise BundleError(
+                f"the {self.name} takes {', '.join(CONTRACT[self.name])} where {', '.join(inputs)} are given: a bundle"
+                " made for another pipeline"
+            )
+        if self.name == "unet":
+            sample = inputs["sample"]
+            arranged = {
+                "sample": sample,
+                "timestep": np.broadcast_to(inputs["timestep"], sample.shape[:1]),
+                "encoder_hidden_states": inputs["encoder_hidden_states"].transpose(0, 2, 1)[:, :, None],
+            }
+        elif self.name == "vae_decoder":
+            arranged = {"z": inputs["latent_sample"]}
+        else:
+            arranged = dict(inputs)
+        if arranged.keys() != self.inputs.keys():
+            raise BundleError(
+                f"the bundle's {self.name} takes {', '.join(self.inputs)}, not Apple's names: export it again"
+            )
+        for name, value in arranged.items():
+            expected = self.inputs[name].shape[1:]
+            if list(value.shape[1:]) != expected:
+                raise InputError(
+                    f"this Core ML bundle's {self.name} takes {name} of {_sides(expected)} where"
+                    f" {_sides(value.shape[1:])} are given: its sizes are fixed, so leave --width and --height out"
+                )
+        return {n: np.ascontiguousarray(v, np.float32) for n, v in arranged.items()}
+
+
+def adapt(bundle: Bundle, name: str, predict: Predict) -> Adapted:
+    return Adapted(name, bundle.component(name)[0].inputs, predict)
+
+
+def _fill(part: np.ndarray, batch: int) -> np.ndarray:
+    """`part` with its first sample repeated until it is `batch` long."""
+    if len(part) == batch:
+        return part
+    return np.concatenate([part, part[:1].repeat(batch - len(part), axis=0)])
+
+
+def _sides(shape: Iterable[int | str]) -> str:
+    return "x".join(map(str, shape))

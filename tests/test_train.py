@@ -17,8 +17,8 @@ from kdc_edge.errors import InputError
 from kdc_edge.train.config import TrainConfig, learning_rate
 from kdc_edge.train.data import Task, parse_task
 from kdc_edge.train.evaluate import average, backward_transfer, forgetting
+from kdc_edge.train.folders import GARDEN_TEACHER
 from kdc_edge.train.loop import StepDone, TaskDone, Trainer, branch
-from kdc_edge.train.student import GARDEN_TEACHER
 
 TASKS = (Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies"))
 

@@ -36,9 +36,10 @@ from kdc_edge.train.checkpoint import Position, load_state, save_state
 from kdc_edge.train.config import TrainConfig, check_same, learning_rate
 from kdc_edge.train.data import Latents, Task, TextEmbedder, cache_latents
 from kdc_edge.train.evaluate import Generator, Score, average, backward_transfer, evaluate, forgetting
+from kdc_edge.train.folders import write_checkpoint
 from kdc_edge.train.losses import distillation_loss
 from kdc_edge.train.replay import ReplayBuffer
-from kdc_edge.train.student import make_student, source_name, write_checkpoint
+from kdc_edge.train.student import make_student, source_name
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ def quickstart(
     from kdc_edge.train.config import TrainConfig
     from kdc_edge.train.data import GardenSource, Task
     from kdc_edge.train.evaluate import evaluate, evaluation_scenes
+    from kdc_edge.train.folders import GARDEN_TEACHER
     from kdc_edge.train.loop import StepDone, Trainer, branch
-    from kdc_edge.train.student import GARDEN_TEACHER
 
     refuse_foreign_folder(out, None)
     config = TrainConfig(

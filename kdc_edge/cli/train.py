@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    teacher: Annotated[str, Option(help="A diffusers folder, or `garden`, the one that ships.")] = "garden",
+    teacher: Annotated[str, Option(help="A diffusers folder, a hub id, or `garden`, the one that ships.")] = "garden",
     student: Annotated[str, Option(help="A preset: see kdc-edge init -h.")] = "garden-student",
     task: Annotated[
         list[str] | None, Option(metavar="NAME=SOURCE", help="A task, in order; e.g. flowers=garden:flowers.")
@@ -48,9 +48,9 @@ def train(
     need_training("kdc-edge train")
     from kdc_edge.train.config import TrainConfig
     from kdc_edge.train.data import parse_task
+    from kdc_edge.train.folders import find_teacher
     from kdc_edge.train.loop import Trainer
     from kdc_edge.train.losses import LossWeights
-    from kdc_edge.train.student import find_teacher
 
     if task is None:
         task = ["flowers=garden:flowers", "butterflies=garden:butterflies"]

@@ -144,7 +144,7 @@ def test_what_this_machine_cannot_do_is_named(
 def test_tensorboard_has_every_steps_losses(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for _ in Trainer(config(tasks=TASKS[:1], log_with="tensorboard"), tmp_path / "run").run():
+    for _ in Trainer(config(tasks=TASKS[:1], log_with="tensorboard", sample_every=3), tmp_path / "run").run():
         pass
     found = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [e.step for e in found.Scalars("loss/total")] == [1, 2, 3]
@@ -152,6 +152,7 @@ def test_tensorboard_has_every_steps_losses(tmp_path: Path) -> None:
         json.loads(line)["losses"]["total"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     assert [e.value for e in found.Scalars("loss/total")] == pytest.approx(logged)
+    assert len(found.Tags()["images"]) == 1
 
 
 def test_velocity_prediction_has_the_velocity_as_target(tmp_path: Path) -> None:

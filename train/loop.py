@@ -12,6 +12,7 @@ computes its own part of it.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -104,14 +105,16 @@ class Trainer:
 
     def _claim_folder(self, resume: bool) -> None:
         """Refuse a folder that is not this run's; a run that was killed before its first state starts again."""
-        path = self.run_folder / "config.json"
+        path, main = self.run_folder / "config.json", self.accelerator.is_main_process
+        if resume and main:  # what a kill in the middle of a write left
+            for half in self.run_folder.glob(".*.part-*"):
+                shutil.rmtree(half)
+            for half in self.run_folder.glob(".config.json.*"):
+                half.unlink()
         if resume and path.is_file():
             check_same(self.config, read_json(path, KdcError))
             return
-        if resume and self.run_folder.is_dir():  # killed while it wrote its first file
-            for half in self.run_folder.glob(".config.json.*"):
-                half.unlink()
-        if self.accelerator.is_main_process:
+        if main:
             refuse_foreign_folder(self.run_folder, None)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -354,5 +357,5 @@ class Trainer:
                 card = model_card(self.config, self.model, results)
                 out = self.run_folder / "checkpoint"
                 write_checkpoint(out, self.twin(weights), parts_from=self.config.teacher, card=card)
-        self.tracker.finish()
         self.accelerator.wait_for_everyone()
+        self.tracker.finish()

@@ -37,8 +37,10 @@ class Tracker:
         """A sheet of samples."""
         if self.on and self.accelerator.is_main_process:
             for tracker in self.accelerator.trackers:
-                tracker.log_images({"samples": np.asarray(Image.open(path))[None]}, step=step)
+                if hasattr(tracker, "log_images"):  # trackio's has none
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"samples": np.asarray(Image.open(path))[None]}, step=step, **layout)
 
     def finish(self) -> None:
-        if self.on:
-            self.accelerator.end_training()
+        """Close the logs, and the processes' connection: nothing may be asked of other processes after it."""
+        self.accelerator.end_training()

@@ -119,7 +119,8 @@ def test_a_constant_rate_and_a_smaller_picture(tmp_path: Path) -> None:
     events = [e for e in trainer.run() if isinstance(e, StepDone)]
     assert [e.learning_rate for e in events] == [1e-3] * 3
     assert trainer.latents(TASKS[0]).shards[0][0].shape[-1] == 8
-    assert Image.open(tmp_path / "run" / "samples" / "00000002.png").width >= 4 * 32
+    with Image.open(tmp_path / "run" / "samples" / "00000002.png") as sheet:
+        assert sheet.width >= 4 * 32
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class GardenSource:
             image = garden.render(scene, np.random.default_rng([seed, i]))
             if size != garden.SIZE:
                 image = image.resize((size, size), Image.Resampling.BICUBIC)
-            yield Sample(f"{scene.subject} {i}", np.asarray(image), scene.caption)
+            yield Sample(f"{scene.subject} {i}", np.array(image), scene.caption)
 
     def notes(self) -> list[str]:
         return []

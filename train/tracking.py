@@ -39,7 +39,8 @@ class Tracker:
             for tracker in self.accelerator.trackers:
                 if hasattr(tracker, "log_images"):  # trackio's has none
                     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({"samples": np.asarray(Image.open(path))[None]}, step=step, **layout)
+                    with Image.open(path) as sheet:
+                        tracker.log_images({"samples": np.asarray(sheet)[None]}, step=step, **layout)
 
     def finish(self) -> None:
         """Close the logs, and the processes' connection: nothing may be asked of other processes after it."""

@@ -16,7 +16,6 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from kdc_edge import __version__
 from kdc_edge.bundle import (
@@ -35,13 +34,14 @@ from kdc_edge.bundle import (
     write_manifest,
 )
 from kdc_edge.checkpoint import hash_checkpoint, read_model
-from kdc_edge.errors import CheckpointError, ParityError
+from kdc_edge.errors import BundleError, CheckpointError, ParityError
 from kdc_edge.export.components import ExportComponent, describe, load_component
 from kdc_edge.export.parity import PICTURES, check_parity
 from kdc_edge.export.prompts import own_prompts
 from kdc_edge.files import atomic_folder, inside, read_json
 from kdc_edge.formats import Format
 from kdc_edge.schedule import NoiseSchedule
+from kdc_edge.tokenizer import write_vocabulary
 
 Write = Callable[[ExportComponent, Path], list[str]]
 Interface = tuple[dict[str, Tensor], dict[str, Tensor]]  # inputs and outputs by name
@@ -144,26 +144,17 @@ def copy_configs(checkpoint: Path, folder: Path) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """The tokenizer's JSON and text files; vocab.json and merges.txt are made where only tokenizer.json is.
-
-    transformers 5 saves tokenizer.json alone; the device, and Apple's and older programs, read the other two.
-    """
+    """The tokenizer's JSON and text files; vocab.json and merges.txt are made where only tokenizer.json is."""
     if not source.is_dir():
         raise CheckpointError(f"{source} is missing: the checkpoint is incomplete")
     target.mkdir()
     for path in sorted(source.iterdir()):
         if path.suffix in {".json", ".txt"} and path.is_file():
             shutil.copyfile(inside(source, path.name, CheckpointError), target / path.name)
-    if (target / "vocab.json").exists() and (target / "merges.txt").exists():
-        return
-    model: Any = read_json(target / "tokenizer.json", CheckpointError).get("model")
     try:
-        vocab = dict(model["vocab"])
-        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{source} holds no byte-pair vocabulary: save the tokenizer again") from None
-    _write_json(target / "vocab.json", vocab)
-    (target / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{m}\n" for m in merges), "utf-8")
+        write_vocabulary(target)
+    except BundleError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _demand(parity: Parity, row: Format) -> None:

@@ -1,6 +1,7 @@
 """Prompts to token ids: CLIP's byte-pair encoding, equal to transformers' CLIPTokenizer.
 
-A tokenizer folder holds vocab.json and merges.txt, and mostly tokenizer_config.json; all are untrusted.
+A tokenizer folder holds vocab.json and merges.txt, or tokenizer.json alone (transformers 5 saves nothing else),
+and mostly tokenizer_config.json; all are untrusted.
 
     >>> Tokenizer.clip().encode(["a photo of a red flower"])[0, :8].tolist()
     [49406, 320, 1125, 539, 320, 736, 4055, 49407]
@@ -8,6 +9,7 @@ A tokenizer folder holds vocab.json and merges.txt, and mostly tokenizer_config.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 from kdc_edge.errors import BundleError, InputError
-from kdc_edge.files import read_json
+from kdc_edge.files import read_json, write_atomic
 
 CLIP_FOLDER = Path(__file__).parent / "assets" / "clip-bpe"
 CLIP_LENGTH = 77
@@ -53,8 +55,7 @@ class Tokenizer:
         folder = Path(path)
         config_path = folder / "tokenizer_config.json"
         config = read_json(config_path, BundleError) if config_path.exists() else {}
-        vocab = _read_vocab(folder / "vocab.json")
-        merges = _read_merges(folder / "merges.txt", vocab)
+        vocab, merges = read_vocabulary(folder)
         special = {
             role: _special_token(role, default, config, vocab, config_path)
             for role, default in (("bos", START), ("eos", END), ("unk", END), ("pad", END))
@@ -125,6 +126,41 @@ class Tokenizer:
         return self._words.encode(text, add_special_tokens=False)
 
 
+def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Token -> id, and the pairs in the order in which they are joined, from a `tokenizer` folder.
+
+    vocab.json and merges.txt win; where neither is there, tokenizer.json is read. Raises BundleError.
+    """
+    together = folder / "tokenizer.json"
+    if (folder / "vocab.json").exists() or (folder / "merges.txt").exists() or not together.exists():
+        vocab = _check_vocab(read_json(folder / "vocab.json", BundleError), folder / "vocab.json")
+        lines = _read_text(folder / "merges.txt").replace("\r\n", "\n").split("\n")
+        return vocab, _check_merges(lines, vocab, folder / "merges.txt")
+    model = read_json(together, BundleError).get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or not _are_merges(model.get("merges")):
+        raise BundleError(f"{together} holds no byte-pair vocabulary: save the tokenizer again")
+    vocab = _check_vocab(model["vocab"], together)
+    lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    return vocab, _check_merges(lines, vocab, together)
+
+
+def write_vocabulary(folder: Path) -> None:
+    """vocab.json and merges.txt where only tokenizer.json is: Apple's and older programs read those."""
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        return
+    vocab, merges = read_vocabulary(folder)
+    write_atomic(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
+    write_atomic(folder / "merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+
+
+def _are_merges(found: object) -> bool:
+    """Older files have "a b", newer ones ["a", "b"]."""
+    return isinstance(found, list) and all(
+        isinstance(m, str) or (isinstance(m, list) and len(m) == 2 and all(isinstance(x, str) for x in m))
+        for m in found
+    )
+
+
 def _read_text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -136,26 +172,26 @@ def _read_text(path: Path) -> str:
         raise BundleError(f"{path} cannot be read as text: {error}") from None
 
 
-def _read_vocab(path: Path) -> dict[str, int]:
+def _check_vocab(found: Mapping[str, object], path: Path) -> dict[str, int]:
     """Token -> id. The ids must be 0 ... n - 1, each once: the text encoder's table has no holes."""
-    found = read_json(path, BundleError)
-    vocab = {token: index for token, index in found.items() if type(index) is int}
+    vocab = {token: index for token, index in found.items() if isinstance(index, int) and type(index) is int}
     if not vocab or len(vocab) < len(found) or set(vocab.values()) != set(range(len(vocab))):
         raise BundleError(f"{path} should give every token an id of its own, from 0 without a gap")
     return vocab
 
 
-def _read_merges(path: Path, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+def _check_merges(lines: Sequence[str], vocab: Mapping[str, int], path: Path) -> list[tuple[str, str]]:
     """The pairs in the order in which they are joined. A "#version" line may come first."""
-    lines = _read_text(path).replace("\r\n", "\n").split("\n")
-    first = 1 if lines[0].startswith("#version") else 0
+    first = 1 if lines and lines[0].startswith("#version") else 0
     merges = []
     for number, line in enumerate(lines[first:], first + 1):
         if not line:
             continue
         left, _, right = line.partition(" ")
         if not {left, right, left + right} <= vocab.keys():
-            raise BundleError(f"{path}, line {number}: {line!r:.80} joins no two tokens of vocab.json to a third")
+            raise BundleError(
+                f"{path}, line {number}: {line!r:.80} joins no two tokens of the vocabulary (vocab.json) to a third"
+            )
         merges.append((left, right))
     return merges
 

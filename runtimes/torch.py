@@ -44,7 +44,7 @@ def load_network(checkpoint: Path, component: str) -> Any:
     dtype = {"torch_dtype" if package == "diffusers" else "dtype": _torch.float32}
     folder = checkpoint / subfolder
     try:
-        with _quiet():
+        with quiet():
             network, found = network_class.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **dtype
             )
@@ -108,7 +108,7 @@ class TorchRuntime:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Neither progress bars nor advice from the two libraries; what they said before is restored."""
     logs = [require(f"{p}.utils.logging", extra="train", purpose="a checkpoint") for p in ("diffusers", "transformers")]
     before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]

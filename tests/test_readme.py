@@ -28,6 +28,8 @@ batch-size = 2
 samples = 8
 eval-pictures = 2
 replay = 4
+[eval]
+pictures = 2
 [bench]
 steps = 2
 repeats = 1

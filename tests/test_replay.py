@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from kdc_edge.errors import CheckpointError
-from kdc_edge.train.replay import ReplayBuffer
+from kdc_edge.train.replay import POLICIES, ReplayBuffer
 
 
 def offer(buffer: ReplayBuffer, numbers: range, task: str, generator: torch.Generator) -> None:
     """Samples whose latents and captions both say their number."""
     values = torch.tensor([float(n) for n in numbers]).view(-1, 1, 1, 1).expand(-1, 4, 2, 2)
-    buffer.add(values, values / 2, [str(n) for n in numbers], task=task, generator=generator)
+    buffer.add([str(n) for n in numbers], lambda some: (values[some], values[some] / 2), task=task, generator=generator)
 
 
 def test_it_holds_what_fits_and_keeps_latents_and_captions_together() -> None:
@@ -52,6 +53,62 @@ def test_draws_are_seeded_and_reach_everything() -> None:
     assert set(draws[0].tolist()) == set(range(6))
 
 
+def test_a_balanced_buffer_holds_as_many_of_each_task_and_the_reservoir_does_not() -> None:
+    """A long first task and two short ones, the last of two samples: its free places go to the others."""
+    counts = {}
+    for policy in POLICIES:
+        buffer, generator = ReplayBuffer(12, policy=policy), torch.Generator().manual_seed(0)
+        for task, numbers in (("a", range(400)), ("b", range(400, 420)), ("c", range(420, 422))):
+            offer(buffer, numbers, task, generator)
+        counts[policy] = Counter(buffer.tasks)
+    assert counts["balanced"] == {"a": 5, "b": 5, "c": 2}
+    assert counts["reservoir"]["a"] > 9
+
+
+def test_a_balanced_buffer_is_uniform_within_a_task() -> None:
+    """1,500 runs keep 4 of 12 of each of two tasks: 500 times each, give or take 5 deviations."""
+    counts, generator = torch.zeros(24), torch.Generator().manual_seed(2)
+    for _ in range(1500):
+        buffer = ReplayBuffer(8, policy="balanced")
+        offer(buffer, range(12), "a", generator)
+        offer(buffer, range(12, 24), "b", generator)
+        for caption in buffer.captions:
+            counts[int(caption)] += 1
+    assert (counts - 500).abs().max() < 5 * (1500 / 3 * 2 / 3) ** 0.5
+
+
+def test_a_budget_in_bytes_is_kept_and_used() -> None:
+    buffer, generator = ReplayBuffer(10**6, capacity_bytes=1000), torch.Generator().manual_seed(0)
+    offer(buffer, range(10, 99), "a", generator)  # 64 bytes of latents and 2 of caption each
+    assert len(buffer) == 1000 // 66
+    assert 1000 - 66 < buffer.size_bytes <= 1000
+
+
+def test_a_smaller_budget_leaves_what_it_would_have_kept_from_the_start() -> None:
+    for policy in POLICIES:
+        large, small = (ReplayBuffer(n, policy=policy) for n in (30, 7))
+        for buffer in (large, small):
+            generator = torch.Generator().manual_seed(0)
+            offer(buffer, range(40), "a", generator)
+            offer(buffer, range(40, 50), "b", generator)
+        large.limit(7, capacity_bytes=None, policy=policy)
+        assert large.captions == small.captions
+        assert torch.equal(large.mean, small.mean)
+        large.limit(0, capacity_bytes=None, policy=policy)
+        assert len(large) == 0
+
+
+def test_latents_are_asked_for_only_where_they_stay() -> None:
+    asked: list[int] = []
+
+    def take(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(len(numbers))
+        return torch.zeros(len(numbers), 4, 2, 2), torch.zeros(len(numbers), 4, 2, 2)
+
+    ReplayBuffer(3).add(["x"] * 5000, take, task="a", generator=torch.Generator().manual_seed(0))
+    assert asked == [1, 3]
+
+
 def test_no_capacity_keeps_nothing() -> None:
     buffer = ReplayBuffer(0)
     offer(buffer, range(5), "a", torch.Generator())
@@ -60,7 +117,7 @@ def test_no_capacity_keeps_nothing() -> None:
 
 
 def test_it_comes_back_as_it_was_saved_and_goes_on_the_same(tmp_path: Path) -> None:
-    buffer, generator = ReplayBuffer(6), torch.Generator().manual_seed(0)
+    buffer, generator = ReplayBuffer(6, capacity_bytes=10**6, policy="balanced"), torch.Generator().manual_seed(0)
     offer(buffer, range(9), "ä", generator)
     buffer.save(tmp_path / "replay.safetensors")
     again = ReplayBuffer.load(tmp_path / "replay.safetensors")
@@ -72,6 +129,7 @@ def test_it_comes_back_as_it_was_saved_and_goes_on_the_same(tmp_path: Path) -> N
     assert again.tasks == buffer.tasks
     assert torch.equal(again.mean, buffer.mean)
     assert torch.equal(again.keys, buffer.keys)
+    assert (again.capacity_bytes, again.policy) == (10**6, "balanced")
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from kdc_edge.checkpoint import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.train.config import TrainConfig, learning_rate
+from kdc_edge.train.continuing import branch
 from kdc_edge.train.data import Task, parse_task
 from kdc_edge.train.evaluate import average, backward_transfer, forgetting
-from kdc_edge.train.loop import StepDone, TaskDone, Trainer, branch
-from kdc_edge.train.student import GARDEN_TEACHER
+from kdc_edge.train.folders import GARDEN_TEACHER
+from kdc_edge.train.loop import StepDone, TaskDone, Trainer
 
 TASKS = (Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies"))
 
@@ -26,7 +27,7 @@ TASKS = (Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterfl
 def config(**changes: object) -> TrainConfig:
     small = TrainConfig(
         teacher=GARDEN_TEACHER, student="garden-student", tasks=TASKS, steps=3, batch_size=4, samples=12,
-        replay=6, eval_pictures=2, save_every=1,
+        replay=6, eval_pictures=2, save_every=1, log_with="none", caption_dropout=0.0,
     )  # fmt: skip
     return replace(small, **changes)  # type: ignore[arg-type]
 
@@ -77,12 +78,12 @@ def test_the_second_task_replays_the_first_and_the_branch_without_replay_does_no
     assert any(isinstance(event, TaskDone) for event in events)
     assert len(trainer.replay) == 6
     assert set(trainer.replay.tasks) == {"flowers"}
-    _, _, captions = trainer._draw(trainer.latents(TASKS[1]))
+    captions = trainer._draw(trainer.latents(TASKS[1])).captions
     assert sorted("flower" in c for c in captions) == [False, False, True, True]
 
     bare = branch(tmp_path / "kept", tmp_path / "bare", config(replay=0))
     assert bare.position.task == 1
-    _, _, captions = bare._draw(bare.latents(TASKS[1]))
+    captions = bare._draw(bare.latents(TASKS[1])).captions
     assert not any("flower" in c for c in captions)
 
 

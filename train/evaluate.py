@@ -2,32 +2,75 @@
 
 R[i][j] is the quality on task j after training task i (Lopez-Paz and Ranzato, arXiv 1706.08840). Forgetting is the
 maximum over time minus the last (Chaudhry et al., arXiv 1801.10112); libraries that take the first minus the last
-give other numbers. For the garden, quality is the prompt accuracy that the judge reads.
+give other numbers. Higher is better: distances count negatively.
+
+    asked = ask(task, 32, size=64)                       # prompts, and the pictures to compare with
+    score = score_pictures(pictures, asked, metrics)     # however the pictures were made
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
 
+from kdc_edge.checkpoint import read_model
+from kdc_edge.errors import InputError
 from kdc_edge.image import to_pixels
 from kdc_edge.noise import initial_latents
+from kdc_edge.runtimes.torch import load_network
 from kdc_edge.schedulers import NoiseSchedule, make_sampler
-from kdc_edge.train.data import GardenSource, Source, TextEmbedder
-from kdc_edge.train.garden import Scene
+from kdc_edge.tokenizer import Tokenizer
+from kdc_edge.train import garden
+from kdc_edge.train.cache import TextEmbedder
+from kdc_edge.train.data import Task
+from kdc_edge.train.garden import Scene, render_many
 from kdc_edge.train.judge import LABELS, load_judge
+from kdc_edge.train.metrics import PictureMetrics, frechet_distance, kernel_distance
+from kdc_edge.train.sources import GardenSource, Sample
+
+EVALUATION_SEED = 2024
+# The first of these that was measured is R[i][j]; the sign makes higher better.
+QUALITIES = (("prompt_accuracy", 1), ("kid", -1), ("clip_score", 1), ("loss", -1), ("lpips", -1))
 
 
 @dataclass(frozen=True)
 class Score:
-    """What the judge found on one task. Both are shares in [0, 1]."""
+    """What was found on one task."""
 
-    accuracy: float  # of the asked attributes, the share that is in the picture
-    exact: float  # of the pictures, the share with every attribute right
+    values: dict[str, float]
+
+    @property
+    def metric(self) -> str:
+        """The name of what `quality` is, e.g. `prompt_accuracy` or `-kid`."""
+        name, sign = self._chosen
+        return name if sign > 0 else f"-{name}"
+
+    @property
+    def quality(self) -> float:
+        """R[i][j]: higher is better."""
+        name, sign = self._chosen
+        return sign * self.values[name]
+
+    @property
+    def _chosen(self) -> tuple[str, int]:
+        return next((name, sign) for name, sign in QUALITIES if name in self.values)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an evaluation asks for: prompts, and what to compare the pictures with."""
+
+    prompts: tuple[str, ...]
+    scenes: tuple[Scene, ...] = ()  # of the garden
+    references: np.ndarray | None = None  # uint8 (M, H, W, 3)
+    kind: str = "pictures of the training part"  # what the references are
 
 
 @dataclass(frozen=True)
@@ -41,56 +84,151 @@ class Generator:
     steps: int = 12
     guidance: float = 4.0
     sampler: str = "dpm++2m"
+    side: int | None = None  # of the latents; the U-Net's own where None
 
     @torch.inference_mode()
-    def __call__(self, prompts: Sequence[str], *, seed: int, batch_size: int = 16) -> np.ndarray:
+    def __call__(self, prompts: Sequence[str], *, seed: int) -> np.ndarray:
         """Pictures uint8 (N, H, W, 3); picture i depends on its prompt, `seed` and i."""
+        side = self.side or self.unet.config.sample_size
+        batch_size = max(1, min(16, 2**14 // side**2))  # 16 small pictures or 4 of 512 pixels
         return np.concatenate(
             [self._batch(prompts[at : at + batch_size], seed + at) for at in range(0, len(prompts), batch_size)]
         )
 
     def _batch(self, prompts: Sequence[str], seed: int) -> np.ndarray:
-        side, channels = self.unet.config.sample_size, self.unet.config.in_channels
+        side, channels = self.side or self.unet.config.sample_size, self.unet.config.in_channels
         device, count = self.unet.device, len(prompts)
-        hidden = self.embed([""] * count + list(prompts)).to(device)  # (2B, 77, D)
+        hidden = self.embed([""] * count + list(prompts)).to(device, self.unet.dtype)  # (2B, 77, D)
         sampler = make_sampler(self.sampler, self.schedule, self.steps)
         latents = initial_latents((count, channels, side, side), seed) * np.float32(sampler.init_noise_sigma)
         for i, timestep in enumerate(sampler.timesteps):
-            sample = torch.from_numpy(sampler.scale_model_input(latents, i)).repeat(2, 1, 1, 1).to(device)
-            without, with_ = (
-                self.unet(sample, int(timestep), hidden).sample.float().cpu().numpy().reshape(2, *latents.shape)
-            )
+            sample = torch.from_numpy(sampler.scale_model_input(latents, i)).repeat(2, 1, 1, 1)
+            guess = self.unet(sample.to(device, self.unet.dtype), int(timestep), hidden).sample
+            without, with_ = guess.float().cpu().numpy().reshape(2, *latents.shape)
             latents = sampler.step(without + np.float32(self.guidance) * (with_ - without), i, latents)
         scaled = torch.from_numpy(latents / np.float32(self.vae.config.scaling_factor)).to(device, self.vae.dtype)
-        return to_pixels(self.vae.decode(scaled).sample.float().cpu().numpy())
+        return to_pixels(
+            np.concatenate([self.vae.decode(z).sample.float().cpu().numpy() for z in torch.split(scaled, 4)])
+        )
 
 
 def evaluation_scenes(source: GardenSource, count: int) -> list[Scene]:
     """The prompts that every evaluation of a garden task asks: half of them of combinations held out of training."""
-    heldout = source.scenes(count // 2, seed=2024, split="heldout")
-    return source.scenes(count - count // 2, seed=2024, split="train") + heldout
+    heldout = source.scenes(count // 2, seed=EVALUATION_SEED, split="heldout")
+    return source.scenes(count - count // 2, seed=EVALUATION_SEED, split="train") + heldout
 
 
-def evaluate(generator: Generator, source: Source, *, pictures: int) -> Score:
-    """The generator's prompt accuracy on a garden task."""
-    assert isinstance(source, GardenSource)  # other sources bring their metrics with them
-    chosen = evaluation_scenes(source, pictures)
-    found = load_judge().agreement(generator([s.caption for s in chosen], seed=7), chosen)
-    return Score(accuracy=float(np.mean([found[n] for n in LABELS])), exact=found["all"])
+@lru_cache(maxsize=8)
+def ask(task: Task, count: int, *, size: int) -> Asked:
+    """`count` prompts of a task, the same every time, with as many reference pictures of `size` pixels."""
+    source = task.open()
+    if isinstance(source, GardenSource):
+        chosen = evaluation_scenes(source, count)
+        references = render_many(chosen, seed=EVALUATION_SEED)
+        return Asked(tuple(s.caption for s in chosen), tuple(chosen), references, "renders of the same prompts")
+    found = source.read(size=size, samples=count, seed=EVALUATION_SEED, part="test")
+    samples = [item for item in found if isinstance(item, Sample)]
+    pictures = np.stack([s.picture for s in samples]) if samples else None
+    kind = f"pictures of the {'test' if source.has_test_part else 'training'} part"
+    return Asked(tuple(s.caption for s in samples), (), pictures, kind)
 
 
-def average(matrix: Sequence[Sequence[float]]) -> float:
+def score_pictures(
+    pictures: np.ndarray,
+    asked: Asked,
+    metrics: PictureMetrics | None,
+    *,
+    paired: np.ndarray | None = None,
+    loss: float | None = None,
+) -> Score:
+    """What pictures uint8 (N, H, W, 3), one a prompt, are worth.
+
+    Of the garden: prompt_accuracy, the share of asked attributes that are in the picture; exact, the share of
+    pictures with all of them; judge_frechet and judge_kernel, distances of the judge's features. Elsewhere, what
+    `metrics` has weights for. `paired` are the teacher's pictures from the same noise, `loss` that of held-out latents.
+    """
+    values: dict[str, float] = {} if loss is None else {"loss": loss}
+    if asked.scenes:
+        judge, pictures = load_judge(), _to_garden_size(pictures)
+        found = judge.agreement(pictures, asked.scenes)
+        values |= {"prompt_accuracy": float(np.mean([found[n] for n in LABELS])), "exact": found["all"]}
+        if asked.references is not None:
+            ours, theirs = judge.features(pictures), judge.features(asked.references)
+            values |= {"judge_frechet": frechet_distance(ours, theirs), "judge_kernel": kernel_distance(ours, theirs)}
+    if metrics is not None and not asked.scenes:
+        values |= metrics.measure(pictures, asked.references, asked.prompts, paired)
+    return Score(values)
+
+
+def _to_garden_size(pictures: np.ndarray) -> np.ndarray:
+    """(N, H, W, 3) -> (N, 64, 64, 3), which is what the judge reads."""
+    if pictures.shape[1:3] == (garden.SIZE, garden.SIZE):
+        return pictures
+    size = (garden.SIZE, garden.SIZE)
+    return np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BOX)) for p in pictures])
+
+
+Matrix = Sequence[Sequence[float | None]]
+
+
+def average(matrix: Matrix) -> float:
     """mean_j R[T-1][j]: the quality at the end."""
-    return float(np.mean(matrix[-1]))
+    return float(np.nanmean(_array(matrix)[-1]))
 
 
-def backward_transfer(matrix: Sequence[Sequence[float]]) -> float | None:
+def backward_transfer(matrix: Matrix) -> float | None:
     """mean_{j<T-1} (R[T-1][j] - R[j][j]): what later tasks gave to earlier ones; None for a single task."""
-    r = np.asarray(matrix)
+    r = _array(matrix)
     return float(np.mean(r[-1, :-1] - np.diag(r)[:-1])) if len(r) > 1 else None
 
 
-def forgetting(matrix: Sequence[Sequence[float]]) -> float | None:
+def forgetting(matrix: Matrix) -> float | None:
     """mean_{j<T-1} (max_i R[i][j] - R[T-1][j]), maximum minus last; None for a single task."""
-    r = np.asarray(matrix)
-    return float(np.mean((r.max(axis=0) - r[-1])[:-1])) if len(r) > 1 else None
+    r = _array(matrix)
+    return float(np.mean((np.nanmax(r, axis=0) - r[-1])[:-1])) if len(r) > 1 else None
+
+
+def _array(matrix: Matrix) -> np.ndarray:
+    """R (T, T) with not-a-number where a task was not known yet: early rows of a run that was continued are short."""
+    width = max(len(row) for row in matrix)
+    rows = [[np.nan if v is None else v for v in row] + [np.nan] * (width - len(row)) for row in matrix]
+    return np.array(rows, np.float64)
+
+
+def evaluate_checkpoint(
+    checkpoint: Path,
+    tasks: Sequence[Task],
+    *,
+    pictures: int,
+    metrics: PictureMetrics,
+    teacher: Path | None = None,
+    seed: int = 7,
+    steps: int = 12,
+    guidance: float = 4.0,
+) -> dict[str, Score]:
+    """A checkpoint's quality on each task; `teacher` gives the pictures that LPIPS compares with.
+
+    Raises CheckpointError for a folder that cannot be read, InputError where nothing can be measured.
+    """
+    generator = open_generator(checkpoint, steps=steps, guidance=guidance)
+    taught = open_generator(teacher, steps=steps, guidance=guidance) if teacher else None
+    model = read_model(checkpoint)
+    scores = {}
+    for task in tasks:
+        asked = ask(task, pictures, size=model.latent_size * model.vae_scale)
+        paired = taught(asked.prompts, seed=seed) if taught and not asked.scenes else None
+        score = score_pictures(generator(asked.prompts, seed=seed), asked, metrics, paired=paired)
+        if not score.values:
+            raise InputError(f"nothing can be measured on {task.name}: {'; '.join(metrics.missing())}")
+        scores[task.name] = score
+    return scores
+
+
+def open_generator(checkpoint: Path, *, steps: int, guidance: float) -> Generator:
+    """A checkpoint's networks as a picture generator, in fp32 on the best device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    text_encoder = load_network(checkpoint, "text_encoder").to(device)
+    embed = TextEmbedder(text_encoder, Tokenizer.from_folder(checkpoint / "tokenizer"))
+    unet, vae = (load_network(checkpoint, part).to(device) for part in ("unet", "vae_decoder"))
+    schedule = NoiseSchedule.from_config(read_model(checkpoint).scheduler)
+    return Generator(unet, vae, embed, schedule, steps=steps, guidance=guidance)

@@ -30,25 +30,30 @@ class LossWeights:
     temperature: float = 2.0
 
 
-def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(softmax_c(teacher / T) || softmax_c(student / T)) over the channels of (B, C, h, w): a scalar.
+def mean_squared_error(a: Tensor, b: Tensor) -> Tensor:
+    """Of each sample, (B, ...) -> (B,): the mean over all else."""
+    return (a - b).square().flatten(1).mean(1)
 
-    Averaged over batch and positions. The authors' `batchmean` sums over positions, which is h * w times larger
+
+def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(softmax_c(teacher / T) || softmax_c(student / T)) over the channels, (B, C, h, w) -> (B,).
+
+    Averaged over positions. The authors' `batchmean` sums over positions, which is h * w times larger
     (4096 at 64x64 latents) and changes with the picture's size. T^2 keeps the gradient's scale (Hinton et al.,
     arXiv 1503.02531, section 2).
     """
     log_student = F.log_softmax(student / temperature, dim=1)  # (B, C, h, w)
     log_teacher = F.log_softmax(teacher / temperature, dim=1)
     divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(dim=1)  # (B, h, w)
-    return temperature**2 * divergence.mean()
+    return temperature**2 * divergence.flatten(1).mean(1)
 
 
 def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
-    """The sum over blocks of the mean squared difference of features of the same name: a scalar.
+    """The sum over blocks of the mean squared difference of features of the same name: (B,).
 
     Raises KeyError where the teacher lacks one of the student's blocks.
     """
-    return torch.stack([F.mse_loss(f, teacher[name]) for name, f in student.items()]).sum()
+    return torch.stack([mean_squared_error(f, teacher[name]) for name, f in student.items()]).sum(0)
 
 
 def distillation_loss(
@@ -59,12 +64,12 @@ def distillation_loss(
     teacher_features: Mapping[str, Tensor],
     weights: LossWeights,
 ) -> dict[str, Tensor]:
-    """Every term, unweighted, and their weighted `total`; predictions and target are (B, C, h, w)."""
+    """Every term, unweighted, and their weighted `total`, each (B,); predictions and target are (B, C, h, w)."""
     teacher = teacher.detach()
     terms = {
-        "task": F.mse_loss(student, target),
-        "output": F.mse_loss(student, teacher),
+        "task": mean_squared_error(student, target),
+        "output": mean_squared_error(student, teacher),
         "soft": soft_target_loss(student, teacher, weights.temperature),
         "feature": feature_loss(student_features, {n: f.detach().float() for n, f in teacher_features.items()}),
     }
-    return terms | {"total": torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()}
+    return terms | {"total": torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum(0)}

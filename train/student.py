@@ -9,25 +9,25 @@ where the student has none. A student with fewer stages is matched to the teache
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-from pathlib import Path
+from collections import Counter
+from collections.abc import Mapping
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import UNet2DConditionModel
 
-from kdc_edge.checkpoint import check_weights
 from kdc_edge.errors import InputError
-from kdc_edge.files import atomic_folder, write_atomic
-from kdc_edge.presets import SCHEDULER, TEXT_ENCODERS, VAES, Preset
-from kdc_edge.runtimes.torch import load_network
-from kdc_edge.tokenizer import CLIP_FOLDER
+from kdc_edge.presets import Preset
 
-GARDEN_TEACHER = Path(__file__).parent / "assets" / "garden-teacher"
+Account = dict[str, str | None]  # a weight of the student -> the teacher's that it was copied from
 
 _UP_LAYER = re.compile(r"^up_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.")
+# What belongs to the teacher's family and not to the student's shape: a preset takes these from its teacher
+# (Stable Diffusion 2.x has a text width of 1024, other attention heads and linear projections).
+FAMILY_KEYS = (
+    "sample_size", "in_channels", "out_channels", "cross_attention_dim", "attention_head_dim", "num_attention_heads",
+    "use_linear_projection", "upcast_attention", "norm_num_groups", "norm_eps", "act_fn", "time_cond_proj_dim",
+)  # fmt: skip
 
 
 def source_name(name: str, teacher: UNet2DConditionModel, student: UNet2DConditionModel) -> str:
@@ -49,94 +49,72 @@ def source_name(name: str, teacher: UNet2DConditionModel, student: UNet2DConditi
     return f"up_blocks.{deeper}.{kind}.{layer}.{name[found.end() :]}"
 
 
-def inherit(teacher: UNet2DConditionModel, student: UNet2DConditionModel) -> dict[str, str | None]:
+def inherit(teacher: UNet2DConditionModel, student: UNet2DConditionModel) -> Account:
     """Copy the teacher's weights into the student: what each came from, None where the shapes leave it as it was."""
     have, account = teacher.state_dict(), {}
-    weights = student.state_dict()
-    for name, weight in weights.items():
+    for name, weight in student.state_dict().items():
         source = source_name(name, teacher, student)
         fits = source in have and have[source].shape == weight.shape
         account[name] = source if fits else None
         if fits:
-            weights[name] = have[source].to(weight.dtype)
-    student.load_state_dict(weights)
+            weight.copy_(have[source])
     return account
 
 
-def find_teacher(name: str) -> Path:
-    """`garden` is the teacher that ships; anything else is a diffusers folder. Raises CheckpointError."""
-    folder = GARDEN_TEACHER if name == "garden" else Path(name)
-    check_weights(folder)
-    return folder
+def student_config(preset: Preset, teacher: UNet2DConditionModel | None) -> dict[str, object]:
+    """The U-Net configuration of a preset beside this teacher: the preset's shape, the teacher's family.
+
+    Raises InputError where the preset's stages are not the teacher's.
+    """
+    if teacher is None:
+        return dict(preset.unet)
+    stages: tuple[int, ...] = tuple(preset.unet["block_out_channels"])  # type: ignore[arg-type]
+    theirs: tuple[int, ...] = tuple(teacher.config["block_out_channels"])
+    if stages != theirs[: len(stages)]:
+        raise InputError(
+            f"{preset.name} does not fit this teacher: its stages have {'/'.join(map(str, stages))} channels and the"
+            f" teacher's {'/'.join(map(str, theirs))}; choose another preset"
+        )
+    family = {key: teacher.config[key] for key in FAMILY_KEYS if key in teacher.config}
+    for key in ("attention_head_dim", "num_attention_heads"):
+        if isinstance(family.get(key), list | tuple):  # one a stage
+            family[key] = tuple(family[key][: len(stages)])
+    return {**preset.unet, **family}
 
 
 def make_student(
-    preset: Preset, teacher: UNet2DConditionModel | None, *, seed: int
-) -> tuple[UNet2DConditionModel, dict[str, str | None]]:
+    preset: Preset, teacher: UNet2DConditionModel | None, *, seed: int, inherit_weights: bool = True
+) -> tuple[UNet2DConditionModel, Account]:
     """The preset's U-Net, seeded random weights overwritten by the teacher's where they fit, and the account."""
+    config = student_config(preset, teacher)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student: UNet2DConditionModel = UNet2DConditionModel(**preset.unet)
-    if teacher is None:
-        return student, {}
-    for key in ("in_channels", "cross_attention_dim", "sample_size"):
-        if teacher.config[key] != student.config[key]:
-            raise InputError(
-                f"{preset.name} does not fit this teacher: its {key} is {student.config[key]} and the teacher's"
-                f" {teacher.config[key]}; choose another preset"
-            )
+        student: UNet2DConditionModel = UNet2DConditionModel(**config)
+    if teacher is None or not inherit_weights:
+        return student, dict.fromkeys(student.state_dict())
     return student, inherit(teacher, student)
 
 
-def write_checkpoint(out: Path, unet: UNet2DConditionModel, *, parts_from: Path) -> None:
-    """A diffusers folder with this U-Net; text encoder, tokenizer, VAE and scheduler come from `parts_from`."""
-    with atomic_folder(out, marker="model_index.json") as folder:
-        for part in ("text_encoder", "tokenizer", "vae", "scheduler"):
-            shutil.copytree(parts_from / part, folder / part)
-        shutil.copy(parts_from / "model_index.json", folder)
-        unet.save_pretrained(folder / "unet")
+def describe_account(account: Mapping[str, str | None]) -> list[str]:
+    """The account in lines for people: how much was inherited, each layer that moved, what stayed random.
+
+    >>> describe_account({"up_blocks.0.resnets.1.conv1.weight": "up_blocks.0.resnets.2.conv1.weight"})[1]
+    '  up_blocks.0.resnets.1 <- up_blocks.0.resnets.2 (1 tensor)'
+    """
+    kept = {name: source for name, source in account.items() if source}
+    moved = Counter((_layer(name), _layer(source)) for name, source in kept.items() if source != name)
+    fresh = Counter(_layer(name) for name in account if name not in kept)
+    same = len(kept) - sum(moved.values())
+    lines = [f"{len(kept)} of {len(account)} tensors inherited: {same} by the same name, {len(kept) - same} moved"]
+    lines += [f"  {ours} <- {theirs} ({_tensors(n)})" for (ours, theirs), n in moved.items()]
+    return lines + [f"  {layer}: random ({_tensors(n)})" for layer, n in fresh.items()]
 
 
-def init_checkpoint(out: Path, preset: Preset, teacher: Path | None, *, seed: int) -> dict[str, str | None]:
-    """`kdc-edge init`: a complete checkpoint of a preset; the account of inherited weights, empty without a teacher."""
-    if teacher is not None:
-        student, account = make_student(preset, load_network(teacher, "unet"), seed=seed)
-        write_checkpoint(out, student, parts_from=teacher)
-        return account
-    if preset.family not in TEXT_ENCODERS:
-        raise InputError(f"{preset.name} needs a teacher for its text encoder and VAE: give --from garden")
-    with atomic_folder(out, marker="model_index.json") as folder, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        CLIPTextModel(CLIPTextConfig(**TEXT_ENCODERS[preset.family])).save_pretrained(folder / "text_encoder")
-        AutoencoderKL(**VAES[preset.family]).save_pretrained(folder / "vae")
-        make_student(preset, None, seed=seed)[0].save_pretrained(folder / "unet")
-        _write_small_parts(folder)
-    return {}
+def _layer(name: str) -> str:
+    """`up_blocks.1.attentions.0` of a weight's name; the first part where there are no blocks."""
+    found = re.match(r"(?:down|up)_blocks\.\d+\.\w+\.\d+|[^.]+", name)
+    return found[0] if found else name
 
 
-def _write_small_parts(folder: Path) -> None:
-    """Tokenizer, scheduler and index of a Stable Diffusion 1.x pipeline, as diffusers writes them."""
-    shutil.copytree(CLIP_FOLDER, folder / "tokenizer")
-    token = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": 77,
-        "pad_token": "<|endoftext|>",
-        **token,
-    }
-    write_atomic(folder / "tokenizer" / "tokenizer_config.json", json.dumps(config, indent=2))
-    scheduler = {"_class_name": "DDIMScheduler", **SCHEDULER}
-    write_atomic(folder / "scheduler" / "scheduler_config.json", json.dumps(scheduler, indent=2))
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    write_atomic(folder / "model_index.json", json.dumps(index, indent=2))
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'' if count == 1 else 's'}"

@@ -20,7 +20,7 @@ def _preset_help() -> str:
 def init(
     preset: Annotated[str, Option(help=_preset_help())],
     out: Annotated[Path, Option(help="The checkpoint's folder.")],
-    teacher: Annotated[str | None, Option("--from", help="Inherit from this checkpoint (or `garden`).")] = None,
+    teacher: Annotated[str | None, Option("--from", help="Inherit from this folder, hub id, or `garden`.")] = None,
     seed: Annotated[int, Option(help="Of the random weights.")] = 0,
     config: Config = None,
 ) -> None:
@@ -28,16 +28,15 @@ def init(
     del config
     need_training("kdc-edge init")
     from kdc_edge.presets import find_preset
-    from kdc_edge.train.student import find_teacher, init_checkpoint
+    from kdc_edge.train.folders import find_teacher, init_checkpoint
+    from kdc_edge.train.student import describe_account
 
     chosen = find_preset(preset)
     account = init_checkpoint(out, chosen, find_teacher(teacher) if teacher else None, seed=seed)
-    kept = [name for name, source in account.items() if source]
-    moved = [(name, source) for name, source in account.items() if source not in (None, name)]
-    if account:
-        say(f"{len(kept)} of {len(account)} weights inherited from {teacher}, {len(moved)} of them from another layer")
-        for name, source in moved:
-            say(f"  {name} <- {source}")
+    if teacher:
+        for line in describe_account(account):
+            say(line)
+        say(f"text encoder, tokenizer, VAE and scheduler are {teacher}'s")
     else:
-        say(f"{preset}: random weights, seed {seed}")
+        say(f"{preset}: random weights, seed {seed}; the tokenizer is CLIP's")
     typer.echo(out)

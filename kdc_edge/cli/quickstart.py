@@ -36,16 +36,19 @@ def quickstart(
     from kdc_edge.pipeline import Request
     from kdc_edge.runtimes import open_pipeline
     from kdc_edge.train.config import TrainConfig
-    from kdc_edge.train.data import GardenSource, Task
-    from kdc_edge.train.evaluate import evaluate, evaluation_scenes
-    from kdc_edge.train.loop import StepDone, Trainer, branch
-    from kdc_edge.train.student import GARDEN_TEACHER
+    from kdc_edge.train.continuing import branch
+    from kdc_edge.train.data import Task
+    from kdc_edge.train.evaluate import evaluation_scenes
+    from kdc_edge.train.folders import GARDEN_TEACHER
+    from kdc_edge.train.loop import StepDone, Trainer
+    from kdc_edge.train.sources import GardenSource
 
     refuse_foreign_folder(out, None)
     config = TrainConfig(
         teacher=GARDEN_TEACHER, student="garden-student",
         tasks=(Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies")),
         steps=steps, batch_size=batch_size, samples=samples, eval_pictures=eval_pictures, seed=seed, save_every=steps,
+        log_with="none", keep=1,
     )  # fmt: skip
 
     def follow(trainer: Trainer, progress: Progress, name: str, *, until_task: int) -> None:
@@ -54,7 +57,7 @@ def quickstart(
             if isinstance(event, StepDone):
                 progress.step(progress.done + 1, f"{name}: {event.task} loss {event.losses['total']:.3f}")
             else:
-                found = ", ".join(f"{n} {s.accuracy:.3f}" for n, s in event.scores.items())
+                found = ", ".join(f"{n} {s.quality:.3f}" for n, s in event.scores.items())
                 progress.say(f"{name}: after {event.task}, prompt accuracy {found}")
                 if len(trainer.position.matrix) == until_task < len(config.tasks):
                     return
@@ -62,12 +65,8 @@ def quickstart(
     # The first task is the same with and without replay, so it is trained once and the runs part after it.
     with Progress(3 * steps) as progress:
         kept = Trainer(config, out / "runs" / "replay")
-        teacher_scores = {
-            t.name: evaluate(kept.generator_of(kept.teacher), t.open(), pictures=eval_pictures) for t in config.tasks
-        }
-        progress.say(
-            "teacher: prompt accuracy " + ", ".join(f"{n} {s.accuracy:.3f}" for n, s in teacher_scores.items())
-        )
+        teacher_scores = {t.name: kept.score(kept.generator_of(kept.teacher), t) for t in config.tasks}
+        progress.say("teacher: prompt accuracy " + ", ".join(f"{n} {s.quality:.3f}" for n, s in teacher_scores.items()))
         follow(kept, progress, "student", until_task=1)
         bare = branch(kept.run_folder, out / "runs" / "no-replay", replace(config, replay=0))
         follow(kept, progress, "with replay", until_task=2)
@@ -82,7 +81,7 @@ def quickstart(
         )
         bundles[-1].verify()
 
-    scenes = [evaluation_scenes(GardenSource(s), 4)[i] for s in ("flower", "butterfly") for i in (0, 1, 3)]
+    scenes = [evaluation_scenes(GardenSource((s,)), 4)[i] for s in ("flower", "butterfly") for i in (0, 1, 3)]
     requests = [Request(s.caption, steps=12, guidance=4.0, seed=seed + i) for i, s in enumerate(scenes)]
     pictures = {}
     sources = {

@@ -27,7 +27,7 @@ from kdc_edge.bench.report import benchmark_blocks
 from kdc_edge.bundle import Bundle
 from kdc_edge.files import write_atomic
 from kdc_edge.train.config import TrainConfig
-from kdc_edge.train.evaluate import Score, forgetting
+from kdc_edge.train.evaluate import Score, average, forgetting
 from kdc_edge.train.loop import Trainer
 
 LOSSES = {
@@ -55,7 +55,7 @@ class Story:
 
 def write_report(path: Path, story: Story) -> None:
     kept = story.runs["with replay"]
-    share = np.mean(kept.position.matrix[-1]) / np.mean([s.accuracy for s in story.teacher_scores.values()])
+    share = average(kept.position.matrix) / np.mean([s.quality for s in story.teacher_scores.values()])
     sections = [
         Section("In short", [_headline(story, float(share))]),
         Section("Pictures", _pictures(story)),
@@ -127,10 +127,10 @@ def _remembering(story: Story) -> list[Html]:
     tables, lines = [], []
     for name, trainer in story.runs.items():
         matrix = trainer.position.matrix
-        rows = [("teacher", [s.accuracy for s in story.teacher_scores.values()])]
-        rows += [(f"after {task}", row) for task, row in zip(names, matrix, strict=True)]
+        rows = [("teacher", [s.quality for s in story.teacher_scores.values()])]
+        rows += [(f"after {task}", [v or 0.0 for v in row]) for task, row in zip(names, matrix, strict=True)]
         tables.append(heat_table(names, rows, title=f"Prompt accuracy {name}", digits=3))
-        exact = trainer.position.exact[-1]
+        exact = [(values or {})["exact"] for values in trainer.position.values[-1]]
         lines.append(
             f"{name}: forgetting {forgetting(matrix):.3f} (maximum minus last); every attribute right at the end:"
             + "".join(f" {task} {value:.0%}" for task, value in zip(names, exact, strict=True))

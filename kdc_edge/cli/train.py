@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
@@ -14,66 +15,161 @@ from kdc_edge.cli.project import LATEST, Config, need_training, new_run, point_l
 from kdc_edge.errors import InputError
 
 if TYPE_CHECKING:
+    from kdc_edge.train.config import TrainConfig
     from kdc_edge.train.loop import Trainer
+
+LOSS_FLAGS = ("weight_task", "weight_output", "weight_soft", "weight_feature", "temperature")
+NOT_SETTINGS = (
+    "context", "teacher", "task", "caption", "out", "resume", "continue_from", "dry_run", "benchmark", "config",
+)  # fmt: skip
 
 
 def train(
-    teacher: Annotated[str, Option(help="A diffusers folder, or `garden`, the one that ships.")] = "garden",
+    context: typer.Context,
+    teacher: Annotated[str, Option(help="A diffusers folder, a hub id, or `garden`, the one that ships.")] = "garden",
     student: Annotated[str, Option(help="A preset: see kdc-edge init -h.")] = "garden-student",
     task: Annotated[
         list[str] | None, Option(metavar="NAME=SOURCE", help="A task, in order; e.g. flowers=garden:flowers.")
     ] = None,
+    caption: Annotated[
+        list[str] | None, Option(metavar="[TASK=]TEMPLATE", help='E.g. "a photo of a {name}, a type of flower".')
+    ] = None,
     steps: Annotated[int, Option(help="Steps of each task.")] = 300,
-    batch_size: Annotated[int, Option(help="Samples a step.")] = 16,
-    samples: Annotated[int, Option(help="Pictures of each task.")] = 2000,
-    learning_rate: Annotated[float, Option(help="Peak of the cosine.")] = 1e-3,
+    batch_size: Annotated[int, Option(help="Samples a step, over all processes.")] = 16,
+    accumulate: Annotated[int, Option(help="Parts in which a batch is computed one after the other.")] = 1,
+    samples: Annotated[int | None, Option(help="Pictures of each task; all of them (of the garden 2,000).")] = None,
+    resolution: Annotated[int | None, Option(help="Pixels a side; the teacher's own.")] = None,
+    inherit: Annotated[bool, Option(help="Start from the teacher's weights.")] = True,
+    learning_rate: Annotated[float, Option(help="The peak.")] = 1e-3,
+    schedule: Annotated[str, Option(help="Of the learning rate: cosine or constant.")] = "cosine",
+    warmup: Annotated[int | None, Option(help="Steps; a tenth of a task.")] = None,
+    optimizer: Annotated[str, Option(help="adamw or adamw8bit.")] = "adamw",
     replay: Annotated[int, Option(help="Samples kept of earlier tasks; 0 for none.")] = 500,
+    replay_mb: Annotated[float | None, Option(help="Megabytes kept of earlier tasks, instead of --replay.")] = None,
+    replay_policy: Annotated[str, Option(help="reservoir (uniform over all) or balanced (alike of each task).")] = (
+        "reservoir"
+    ),
     replay_ratio: Annotated[float, Option(help="Share of a batch that is replayed.")] = 0.5,
+    replay_weight: Annotated[float, Option(help="Weight of a replayed sample's loss.")] = 1.0,
+    replay_teacher: Annotated[
+        str, Option(help="Who teaches replayed samples: teacher, or student (the one of before the task).")
+    ] = "teacher",
     weight_task: Annotated[float, Option(help="Weight of the denoising loss.")] = 1.0,
     weight_output: Annotated[float, Option(help="Weight of the output-level loss.")] = 1.0,
     weight_soft: Annotated[float, Option(help="Weight of the soft-target loss.")] = 1.0,
     weight_feature: Annotated[float, Option(help="Weight of the block-feature loss.")] = 0.1,
     temperature: Annotated[float, Option(help="Of the soft targets.")] = 2.0,
+    caption_dropout: Annotated[float, Option(help="Share of captions that are emptied, for guidance.")] = 0.1,
     ema_decay: Annotated[float, Option(help="Of the weights' moving average, which is what is kept.")] = 0.995,
-    mixed_precision: Annotated[str, Option(help="auto, no or bf16.")] = "auto",
+    mixed_precision: Annotated[str, Option(help="auto, no, bf16 or fp16.")] = "auto",
+    gradient_checkpointing: Annotated[
+        bool, Option("--gradient-checkpointing", help="Less memory, a third more work.")
+    ] = False,
+    channels_last: Annotated[bool, Option("--channels-last", help="Memory layout for tensor cores.")] = False,
+    compile: Annotated[bool, Option("--compile", help="Compile both networks' blocks.")] = False,
     device: Annotated[str, Option(help="auto, cpu, cuda, mps.")] = "auto",
     seed: Annotated[int, Option(help="Of everything random.")] = 0,
     save_every: Annotated[int, Option(help="Steps between saved states.")] = 100,
+    keep: Annotated[int, Option(help="Saved states kept, the newest.")] = 2,
+    sample_every: Annotated[int, Option(help="Steps between sheets of samples; 0 for none.")] = 0,
+    log_with: Annotated[str, Option(help="tensorboard, wandb, trackio or none.")] = "tensorboard",
     eval_pictures: Annotated[int, Option(help="Pictures of each task, after each task.")] = 32,
+    metric_weights: Annotated[Path | None, Option(help="Folder with the weight files of FID, LPIPS, CLIP.")] = None,
+    cache: Annotated[Path | None, Option(help="Folder of encoded latents; the run's own.")] = None,
     out: Annotated[Path | None, Option(help="The run's folder; the next one in runs/ when not given.")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on with --out, or with the latest run.")] = False,
+    continue_from: Annotated[
+        Path | None, Option(metavar="RUN", help="Add --task to a finished run, with its memory of the earlier ones.")
+    ] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the plan: steps, memory, disk; train nothing.")] = False,
+    benchmark: Annotated[int, Option(metavar="N", help="Measure N steps and stop; nothing is kept.")] = 0,
     config: Config = None,
 ) -> None:
     """Distil a student from a teacher, task after task, with latent replay."""
+    flags = dict(locals())
     need_training("kdc-edge train")
     from kdc_edge.train.config import TrainConfig
-    from kdc_edge.train.data import parse_task
+    from kdc_edge.train.continuing import continue_run
+    from kdc_edge.train.data import parse_tasks
+    from kdc_edge.train.folders import find_teacher
     from kdc_edge.train.loop import Trainer
     from kdc_edge.train.losses import LossWeights
-    from kdc_edge.train.student import find_teacher
 
-    if task is None:
-        task = ["flowers=garden:flowers", "butterflies=garden:butterflies"]
-        say(f"no task given{'' if config else ' and no kdc-edge.toml here'}: taking the garden, {' '.join(task)}")
     if resume and out is None and not LATEST.exists():
         raise InputError("there is no run to resume in runs/: start without --resume")
     run = out or (LATEST.resolve() if resume else new_run())
-    settings = TrainConfig(
-        teacher=find_teacher(teacher), student=student, tasks=tuple(parse_task(t) for t in task), steps=steps,
-        batch_size=batch_size, samples=samples, learning_rate=learning_rate, replay=replay,
-        replay_ratio=replay_ratio, seed=seed, ema_decay=ema_decay, mixed_precision=mixed_precision, device=device,
-        save_every=save_every, eval_pictures=eval_pictures,
-        loss=LossWeights(weight_task, weight_output, weight_soft, weight_feature, temperature),
-    )  # fmt: skip
-    trainer = Trainer(settings, run, resume=resume)
+    if task is None and not (resume and (run / "config.json").is_file()):
+        if continue_from:
+            raise InputError("--continue-from needs a --task NAME=SOURCE to add to the run")
+        task = ["flowers=garden:flowers", "butterflies=garden:butterflies"]
+        say(f"no task given{'' if config else ' and no kdc-edge.toml here'}: taking the garden, {' '.join(task)}")
+    if resume and (run / "config.json").is_file():
+        settings = _saved_settings(context, flags, run)
+    else:
+        given = {k: v for k, v in flags.items() if k not in (*LOSS_FLAGS, *NOT_SETTINGS)}
+        loss = LossWeights(weight_task, weight_output, weight_soft, weight_feature, temperature)
+        tasks = parse_tasks(task or (), caption or ())
+        settings = TrainConfig(teacher=find_teacher(teacher), tasks=tasks, loss=loss, **given)
+    if dry_run:
+        from kdc_edge.train.plan import make_plan
+
+        typer.echo("\n".join(make_plan(settings).lines()))
+        return
+    if benchmark:
+        _benchmark(settings, benchmark)
+        return
+    if continue_from:
+        settings, resume = continue_run(continue_from, run, settings), True
+    trainer = Trainer(settings, run, resume=resume, say=say)
+    if trainer.accelerator.is_main_process:
+        _announce(trainer, run)
+    _follow(trainer)
+    if trainer.accelerator.is_main_process:
+        typer.echo(run / "checkpoint")
+
+
+def _saved_settings(context: typer.Context, flags: dict[str, Any], run: Path) -> TrainConfig:
+    """What the run was started with; a flag given by hand is taken, and refused later where it would change the run."""
+    from kdc_edge.train.config import TrainConfig
+    from kdc_edge.train.data import parse_tasks
+
+    saved = TrainConfig.load(run)
+    by_hand = {
+        name: value
+        for name, value in flags.items()
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
+    changes: dict[str, Any] = {k: v for k, v in by_hand.items() if k not in (*LOSS_FLAGS, *NOT_SETTINGS)}
+    losses = {k.removeprefix("weight_"): v for k, v in by_hand.items() if k in LOSS_FLAGS}
+    if losses:
+        changes["loss"] = replace(saved.loss, **losses)
+    if "task" in by_hand:
+        changes["tasks"] = parse_tasks(by_hand["task"], by_hand.get("caption") or ())
+    return replace(saved, **changes)
+
+
+def _announce(trainer: Trainer, run: Path) -> None:
+    config = trainer.config
     point_latest(run)
     inherited = sum(source is not None for source in trainer.inherited.values())
-    say(f"{student}: {inherited} of {len(trainer.inherited)} weights inherited from {teacher}")
-    say(f"on {trainer.device}, into {run}")
-    if resume and trainer.position.total:
+    say(f"{config.student}: {inherited} of {len(trainer.inherited)} weights inherited from {config.teacher.name}")
+    count = trainer.accelerator.num_processes
+    say(f"on {trainer.device}{f' x {count}' if count > 1 else ''}, into {run}")
+    if trainer.position.total:
         say(f"going on after step {trainer.position.total}")
-    _follow(trainer)
-    typer.echo(run / "checkpoint")
+    if any(not task.source.startswith("garden:") for task in config.tasks):
+        for line in trainer.metrics.missing():
+            say(f"not measured: {line}")
+
+
+def _benchmark(settings: TrainConfig, steps: int) -> None:
+    """Measure and print; the run's folder is temporary."""
+    import tempfile
+
+    from kdc_edge.train.benchmark import measure_run
+
+    with tempfile.TemporaryDirectory(prefix="kdc-edge-") as folder:
+        typer.echo("\n".join(measure_run(settings, Path(folder) / "run", steps).lines()))
 
 
 def _follow(trainer: Trainer) -> None:
@@ -89,6 +185,12 @@ def _follow(trainer: Trainer) -> None:
 
     signal.signal(signal.SIGTERM, on_sigterm)
     total = trainer.config.steps * len(trainer.config.tasks)
+    if not trainer.accelerator.is_main_process:
+        for _ in trainer.run():
+            if trainer.any_process(stop):
+                trainer.save()
+                raise typer.Exit(143)
+        return
     with Progress(total, done=trainer.position.total) as progress:
         for event in trainer.run():
             if isinstance(event, StepDone):
@@ -97,9 +199,10 @@ def _follow(trainer: Trainer) -> None:
                     f"{event.task} loss {event.losses['total']:.4f} {event.samples_per_sec:.0f} samples/s",
                 )
             else:
-                found = ", ".join(f"{n} {s.accuracy:.3f} (exact {s.exact:.2f})" for n, s in event.scores.items())
-                progress.say(f"after {event.task}: prompt accuracy {found}")
-            if stop:
+                for name, score in event.scores.items():
+                    found = ", ".join(f"{k} {v:.3f}" for k, v in score.values.items())
+                    progress.say(f"after {event.task}: {name}: {found}")
+            if trainer.any_process(stop):
                 trainer.save()
                 progress.say(f"stopped; go on with kdc-edge train --resume --out {trainer.run_folder}")
                 raise typer.Exit(143)

@@ -52,6 +52,10 @@ def test_a_run_leaves_a_checkpoint_scores_and_a_log(whole_run: Path) -> None:
     records = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
     assert [r["total"] for r in records] == [1, 2, 3, 4, 5, 6]
     assert set(records[0]["losses"]) == {"task", "output", "soft", "feature", "total"}
+    prompts = (whole_run / "checkpoint" / "prompts.txt").read_text().splitlines()
+    assert len(prompts) == len(set(prompts)) > 2
+    assert any("flower" in p for p in prompts)
+    assert any("butterfly" in p for p in prompts)
 
 
 @pytest.mark.parametrize("stop_after", [2, 3, 4])

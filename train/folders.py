@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from kdc_edge.checkpoint import check_weights
+from kdc_edge.checkpoint import PROMPTS_FILE, check_weights
 from kdc_edge.errors import CheckpointError, InputError, require
 from kdc_edge.files import atomic_folder, read_json, write_atomic
 from kdc_edge.presets import SCHEDULER, TEXT_ENCODERS, VAES, Preset
@@ -59,10 +60,17 @@ def _fetch(hub_id: str) -> Path:
         ) from None
 
 
-def write_checkpoint(out: Path, unet: UNet2DConditionModel, *, parts_from: Path, card: str | None = None) -> None:
+def write_checkpoint(
+    out: Path,
+    unet: UNet2DConditionModel,
+    *,
+    parts_from: Path,
+    card: str | None = None,
+    prompts: Sequence[str] = (),
+) -> None:
     """A diffusers folder with this U-Net; text encoder, tokenizer, VAE and scheduler come from `parts_from`.
 
-    `card` is the model card, README.md.
+    `card` is the model card, README.md; `prompts` are captions that an export proves and calibrates itself on.
     """
     with atomic_folder(out, marker="model_index.json") as folder, quiet():
         for part in PARTS:
@@ -74,6 +82,8 @@ def write_checkpoint(out: Path, unet: UNet2DConditionModel, *, parts_from: Path,
         unet.save_pretrained(folder / "unet")
         if card:
             write_atomic(folder / "README.md", card)
+        if prompts:
+            write_atomic(folder / PROMPTS_FILE, "".join(f"{' '.join(p.split())}\n" for p in prompts))
         _let_others_read(folder)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -46,6 +47,8 @@ from kdc_edge.train.samples import write_sample_sheet
 from kdc_edge.train.state import pack, unpack
 from kdc_edge.train.student import make_student
 from kdc_edge.train.tracking import Tracker
+
+PROMPTS_A_TASK = 64  # captions that are written beside the weights
 
 
 @dataclass(frozen=True)
@@ -349,6 +352,14 @@ class Trainer:
         if path.is_file():
             write_atomic(path, "".join(path.read_text().splitlines(keepends=True)[: self.position.total]))
 
+    def _prompts(self) -> list[str]:
+        """Some captions of every task, what an export can calibrate itself on."""
+        found = []
+        for task in self.config.tasks:
+            captions = sorted(set(self.latents(task).captions))
+            found += random.Random(self.config.seed).sample(captions, min(PROMPTS_A_TASK, len(captions)))
+        return found
+
     def _finish(self) -> None:
         with self.averaged():
             weights = whole_weights(self.accelerator, self.net)
@@ -356,6 +367,7 @@ class Trainer:
                 results = write_results(self.run_folder, self.config, self.position)
                 card = model_card(self.config, self.model, results)
                 out = self.run_folder / "checkpoint"
-                write_checkpoint(out, self.twin(weights), parts_from=self.config.teacher, card=card)
+                twin = self.twin(weights)
+                write_checkpoint(out, twin, parts_from=self.config.teacher, card=card, prompts=self._prompts())
         self.accelerator.wait_for_everyone()
         self.tracker.finish()

@@ -12,8 +12,8 @@ computes its own part of it.
 from __future__ import annotations
 
 import json
-import shutil
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext

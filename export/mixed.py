@@ -99,7 +99,7 @@ class Search:
         """The recipe for a budget. Raises InputError where there is none, saying what can be had."""
         steps = self.steps()
         if budget.max_size_bytes is not None:
-            taken = self._until_size(steps, budget.max_size_bytes)
+            taken = self.until_size(steps, budget.max_size_bytes)
         else:
             assert budget.min_psnr_db is not None
             taken = self._while_psnr(steps, budget.min_psnr_db)
@@ -196,7 +196,8 @@ class Search:
         known = [n for n in names if n.removesuffix("_to_fp16") in self._weights and self._weight(n).ndim > 1]
         return {name: self._weight(name).numel() for name in known}
 
-    def _until_size(self, steps: Sequence[Step], max_size_bytes: int) -> int:
+    def until_size(self, steps: Sequence[Step], max_size_bytes: int) -> int:
+        """How many steps a size takes."""
         size = self.size_bytes(self.bits_after([]))
         for taken, step in enumerate(steps):
             if size <= max_size_bytes:

@@ -50,6 +50,7 @@ def info(
         facts["size_mib"] = round(bundle.size_bytes / 2**20, 1)
         for check in manifest.parity.checks if manifest.parity else ():
             facts[f"parity {check.what}"] = "equal" if check.psnr_db is None else f"{check.psnr_db:.1f} dB"
+        facts["proved by"] = manifest.parity.conditions if manifest.parity else "nothing: --no-verify was given"
         facts["made by"] = manifest.provenance.command
     if as_json:
         typer.echo(json.dumps(facts, indent=2))

@@ -102,6 +102,8 @@ def read_json(path: Path, error: type[KdcError]) -> dict[str, object]:
 def inside(root: Path, relative: str, error: type[KdcError]) -> Path:
     """`root / relative`, refused when it leaves `root`: by `..`, as an absolute path, or through a link."""
     parts = PurePosixPath(relative)
+    if not relative.isprintable():  # a line break would also break the one line of an error
+        raise error(f"{root} names the path {relative!r:.200}, which is no file's name: do not use this folder")
     if parts.is_absolute() or ".." in parts.parts or "\\" in relative or ":" in relative or not parts.parts:
         raise error(f"{root} names the path {relative!r:.200}, which leaves the folder: do not use this folder")
     if len(relative) > MAX_PATH_CHARS or any(len(part.encode()) > MAX_NAME_BYTES for part in parts.parts):

@@ -78,13 +78,12 @@ class Trainer:
         self.config, self.run_folder, self.say = config, run, say
         self.accelerator = make_accelerator(config, run)
         self.device: torch.device = self.accelerator.device
-        self._claim_folder(resume)
+        preset = find_preset(config.student)
         self.model = read_model(config.teacher)
         self.size = self._picture_size()
+        self._claim_folder(resume)  # after what can be refused at once
         teacher = load_network(config.teacher, "unet")
-        self.student, self.inherited = make_student(
-            find_preset(config.student), teacher, seed=config.seed, inherit_weights=config.inherit
-        )
+        self.student, self.inherited = make_student(preset, teacher, seed=config.seed, inherit_weights=config.inherit)
         self.teacher = self.frozen(teacher)
         self.vae = load_network(config.teacher, "vae_decoder").to(self.device)
         cache = config.cache or run / "cache"

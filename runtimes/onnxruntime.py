@@ -83,7 +83,7 @@ class OnnxRuntime:
         *,
         device: str | None = None,
         threads: int | None = None,
-        low_memory: bool = False,  # noqa: ARG002  # it has no such savings
+        low_memory: bool = False,
         cache: Path | None = None,  # noqa: ARG002
     ) -> Component:
         """Open a component of a bundle. Raises BundleError for a file that the engine refuses."""
@@ -91,8 +91,9 @@ class OnnxRuntime:
         chosen = check_device(self, device)
         # What a device cannot compute falls to the processor; the session adds that by itself.
         providers = [provider for provider, name, _ in _PROVIDERS if name == chosen]
+        options = _options(threads, chosen, low_memory=low_memory)
         try:
-            session = _ort.InferenceSession(str(path), _options(threads, chosen), providers=providers)
+            session = _ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # the engine's exceptions share no root of their own
             raise BundleError(
                 f"{path} is refused by onnxruntime {self.version}: {first_line(error)}; copy or export it again"
@@ -100,15 +101,20 @@ class OnnxRuntime:
         return OnnxComponent(path, session)
 
 
-def _options(threads: int | None, device: str) -> Any:
-    """For one picture's latency: all graph optimizations, operators one by one on all threads."""
+def _options(threads: int | None, device: str, *, low_memory: bool) -> Any:
+    """For one picture's latency: all graph optimizations, operators one by one on all threads.
+
+    The arena keeps what it once had, and a memory pattern takes a second block of the same size at the second call:
+    with `low_memory` there is neither, and memory goes back as it comes.
+    """
     options = _ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = _ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.execution_mode = _ort.ExecutionMode.ORT_SEQUENTIAL
     options.inter_op_num_threads = 1
     options.intra_op_num_threads = threads or 0  # 0: one a core
-    options.enable_mem_pattern = device != "DML"  # DirectML works only without
+    options.enable_cpu_mem_arena = not low_memory
+    options.enable_mem_pattern = not low_memory and device != "DML"  # DirectML works only without
     return options
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,3 +170,21 @@ def _stop(cwd: Path, how: signal.Signals, *arguments: str, after_step: int) -> t
         assert running.stderr is not None
         said = running.stderr.read()
     return running.returncode, said
+
+
+def test_the_best_bundle_is_the_smallest_of_good_pictures(
+    bundle: Path, bundle_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kdc_edge.cli.project import best_bundle
+
+    monkeypatch.chdir(tmp_path)
+    for root in (bundle, bundle_fp32):
+        shutil.copytree(root, Path("bundles") / root.name)
+    assert best_bundle().name == bundle.name  # the smaller one
+    manifest = Path("bundles") / bundle.name / "kdc-edge.json"
+    found = json.loads(manifest.read_text())
+    found["parity"]["checks"][-1]["psnr_db"] = 22.0
+    manifest.write_text(json.dumps(found))
+    assert best_bundle().name == bundle_fp32.name
+    shutil.rmtree(Path("bundles") / bundle_fp32.name)
+    assert best_bundle().name == bundle.name  # there is no other

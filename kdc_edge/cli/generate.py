@@ -26,7 +26,7 @@ def generate(
     prompt: Annotated[str, Argument(help="What the picture shows.")],
     bundle: Annotated[
         Path | None,
-        Option(help="A bundle, or a checkpoint (through torch); the best in bundles/ when not given."),
+        Option(help="A bundle, or a checkpoint (through torch); the smallest good one in bundles/ when not given."),
     ] = None,
     steps: Annotated[int, Option(help="Steps of the sampler.")] = 20,
     guidance: Guidance = 7.5,
@@ -60,7 +60,7 @@ def generate(
         raise InputError(f"--out {out} is no PNG file: give it a name that ends in .png")
     if bundle is None:
         bundle = best_bundle()
-        say(f"no bundle given: {bundle}, the smallest that runs here")
+        say(f"no bundle given: {bundle}, the smallest of good pictures that runs here")
     request = make_request(
         prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, guidance_mode=guidance_mode,
         guidance_interval=guidance_interval, seed=seed, sampler=scheduler, width=width, height=height,

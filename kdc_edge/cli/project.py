@@ -18,6 +18,7 @@ SETTINGS = Path("kdc-edge.toml")
 RUNS = Path("runs")
 BUNDLES = Path("bundles")
 LATEST = RUNS / "latest"
+GOOD_PSNR_DB = 30.0  # of a whole picture: what differs is hard to see
 MAX_SETTINGS_BYTES = 2**20
 
 
@@ -110,22 +111,29 @@ def all_bundles() -> list[Path]:
 
 
 def best_bundle() -> Path:
-    """The bundle for this machine: the smallest whose engine is installed, a reference engine's last."""
+    """The bundle for this machine: the smallest whose pictures are as good as PyTorch's to the eye.
+
+    Bundles whose engine is not installed are left out; reference engines, and bundles whose proof shows less than
+    GOOD_PSNR_DB, or that have none, come last.
+    """
     import importlib.util
 
+    from kdc_edge.bench.measure import picture_parity
     from kdc_edge.bundle import Bundle
     from kdc_edge.formats import find_format
     from kdc_edge.runtimes.base import preferred_engine
 
-    ranked: list[tuple[bool, int, Path]] = []
+    ranked: list[tuple[bool, bool, int, Path]] = []
     for path in all_bundles():
         bundle = Bundle.open(path)
         engine = preferred_engine(find_format(bundle.manifest.target, bundle.manifest.precision))
+        check = picture_parity(bundle.manifest)
+        good = check is not None and (check.psnr_db is None or check.psnr_db >= GOOD_PSNR_DB)
         if importlib.util.find_spec(engine.package):
-            ranked.append((engine.reference, bundle.size_bytes, path))
+            ranked.append((engine.reference, not good, bundle.size_bytes, path))
     if not ranked:
         raise InputError("no bundle in bundles/ has its engine installed here: see kdc-edge devices")
-    return min(ranked)[2]
+    return min(ranked)[-1]
 
 
 def command_line() -> str:

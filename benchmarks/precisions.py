@@ -46,7 +46,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        shown = "| |" if row["psnr_db"] is None else f"| {row['psnr_db']:.1f} dB | {row['worst_psnr_db']:.1f} dB |"
+        shown = "| | |" if row["psnr_db"] is None else f"| {row['psnr_db']:.1f} dB | {row['worst_psnr_db']:.1f} dB |"
         lines.append(
             f"| {name} | {row['size_bytes'] / 1e6:.1f} MB {shown} {row['accuracy']:.3f} | {row['exact']:.3f} |"
         )

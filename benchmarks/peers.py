@@ -128,8 +128,7 @@ def work(name: str, checkpoint: Path, bundles: Path, steps: int, threads: int) -
 def size_bytes(name: str, checkpoint: Path, bundles: Path) -> int:
     kind, what, _ = CANDIDATES[name]
     if kind == "diffusers":
-        whole = sum(p.stat().st_size for p in checkpoint.rglob("*.safetensors"))
-        return whole // (1 if what == "float32" else 2)
+        return sum(p.stat().st_size for p in checkpoint.rglob("*.safetensors"))
     return sum(p.stat().st_size for p in (bundles / what).rglob("*") if p.is_file())
 
 

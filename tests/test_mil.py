@@ -389,7 +389,7 @@ def test_damaged_weights(own: Path) -> None:
     weights = own / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
     evaluator = Evaluator(read_program(own / PROGRAM))
     data = weights.read_bytes()
-    weights.write_bytes(data[:128])
+    weights.write_bytes(data[:100])  # within the first record, whichever weight that is
     with pytest.raises(BundleError, match="damaged weight file: it ends before offset"):
         evaluator(x=floats(0, 1, 4, 8, 8))
     weights.unlink()

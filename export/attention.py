@@ -1,6 +1,7 @@
-"""Attention in the layouts that Core ML's devices like, as processors of diffusers' attention layers.
+"""Attention in the layouts that devices like, as processors of diffusers' attention layers.
 
-    set_attention(unet, "split-einsum")         # the same numbers, arranged for the Neural Engine
+    set_attention(unet, "split-einsum")         # Core ML: the same numbers, arranged for the Neural Engine
+    fuse_attention(module)                      # ONNX Runtime: one operation, to be traced and not to be run
 
 `original`: all heads in one batched product, for the GPU. `split-einsum`: channels first, (B, C, 1, S), linear
 layers as 1x1 convolutions, head by head, long queries in pieces (Apple, "Deploying Transformers on the Apple
@@ -66,3 +67,41 @@ def _as_convolution(layer: Any) -> Any:
     if layer.bias is not None:
         found.bias = layer.bias
     return found
+
+
+class FusedProcessor:
+    """onnxruntime's MultiHeadAttention: no scores of all queries and keys at once in memory, no transposed heads."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        temb: Tensor | None = None,  # noqa: ARG002  # a VAE gives it, always None
+        **_: object,
+    ) -> Tensor:
+        """hidden_states (B, S, C) or, in a VAE, (B, C, h, w) -> the same shape."""
+        x = hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
+        if attn.group_norm is not None:
+            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        text = x if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = attn.to_q(x), attn.to_k(text), attn.to_v(text)
+        found: Tensor = torch.onnx.ops.symbolic(
+            "com.microsoft::MultiHeadAttention",
+            (query, key, value),
+            {"num_heads": attn.heads, "scale": float(attn.scale)},
+            dtype=query.dtype,
+            shape=query.shape,
+            version=1,
+        )
+        found = attn.to_out[0](found)
+        if hidden_states.ndim == 4:
+            found = found.transpose(1, 2).reshape(hidden_states.shape)
+        return (found + hidden_states if attn.residual_connection else found) / attn.rescale_output_factor
+
+
+def fuse_attention(module: nn.Module) -> None:
+    """Give every attention layer of diffusers' in the module the fused operation; text encoders have none."""
+    for layer in module.modules():
+        if isinstance(layer, Attention):
+            layer.set_processor(FusedProcessor())

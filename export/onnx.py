@@ -2,31 +2,50 @@
 
     bundle = export_onnx(Path("runs/latest/checkpoint"), Path("bundles/onnx-fp16"), precision="fp16")
 
-`fp16` stores the weights in half precision and casts them back inside the graph: half the bytes on the disk,
-the arithmetic stays in 32 bits. onnxruntime folds the casts when it opens the file.
+`fp16` stores the weights in half precision behind casts: half the bytes on the disk, the arithmetic stays in 32
+bits. `w8` and `w4` store them as integers; `int8` also computes the U-Net's convolutions and matrix products in
+integers (onnx_int8.py). What each rewrite of the graph is worth stands in docs/benchmarks/onnx.md.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch.export import Dim
 
-from kdc_edge.bundle import Bundle
-from kdc_edge.export.bundle_writer import write_bundle
+from kdc_edge.bundle import Bundle, Model, Tensor
+from kdc_edge.checkpoint import read_model
+from kdc_edge.errors import InputError
+from kdc_edge.export.attention import fuse_attention
+from kdc_edge.export.bundle_writer import Interface, optimum_interface, write_bundle
+from kdc_edge.export.calibration import calibrate
 from kdc_edge.export.components import ExportComponent
+from kdc_edge.export.onnx_int8 import quantize_int8
+from kdc_edge.export.onnx_weights import store_bits, store_half
 from kdc_edge.formats import find_format
 
 OPSET = 20  # the first with Gelu, which the U-Net's feed-forward layers use; onnxruntime 1.20 reads it
-EXTERNAL_DATA_BYTES = 1_500_000_000  # protobuf ends at 2 GiB
-HALF_MIN_VALUES = 1024  # biases and norms are a thousandth of the weights: nothing to gain, precision to lose
+EXTERNAL_DATA_BYTES = 100_000_000  # weights beside the graph are mapped, not copied; protobuf ends at 2 GiB anyway
+ATTENTIONS = ("fused", "original")
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """What only ONNX has."""
+
+    attention: str = "fused"  # one operation of onnxruntime's; `original` is standard ONNX, for other engines
+    static: bool = False  # one sample of the model's own size, as some devices need it
+
+    def __post_init__(self) -> None:
+        if self.attention not in ATTENTIONS:
+            raise InputError(f"--attention {self.attention} is not for ONNX: choose from {', '.join(ATTENTIONS)}")
 
 
 def export_onnx(
@@ -34,8 +53,11 @@ def export_onnx(
     out: Path,
     *,
     precision: str,
+    options: OnnxOptions | None = None,
     verify: bool = True,
     prompts: Sequence[str] | None = None,
+    calibration_prompts: Sequence[str] | None = None,
+    calibration_samples: int | None = None,
     command: str | None = None,
 ) -> Bundle:
     """Write a bundle to `out`, proved against PyTorch on `prompts` before it takes its place there.
@@ -43,43 +65,87 @@ def export_onnx(
     Raises CheckpointError, ParityError or InputError; `out` is then what it was before.
     """
     row = find_format("onnx", precision)
+    options = options or OnnxOptions()
+    sizes = static_sizes(read_model(checkpoint)) if options.static else {}
+    calibration = calibrate(checkpoint, calibration_prompts, calibration_samples) if row.calibrated else None
 
     def write(part: ExportComponent, folder: Path) -> list[str]:
-        return save_graph(trace(part), folder, half=precision == "fp16")
+        if options.attention == "fused":
+            fuse_attention(part.module)
+        model = trace(part, sizes)
+        if precision == "int8" and part.name == "unet":
+            assert calibration is not None
+            quantize_int8(model, calibration.inputs, folder)
+        elif precision in ("w8", "w4", "int8"):
+            store_bits(model, 4 if precision == "w4" and part.name == "unet" else 8)
+        if precision != "fp32":
+            store_half(model)  # what is left
+        return save_graph(model, folder)
 
-    return write_bundle(checkpoint, out, row, write, verify=verify, prompts=prompts, command=command)
+    def interface(part: ExportComponent) -> Interface:
+        inputs, outputs = optimum_interface(part)
+        return _fixed(inputs, sizes), _fixed(outputs, sizes)
 
-
-def trace(part: ExportComponent) -> ir.Model:
-    """The component as an ONNX graph in fp32; its weights are still the module's."""
-    unit = part.config.size_unit
-    # Where sizes come in multiples, saying so keeps `8 * ((h - 1) // 8) + 8` out of every shape. Elsewhere
-    # torch finds the ranges itself: named dimensions would be refused for the limits that it invents.
-    multiples = {axis: unit * Dim(axis, min=1, max=1024) for axis in ("latent_height", "latent_width")}
-    shapes = tuple(
-        {i: multiples[axis] if unit > 1 and axis in multiples else Dim.DYNAMIC for i, axis in axes.items()}
-        for axes in part.config.inputs.values()
+    return write_bundle(
+        checkpoint,
+        out,
+        row,
+        write,
+        interface=interface,
+        verify=verify,
+        prompts=prompts,
+        calibration=calibration.info if calibration else None,
+        command=command,
     )
+
+
+def static_sizes(model: Model) -> dict[str, int]:
+    """What --static puts in place of each free size: one sample, as large as the model was made for."""
+    latent, picture = model.latent_size, model.picture_size
+    return {"batch_size": 1, "latent_height": latent, "latent_width": latent, "height": picture, "width": picture}
+
+
+def _fixed(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    return {n: Tensor(dtype=t.dtype, shape=[sizes.get(str(s), s) for s in t.shape]) for n, t in tensors.items()}
+
+
+def trace(part: ExportComponent, sizes: Mapping[str, int] | None = None) -> ir.Model:
+    """The component as an ONNX graph in fp32; its weights are still the module's. `sizes` fixes free sizes."""
+    sizes = sizes or {}
+    names = {"batch_size": "batch_size", "latent_height": "height", "latent_width": "width"}  # here: optimum's
+    given = {names[name]: size for name, size in sizes.items() if name in names}
     with _quiet():
         program = torch.onnx.export(
             part.module,
-            tuple(part.config.generate_dummy_inputs().values()),
+            tuple(part.config.generate_dummy_inputs(**given).values()),
             dynamo=True,
-            dynamic_shapes=shapes,
+            dynamic_shapes=None if sizes else _free_shapes(part),
             input_names=list(part.config.input_shapes),
             output_names=list(part.config.output_shapes),
             opset_version=OPSET,
             verbose=False,
         )
     assert program is not None
-    _clean(program.model, part)
+    _clean(program.model, part, sizes)
     return program.model
 
 
-def save_graph(model: ir.Model, folder: Path, *, half: bool) -> list[str]:
+def _free_shapes(part: ExportComponent) -> tuple[dict[int, object], ...]:
+    """torch's description of the sizes that stay free.
+
+    Where sizes come in multiples, saying so keeps `8 * ((h - 1) // 8) + 8` out of every shape. Elsewhere torch finds
+    the ranges itself: named dimensions would be refused for the limits that it invents.
+    """
+    unit = part.config.size_unit
+    multiples = {axis: unit * Dim(axis, min=1, max=1024) for axis in ("latent_height", "latent_width")}
+    return tuple(
+        {i: multiples[axis] if unit > 1 and axis in multiples else Dim.DYNAMIC for i, axis in axes.items()}
+        for axes in part.config.inputs.values()
+    )
+
+
+def save_graph(model: ir.Model, folder: Path) -> list[str]:
     """Write model.onnx to `folder`, with model.onnx_data beside it where it is large; the files' names."""
-    if half:
-        store_half(model)
     tensors = [value.const_value for value in model.graph.initializers.values()]
     size_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     if size_bytes <= EXTERNAL_DATA_BYTES:
@@ -89,37 +155,14 @@ def save_graph(model: ir.Model, folder: Path, *, half: bool) -> list[str]:
     return ["model.onnx", "model.onnx_data"]
 
 
-def store_half(model: ir.Model) -> None:
-    """Keep large float weights as float16 behind a Cast to float32; those beyond float16's range stay."""
-    graph = model.graph
-    casts = []
-    for name, value in list(graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) < 2:
-            continue
-        weights = tensor.numpy()
-        if weights.size < HALF_MIN_VALUES or np.abs(weights).max() > np.finfo(np.float16).max:
-            continue
-        half = ir.tensor(weights.astype(np.float16), name=f"{name}.fp16")
-        stored = ir.val(half.name, const_value=half)
-        cast = ir.node("Cast", [stored], {"to": int(ir.DataType.FLOAT)}, name=f"{name}.cast")
-        del graph.initializers[name]
-        cast.outputs[0].name = name
-        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
-        graph.register_initializer(stored)
-        casts.append(cast)
-    if casts:
-        graph.insert_before(graph[0], casts)
-
-
-def _clean(model: ir.Model, part: ExportComponent) -> None:
+def _clean(model: ir.Model, part: ExportComponent, sizes: Mapping[str, int]) -> None:
     """Name the free axes, and drop the tracer's notes, which hold paths of this machine."""
     for values, shapes in (
         (model.graph.inputs, part.config.input_shapes),
         (model.graph.outputs, part.config.output_shapes),
     ):
         for value in values:
-            value.shape = ir.Shape(shapes[str(value.name)])
+            value.shape = ir.Shape([sizes.get(str(side), side) for side in shapes[str(value.name)]])
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     ends = {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}

@@ -37,6 +37,10 @@ _FP16 = "arithmetic in 16 bits"
 FORMATS: tuple[Format, ...] = (
     Format("onnx", "fp32", "weights and arithmetic in 32 bits", 4.0, False, _ORT, 60.0, 50.0),
     Format("onnx", "fp16", "weights stored in 16 bits, arithmetic in 32 bits", 2.0, False, _ORT, 45.0, 35.0),
+    Format("onnx", "w8", "weights stored in 8 bits, arithmetic in 32 bits", 1.0, False, _ORT, 35.0, 30.0),
+    Format("onnx", "w4", "the U-Net's matrices stored in 4 bits, the rest in 8, arithmetic in 32 bits", 0.7, False,
+           _ORT, 28.0, 25.0),
+    Format("onnx", "int8", "weights and the U-Net's arithmetic in 8 bits", 1.0, True, _ORT, 20.0, 20.0),
     Format("coreml", "fp32", "weights and arithmetic in 32 bits", 4.0, False, _COREML, 60.0, 50.0),
     Format("coreml", "fp16", "weights and arithmetic in 16 bits", 2.0, False, _COREML, 45.0, 35.0),
     Format("coreml", "w8", f"weights stored in 8 bits, {_FP16}", 1.0, False, _COREML, 40.0, 30.0),

@@ -8,13 +8,19 @@ Telemetry is switched off, and the engine's own log goes quiet: what it refuses 
 
 from __future__ import annotations
 
+import hashlib
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from kdc_edge.bundle import Bundle
-from kdc_edge.errors import BundleError, require
+from kdc_edge.bundle import Bundle, ComponentName
+from kdc_edge.errors import BundleError, InputError, require
+from kdc_edge.files import atomic_folder
 from kdc_edge.pipeline import Component
 from kdc_edge.runtimes.base import Device, check_device, first_line
 
@@ -22,18 +28,36 @@ _ort: Any = require("onnxruntime", extra="onnx", purpose="running an ONNX bundle
 _ort.disable_telemetry_events()
 _ort.set_default_logger_severity(4)  # its errors arrive as exceptions too; once is enough
 
-# (provider, device, description), the default first.
+# A weight that an operation makes, as a cast does of a stored half, is kept up to this size where memory is short.
+FOLD_BYTES_LOW_MEMORY = 2**16
+WEIGHTS_BESIDE_BYTES = 2**20  # cached graphs keep larger weights in a file of their own, which is mapped
+
+
+@dataclass(frozen=True)
+class _Provider:
+    """A row of what onnxruntime may be built with."""
+
+    name: str  # as onnxruntime calls it
+    device: str  # as --device takes it
+    description: str
+    package: str  # that brings it
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+# The default first.
 _PROVIDERS = (
-    ("CPUExecutionProvider", "CPU", "processor"),
-    ("CUDAExecutionProvider", "CUDA", "NVIDIA GPU"),
-    ("ROCMExecutionProvider", "ROCM", "AMD GPU"),
-    ("MIGraphXExecutionProvider", "MIGRAPHX", "AMD GPU, MIGraphX"),
-    ("DmlExecutionProvider", "DML", "DirectML GPU"),
-    ("CoreMLExecutionProvider", "COREML", "Apple GPU and Neural Engine"),
-    ("OpenVINOExecutionProvider", "OPENVINO", "Intel CPU, GPU and NPU"),
-    ("QNNExecutionProvider", "QNN", "Qualcomm NPU"),
-    ("XnnpackExecutionProvider", "XNNPACK", "processor, XNNPACK kernels"),
-)
+    _Provider("CPUExecutionProvider", "CPU", "processor", "onnxruntime"),
+    _Provider("CUDAExecutionProvider", "CUDA", "NVIDIA GPU", "onnxruntime-gpu"),
+    _Provider("ROCMExecutionProvider", "ROCM", "AMD GPU", "onnxruntime-rocm"),
+    _Provider("MIGraphXExecutionProvider", "MIGRAPHX", "AMD GPU, MIGraphX", "onnxruntime-migraphx"),
+    _Provider("DmlExecutionProvider", "DML", "DirectML GPU", "onnxruntime-directml"),
+    _Provider("CoreMLExecutionProvider", "COREML", "Apple GPU and Neural Engine", "onnxruntime on macOS",
+              {"ModelFormat": "MLProgram"}),
+    _Provider("OpenVINOExecutionProvider", "OPENVINO", "Intel CPU, GPU and NPU", "onnxruntime-openvino"),
+    _Provider("QNNExecutionProvider", "QNN", "Qualcomm NPU", "onnxruntime-qnn",
+              {"backend_path": "QnnHtp.dll" if sys.platform == "win32" else "libQnnHtp.so"}),
+    _Provider("XnnpackExecutionProvider", "XNNPACK", "processor, XNNPACK kernels", "an onnxruntime built with XNNPACK"),
+)  # fmt: skip
 _DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -48,7 +72,9 @@ class OnnxComponent:
     def __init__(self, path: Path, session: Any) -> None:
         self._path = path
         self._session = session
-        self._dtypes = {i.name: _DTYPES.get(i.type) for i in session.get_inputs()}
+        inputs = session.get_inputs()
+        self._dtypes = {i.name: _DTYPES.get(i.type) for i in inputs}
+        self._batch = inputs[0].shape[0] if inputs[0].shape else None  # a number in a graph of fixed sizes
         self._output = session.get_outputs()[0].name  # asked for by name, so that nothing else is computed
         odd = [name for name, dtype in self._dtypes.items() if dtype is None]
         if odd:
@@ -61,6 +87,14 @@ class OnnxComponent:
                 f"{self._path} takes {', '.join(self._dtypes)} where {', '.join(inputs)} are given: export it again"
             )
         feeds = {name: np.asarray(value, self._dtypes[name]) for name, value in inputs.items()}
+        batch = len(next(iter(feeds.values())))
+        if self._batch != 1 or batch == 1:
+            return self._run(feeds)
+        # One sample at a time; what is the same for all, as the timestep is, goes to each.
+        samples = ({n: v if len(v) != batch else v[i : i + 1] for n, v in feeds.items()} for i in range(batch))
+        return np.concatenate([self._run(sample) for sample in samples])
+
+    def _run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         try:
             (output,) = self._session.run([self._output], feeds)
         except Exception as error:  # the engine's exceptions share no root of their own
@@ -74,7 +108,12 @@ class OnnxRuntime:
 
     def devices(self) -> list[Device]:
         there = set(_ort.get_available_providers())
-        return [Device(name, does) for provider, name, does in _PROVIDERS if provider in there]
+        return [Device(p.device, p.description) for p in _PROVIDERS if p.name in there]
+
+    def missing(self) -> list[Device]:
+        """What other builds of onnxruntime compute on, each with the package that brings it."""
+        there = set(_ort.get_available_providers())
+        return [Device(p.device, f"{p.description}; needs {p.package}") for p in _PROVIDERS if p.name not in there]
 
     def load(
         self,
@@ -84,37 +123,85 @@ class OnnxRuntime:
         device: str | None = None,
         threads: int | None = None,
         low_memory: bool = False,
-        cache: Path | None = None,  # noqa: ARG002
+        cache: Path | None = None,
     ) -> Component:
-        """Open a component of a bundle. Raises BundleError for a file that the engine refuses."""
-        _, path = Bundle.open(folder).component(component)
+        """Open a component of a bundle. Raises BundleError for a file that the engine refuses.
+
+        With `low_memory` the weights stay as they are stored, mapped from the file, and are widened at every call.
+        With `cache`, the graph as this machine wants it is kept there: the next load has less to do.
+        """
+        bundle = Bundle.open(folder)
+        _, path = bundle.component(component)
         chosen = check_device(self, device)
-        # What a device cannot compute falls to the processor; the session adds that by itself.
-        providers = [provider for provider, name, _ in _PROVIDERS if name == chosen]
-        options = _options(threads, chosen, low_memory=low_memory)
+        provider = next(p for p in _PROVIDERS if p.device == chosen)
+        options = _options(provider, threads, low_memory=low_memory)
+        if cache is not None and provider.device == "CPU" and not low_memory:
+            made = _cached(cache, bundle, component)
+            if made.is_file():
+                options.graph_optimization_level = _ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it has been done
+                return OnnxComponent(path, self._open(made, options, provider, threads))
+            with atomic_folder(made.parent, marker=made.name) as new:
+                options.optimized_model_filepath = str(new / made.name)
+                beside = "session.optimized_model_external_initializers"
+                options.add_session_config_entry(f"{beside}_file_name", f"{made.name}_data")
+                options.add_session_config_entry(f"{beside}_min_size_in_bytes", str(WEIGHTS_BESIDE_BYTES))
+                self._open(path, options, provider, threads)
+            return self.load(folder, component, device=device, threads=threads, cache=cache)
+        return OnnxComponent(path, self._open(path, options, provider, threads))
+
+    def _open(self, path: Path, options: Any, provider: _Provider, threads: int | None) -> Any:
+        given = dict(provider.options)
+        if provider.device == "XNNPACK" and threads:
+            given["intra_op_num_threads"] = str(threads)
         try:
-            session = _ort.InferenceSession(str(path), options, providers=providers)
+            # What a device cannot compute falls to the processor; the session adds that by itself.
+            session = _ort.InferenceSession(str(path), options, providers=[(provider.name, given)])
         except Exception as error:  # the engine's exceptions share no root of their own
+            said = first_line(error)
+            if "pset" in said:
+                raise BundleError(
+                    f"{path} is too new for onnxruntime {self.version} ({said}): upgrade onnxruntime"
+                ) from None
             raise BundleError(
-                f"{path} is refused by onnxruntime {self.version}: {first_line(error)}; copy or export it again"
+                f"{path} is refused by onnxruntime {self.version}: {said}; copy or export it again"
             ) from None
-        return OnnxComponent(path, session)
+        if provider.name not in session.get_providers():  # a driver or a library of it is missing: ORT goes on without
+            raise InputError(
+                f"onnxruntime {self.version} cannot start {provider.device} here, a driver or library of it is missing:"
+                " choose --device CPU, or install it"
+            )
+        return session
 
 
-def _options(threads: int | None, device: str, *, low_memory: bool) -> Any:
-    """For one picture's latency: all graph optimizations, operators one by one on all threads.
+def _cached(cache: Path, bundle: Bundle, component: str) -> Path:
+    """Where the optimized graph of a component is kept: it holds for these files, this engine and this processor."""
+    files = bundle.manifest.components[cast(ComponentName, component)].files
+    made_of = [*(bundle.manifest.files[file].sha256 for file in files), OnnxRuntime.version, platform.processor()]
+    key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
+    return cache / f"onnxruntime-{component}-{key}" / "model.onnx"
 
-    The arena keeps what it once had, and a memory pattern takes a second block of the same size at the second call:
-    with `low_memory` there is neither, and memory goes back as it comes.
+
+def _options(provider: _Provider, threads: int | None, *, low_memory: bool) -> Any:
+    """For one picture's latency: operators one by one on all threads.
+
+    The arena keeps what it once had, and a memory pattern takes a second block of the same size at the second call,
+    for no gain that could be measured (docs/benchmarks/onnx.md). Where memory is short there is neither, and the
+    convolutions' weights are not copied into the processor's own layout.
     """
     options = _ort.SessionOptions()
+    level = _ort.GraphOptimizationLevel
     options.log_severity_level = 4
-    options.graph_optimization_level = _ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.execution_mode = _ort.ExecutionMode.ORT_SEQUENTIAL
     options.inter_op_num_threads = 1
-    options.intra_op_num_threads = threads or 0  # 0: one a core
+    options.intra_op_num_threads = 1 if provider.device == "XNNPACK" else threads or 0  # 0: one a core
+    options.enable_mem_pattern = False
     options.enable_cpu_mem_arena = not low_memory
-    options.enable_mem_pattern = not low_memory and device != "DML"  # DirectML works only without
+    options.graph_optimization_level = level.ORT_ENABLE_EXTENDED if low_memory else level.ORT_ENABLE_ALL
+    if low_memory:
+        entry = "optimization.constant_folding_max_output_size_in_bytes"
+        options.add_session_config_entry(entry, str(FOLD_BYTES_LOW_MEMORY))
+    # Without VNNI, products of uint8 and int8 overflow in 16 bits: such processors compute them another way.
+    options.add_session_config_entry("session.x64quantprecision", "0")
     return options
 
 

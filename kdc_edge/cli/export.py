@@ -32,7 +32,13 @@ def export(
     ] = None,
     attention: Annotated[
         str | None,
-        Option(help="Core ML: original (GPU), split-einsum (Neural Engine), or sdpa (fused; needs iOS18)."),
+        Option(
+            help="ONNX: fused (onnxruntime's), or original (standard operations). Core ML: original (GPU),"
+            " split-einsum (Neural Engine), or sdpa (fused; needs iOS18)."
+        ),
+    ] = None,
+    static: Annotated[
+        bool | None, Option("--static", help="ONNX: one sample of the model's own size; some devices need it.")
     ] = None,
     swift: Annotated[
         bool | None, Option("--swift", help="Core ML: lay out Resources/ for Apple's Swift package.")
@@ -54,18 +60,20 @@ def export(
     source = checkpoint or latest_checkpoint()
     if checkpoint is None:
         say(f"no checkpoint given: {source.resolve()}")
-    own: dict[str, Any] = {
-        "unet_batch": unet_batch,
-        "deployment_target": deployment_target,
-        "attention": attention,
-        "swift": swift,
-        "max_size": max_size,
-        "min_psnr": min_psnr,
-        "recipe": recipe,
+    own: dict[str, tuple[Any, tuple[str, ...]]] = {  # with the targets that have the option
+        "unet_batch": (unet_batch, ("coreml",)),
+        "deployment_target": (deployment_target, ("coreml",)),
+        "attention": (attention, ("onnx", "coreml")),
+        "static": (static, ("onnx",)),
+        "swift": (swift, ("coreml",)),
+        "max_size": (max_size, ("coreml",)),
+        "min_psnr": (min_psnr, ("coreml",)),
+        "recipe": (recipe, ("coreml",)),
     }
-    asked = {name: value for name, value in own.items() if value is not None}
-    if asked and row.target != "coreml":
-        raise InputError(f"--{next(iter(asked)).replace('_', '-')} is for --target coreml: leave it out")
+    asked = {name: value for name, (value, _) in own.items() if value is not None}
+    for name in asked:
+        if row.target not in own[name][1]:
+            raise InputError(f"--{name.replace('_', '-')} is for --target {' or '.join(own[name][1])}: leave it out")
     need_export("kdc-edge export")
     out = out or BUNDLES / row.name
     common: dict[str, Any] = {"precision": row.precision, "verify": verify, "command": command_line()}
@@ -79,9 +87,9 @@ def export(
 
         bundle = export_coreml(source, out, **common, **calibration, options=_coreml_options(asked), tell=say)
     else:
-        from kdc_edge.export.onnx import export_onnx
+        from kdc_edge.export.onnx import OnnxOptions, export_onnx
 
-        bundle = export_onnx(source, out, **common)
+        bundle = export_onnx(source, out, **common, **calibration, options=OnnxOptions(**asked))
     if bundle.manifest.parity is None:
         say("not proved: --no-verify was given")
     else:

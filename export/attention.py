@@ -97,7 +97,9 @@ class FusedProcessor:
         found = attn.to_out[0](found)
         if hidden_states.ndim == 4:
             found = found.transpose(1, 2).reshape(hidden_states.shape)
-        return (found + hidden_states if attn.residual_connection else found) / attn.rescale_output_factor
+        if attn.residual_connection:
+            found = found + hidden_states
+        return found if attn.rescale_output_factor == 1 else found / float(attn.rescale_output_factor)
 
 
 def fuse_attention(module: nn.Module) -> None:

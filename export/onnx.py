@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -113,7 +114,7 @@ def trace(part: ExportComponent, sizes: Mapping[str, int] | None = None) -> ir.M
     """The component as an ONNX graph in fp32; its weights are still the module's. `sizes` fixes free sizes."""
     sizes = sizes or {}
     names = {"batch_size": "batch_size", "latent_height": "height", "latent_width": "width"}  # here: optimum's
-    given = {names[name]: size for name, size in sizes.items() if name in names}
+    given: dict[str, Any] = {names[name]: size for name, size in sizes.items() if name in names}
     with _quiet():
         program = torch.onnx.export(
             part.module,

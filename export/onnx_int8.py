@@ -52,10 +52,10 @@ def quantize_int8(model: ir.Model, inputs: Inputs, folder: Path, *, min_snr_db: 
 
 def _is_layer(node: ir.Node) -> bool:
     weights = node.inputs[1] if len(node.inputs) > 1 else None
-    if weights is None or not weights.is_initializer() or weights.shape is None:
+    if weights is None or not weights.is_initializer() or weights.const_value is None:
         return False
     if node.op_type == "Conv":
-        return min(int(side) for side in weights.shape[:2]) >= MIN_CHANNELS
+        return bool(min(weights.const_value.numpy().shape[:2]) >= MIN_CHANNELS)
     return node.op_type == "MatMul"
 
 

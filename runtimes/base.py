@@ -203,7 +203,9 @@ def check_device(runtime: Runtime, device: str | None) -> str:
     for name in names:
         if name.lower() == device.lower():
             return name
-    raise InputError(f"{runtime.name} has no device {device!r} here: choose from {', '.join(names)}")
+    elsewhere: Mapping[str, str] = getattr(runtime, "elsewhere", {})  # what brings devices that are not here
+    hint = f"; {device} needs {elsewhere[device.upper()]}" if device.upper() in elsewhere else ""
+    raise InputError(f"{runtime.name} has no device {device!r} here: choose from {', '.join(names)}{hint}")
 
 
 def first_line(error: Exception) -> str:

@@ -105,15 +105,11 @@ class OnnxComponent:
 class OnnxRuntime:
     name = "onnxruntime"
     version: str = _ort.__version__
+    elsewhere: Mapping[str, str] = {p.device: p.package for p in _PROVIDERS}
 
     def devices(self) -> list[Device]:
         there = set(_ort.get_available_providers())
         return [Device(p.device, p.description) for p in _PROVIDERS if p.name in there]
-
-    def missing(self) -> list[Device]:
-        """What other builds of onnxruntime compute on, each with the package that brings it."""
-        there = set(_ort.get_available_providers())
-        return [Device(p.device, f"{p.description}; needs {p.package}") for p in _PROVIDERS if p.name not in there]
 
     def load(
         self,

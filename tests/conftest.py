@@ -84,7 +84,7 @@ def own_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
 def start_from_graphs_of(bundle: Path, patch: pytest.MonkeyPatch) -> None:
     import onnx_ir as ir
 
-    patch.setattr("kdc_edge.export.onnx.trace", lambda part, sizes=None: ir.load(bundle / part.name / "model.onnx"))
+    patch.setattr("kdc_edge.export.onnx.trace", lambda part, _sizes=None: ir.load(bundle / part.name / "model.onnx"))
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as arrays
 
 from kdc_edge.bundle import MANIFEST, Bundle, list_files
 from kdc_edge.errors import BundleError, InputError
-from kdc_edge.export.components import load_component
+from kdc_edge.export.components import ExportComponent, load_component
 from kdc_edge.export.onnx import OnnxOptions, export_onnx, trace
 from kdc_edge.export.onnx_int8 import quantize_int8, uint8_scale
 from kdc_edge.export.onnx_weights import round_channels
@@ -38,7 +38,7 @@ def bundles(
     made = {"fp32": bundle_fp32, "fp16": bundle}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "kdc_edge.export.onnx.trace", lambda part, sizes=None: ir.load(bundle_fp32 / part.name / "model.onnx")
+            "kdc_edge.export.onnx.trace", lambda part, _sizes=None: ir.load(bundle_fp32 / part.name / "model.onnx")
         )
         for precision in ("w8", "w4"):
             made[precision] = export_onnx(checkpoint, folder / precision, precision=precision).root
@@ -79,14 +79,20 @@ def test_attention_is_one_operation(bundles: dict[str, Path], checkpoint: Path) 
     assert operations(bundles["fp32"] / "vae_decoder" / "model.onnx")["MultiHeadAttention"] == 1
 
 
-def test_original_attention_is_standard_onnx_and_equal(checkpoint: Path, bundle_fp32: Path, tmp_path: Path) -> None:
-    made = export_onnx(
-        checkpoint, tmp_path / "out", precision="fp32", options=OnnxOptions(attention="original", static=True)
-    )  # proved as it is
-    for name in ("unet", "vae_decoder"):
-        graph = onnx.load(made.root / name / "model.onnx").graph
-        assert {node.domain for node in graph.node} == {""}
-        assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == [1, 4, 16, 16]  # --static
+def test_original_attention_is_standard_onnx_and_equal(
+    checkpoint: Path, bundle_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --static too: of both, the U-Net is traced anew and the rest taken as it is."""
+
+    def trace_unet(part: ExportComponent, sizes: dict[str, int]) -> ir.Model:
+        return trace(part, sizes) if part.name == "unet" else ir.load(bundle_fp32 / part.name / "model.onnx")
+
+    monkeypatch.setattr("kdc_edge.export.onnx.trace", trace_unet)
+    options = OnnxOptions(attention="original", static=True)
+    made = export_onnx(checkpoint, tmp_path / "out", precision="fp32", options=options, verify=False)
+    graph = onnx.load(unet_model(made.root)).graph
+    assert {node.domain for node in graph.node} == {""}
+    assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == [1, 4, 16, 16]
     assert made.manifest.components["unet"].inputs["sample"].shape == [1, 4, 16, 16]
     request = Request("a red flower", steps=2, guidance=3.0)
     fixed, free = (open_pipeline(root, threads=1).generate(request) for root in (made.root, bundle_fp32))
@@ -196,7 +202,7 @@ def test_a_weight_file_that_is_missing_or_shorter(
     checkpoint: Path, bundle_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "kdc_edge.export.onnx.trace", lambda part, sizes=None: ir.load(bundle_fp32 / part.name / "model.onnx")
+        "kdc_edge.export.onnx.trace", lambda part, _sizes=None: ir.load(bundle_fp32 / part.name / "model.onnx")
     )
     monkeypatch.setattr("kdc_edge.export.onnx.EXTERNAL_DATA_BYTES", 1000)
     root = export_onnx(checkpoint, tmp_path / "out", precision="fp16", verify=False).root
@@ -227,7 +233,7 @@ def test_an_opset_too_new(bundle_fp32: Path, tmp_path: Path) -> None:
 def test_providers(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kdc_edge.runtimes import onnxruntime as module
 
-    with pytest.raises(InputError, match="has no device 'CUDA' here: choose from CPU; CUDA needs onnxruntime-gpu"):
+    with pytest.raises(InputError, match="has no device 'cuda' here: choose from CPU; cuda needs onnxruntime-gpu"):
         get_runtime("onnxruntime").load(bundle, "unet", device="cuda")
     # A build with CUDA whose driver is not there: onnxruntime itself would go on, on the processor.
     there = ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -235,7 +241,7 @@ def test_providers(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = ort.InferenceSession
 
     def session(path: str, options: ort.SessionOptions, providers: list[object]) -> ort.InferenceSession:
-        assert [name for name, _ in providers][0] == "CUDAExecutionProvider"  # type: ignore[misc]
+        assert next(name for name, _ in providers) == "CUDAExecutionProvider"  # type: ignore[misc]
         return real(path, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(module._ort, "InferenceSession", session)

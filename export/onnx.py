@@ -10,8 +10,9 @@ integers (onnx_int8.py). What each rewrite of the graph is worth stands in docs/
 from __future__ import annotations
 
 import logging
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ def export_onnx(
     calibration_prompts: Sequence[str] | None = None,
     calibration_samples: int | None = None,
     command: str | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
     """Write a bundle to `out`, proved against PyTorch on `prompts` before it takes its place there.
 
@@ -74,10 +76,18 @@ def export_onnx(
         if options.attention == "fused":
             fuse_attention(part.module)
         model = trace(part, sizes)
-        if precision == "int8" and part.name == "unet":
-            assert calibration is not None
-            quantize_int8(model, calibration.inputs, folder)
-        elif precision in ("w8", "w4", "int8"):
+        if calibration is not None and part.name == "unet":
+            with tempfile.TemporaryDirectory(dir=folder) as work:
+                base = Path(work) / "base.onnx"
+                ir.save(model, base, external_data="weights")
+                del model
+                part.module.to("meta")  # the weights are in the file now
+                model, left_out = quantize_int8(base, calibration.inputs)
+                store_half(model)
+                for layer, snr_db in left_out.items():
+                    tell(f"{layer} stays in float: its int8 twin is right to {snr_db:.1f} dB")
+                return save_graph(model, folder)
+        if row.bytes_per_weight <= 1:
             store_bits(model, 4 if precision == "w4" and part.name == "unet" else 8)
         if precision != "fp32":
             store_half(model)  # what is left
@@ -150,7 +160,7 @@ def save_graph(model: ir.Model, folder: Path) -> list[str]:
     tensors = [value.const_value for value in model.graph.initializers.values()]
     size_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     if size_bytes <= EXTERNAL_DATA_BYTES:
-        ir.save(model, folder / "model.onnx")
+        ir.save(ir.external_data.load_to_model(model), folder / "model.onnx")
         return ["model.onnx"]
     ir.save(model, folder / "model.onnx", external_data="model.onnx_data")
     return ["model.onnx", "model.onnx_data"]

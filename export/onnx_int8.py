@@ -1,6 +1,6 @@
 """int8 for ONNX Runtime: convolutions and matrix products between quantized values, from recorded ranges (QDQ).
 
-    left_out = quantize_int8(model, calibration.inputs, folder)        # names of the layers that stay in float
+    model, left_out = quantize_int8(folder / "base.onnx", calibration.inputs)
 
 Activations are uint8 (one scale a tensor), weights int8 (one scale an output channel), as onnxruntime's kernels for
 VNNI, AMX and Arm's dot products want them: QLinearConv, whose output is uint8 as well, and MatMulIntegerToFloat. The
@@ -12,7 +12,6 @@ that read or write the latents: they cost nothing and every error of theirs is i
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -30,24 +29,23 @@ Inputs = Sequence[Mapping[str, np.ndarray]]
 Ranges = Mapping[str, tuple[float, float]]  # smallest and largest value by tensor
 
 
-def quantize_int8(model: ir.Model, inputs: Inputs, folder: Path, *, min_snr_db: float = MIN_SNR_DB) -> dict[str, float]:
-    """Quantize the layers in place. Gives the signal-to-noise ratio, in dB, of those that stay in float.
+def quantize_int8(base: Path, inputs: Inputs, *, min_snr_db: float = MIN_SNR_DB) -> tuple[ir.Model, dict[str, float]]:
+    """The float graph in `base` with its layers quantized; and what stays in float, with its signal-to-noise ratio.
 
-    `inputs` are recorded calls of the network; the graph is written to `folder` for a while, to be run.
+    `inputs` are recorded calls of the network. The file, which must not go before the model does, holds the weights;
+    graphs that observe the layers are written beside it.
     """
+    model = ir.load(base)
     layers = [node for node in model.graph if _is_layer(node)]
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        base = Path(work) / "base.onnx"
-        ir.save(model, base, external_data="weights")  # once: the probes refer to the same file
-        ranges = _observe(base, _ends(layers), inputs)
-        chosen = inputs[:: max(1, len(inputs) // SENSITIVITY_SAMPLES)][:SENSITIVITY_SAMPLES]
-        snr_db = _sensitivity(base, {str(node.name) for node in layers}, ranges, chosen)
+    ranges = _observe(base, _ends(layers), inputs)
+    chosen = inputs[:: max(1, len(inputs) // SENSITIVITY_SAMPLES)][:SENSITIVITY_SAMPLES]
+    snr_db = _sensitivity(base, {str(node.name) for node in layers}, ranges, chosen)
     left_out = {name: db for name, db in snr_db.items() if db < min_snr_db}
     quantizer = _Quantizer(model, ranges)
     for node in layers:
         if node.name not in left_out:
             quantizer.quantize(node)
-    return left_out
+    return model, left_out
 
 
 def _is_layer(node: ir.Node) -> bool:
@@ -195,10 +193,14 @@ def _values(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def _append(model: ir.Model, node: ir.Node, name: str) -> ir.Value:
-    """The node at the end of the graph, its answer an output."""
+    """The node into the graph, its answer an output; at once after what it reads, which may then be forgotten."""
     value = node.outputs[0]
     value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
-    model.graph.append(node)
+    source = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if source is None:
+        model.graph.insert_before(model.graph[0], node)
+    else:
+        model.graph.insert_after(source, node)
     model.graph.outputs.append(value)
     return value
 
@@ -210,7 +212,9 @@ def _run(probe: ir.Model, base: Path, ends: Sequence[ir.Value], inputs: Inputs) 
     ir.save(probe, path)
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.enable_mem_pattern = False
+    options.enable_mem_pattern = options.enable_cpu_mem_arena = False
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # no second copy of the weights
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # by default the observers come last: all is kept
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [str(value.name) for value in ends]
     for call in inputs:

@@ -89,7 +89,7 @@ def export(
     else:
         from kdc_edge.export.onnx import OnnxOptions, export_onnx
 
-        bundle = export_onnx(source, out, **common, **calibration, options=OnnxOptions(**asked))
+        bundle = export_onnx(source, out, **common, **calibration, options=OnnxOptions(**asked), tell=say)
     if bundle.manifest.parity is None:
         say("not proved: --no-verify was given")
     else:

@@ -139,6 +139,7 @@ def _measure(
     rows = compare_pictures(measured[len(others) :], measured[: len(others)])
     write(rows)
     if interrupted:
+        say("interrupted: the rows so far are written")
         raise KeyboardInterrupt
     return rows
 

@@ -175,4 +175,4 @@ def test_devices_by_component() -> None:
 def test_low_memory_makes_the_same_picture(bundle: Path) -> None:
     request = Request("a red flower", steps=2, seed=3)
     usual, frugal = (open_pipeline(bundle, threads=1, low_memory=low).generate(request) for low in (False, True))
-    np.testing.assert_array_equal(usual, frugal)
+    assert np.abs(usual.astype(int) - frugal).max() <= 1  # sums in another order

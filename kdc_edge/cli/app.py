@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kdc_edge.cli import bench, evaluate, export, generate, init, inspect, quickstart, train
+from kdc_edge.cli import bench, devices, evaluate, export, generate, init, inspect, quickstart, train
 
 app = typer.Typer(
     name="kdc-edge",
@@ -23,7 +23,7 @@ app.command("bench")(bench.bench)
 app.command("eval")(evaluate.evaluate)
 app.command("verify")(inspect.verify)
 app.command("info")(inspect.info)
-app.command("devices")(inspect.devices)
+app.command("devices")(devices.devices)
 app.command("formats")(inspect.formats)
 
 

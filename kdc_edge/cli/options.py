@@ -1,4 +1,4 @@
-"""The options that generate and bench share, and the request they make."""
+"""The options that commands share, and the request that generate and bench make."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ Device = Annotated[
     str | None, typer.Option(help="One for all, or one a component: unet=GPU,text_encoder=CPU. See kdc-edge devices.")
 ]
 Threads = Annotated[int | None, typer.Option(help="Of the engine.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 LowMemory = Annotated[
     bool, typer.Option("--low-memory", help="One network in memory at a time, guidance sequential: slower, smaller.")
 ]

@@ -110,6 +110,12 @@ def all_bundles() -> list[Path]:
     return found
 
 
+def bundles_in(given: Path) -> list[Path]:
+    """A bundle itself, or every bundle in a folder of them; what is neither is refused when it is opened."""
+    within = sorted(path.parent for path in given.glob("*/kdc-edge.json"))
+    return within if within and not (given / "kdc-edge.json").is_file() else [given]
+
+
 def best_bundle() -> Path:
     """The bundle for this machine: the smallest whose pictures are as good as PyTorch's to the eye.
 

@@ -74,12 +74,20 @@ def grid(pictures: Sequence[Pixels], columns: int) -> Pixels:
 
 
 def save_png(path: Path | str, pixels: Pixels, parameters: Mapping[str, object] | None = None) -> None:
-    """Write pixels, uint8 (H, W, 3), as a PNG: whole, or not at all.
+    """Write pixels, uint8 (H, W, 3), as a PNG: whole, or not at all. Raises InputError as `encode_png` does, and
+    for a place that cannot be written."""
+    try:
+        write_atomic(Path(path), encode_png(pixels, parameters))
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
+
+
+def encode_png(pixels: Pixels, parameters: Mapping[str, object] | None = None) -> bytes:
+    """Pixels, uint8 (H, W, 3), as the bytes of a PNG.
 
     `parameters` holds "prompt", "negative_prompt" and settings by the names that user interfaces know, such
     as "Steps". Line breaks and control characters become spaces; to the tokenizer a line break is one too.
-    Raises InputError for other pixels, for a setting's name that could not be read back, and for a place
-    that cannot be written.
+    Raises InputError for other pixels, and for a setting's name that could not be read back.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise InputError(f"a PNG needs uint8 pixels of shape (H, W, 3), not {pixels.dtype} {pixels.shape}")
@@ -88,10 +96,7 @@ def save_png(path: Path | str, pixels: Pixels, parameters: Mapping[str, object] 
         chunks.add_text(CHUNK, format_parameters(parameters))  # iTXt (UTF-8) where Latin-1 is not enough
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=chunks)
-    try:
-        write_atomic(Path(path), buffer.getvalue())
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
+    return buffer.getvalue()
 
 
 def read_parameters(path: Path | str) -> dict[str, str]:

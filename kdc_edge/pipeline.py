@@ -10,7 +10,7 @@ An engine gives the three components; everything between them is numpy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
@@ -23,7 +23,7 @@ from kdc_edge.noise import NormalStream
 from kdc_edge.schedulers import DEFAULT_SAMPLER, SAMPLERS, NoiseSchedule, make_sampler
 from kdc_edge.tokenizer import Tokenizer
 
-Stage = Literal["tokenize", "text_encoder", "unet", "vae_decoder"]
+Stage = Literal["load", "compile", "tokenize", "text_encoder", "unet", "scheduler", "vae_decoder"]
 GuidanceMode = Literal["batched", "sequential"]
 MAX_SIDE = 4096  # pixels
 
@@ -41,6 +41,21 @@ class Compiled(Protocol):
     def prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Compile for these shapes now, so that the first call need not."""
         ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an engine chose for a component."""
+
+    provider: str  # what computes, in the engine's words: "CPUExecutionProvider", "CPU"
+    arithmetic: str | None  # of the matrix products, the most frequent first: "bf16"; None where it does not tell
+
+
+@runtime_checkable
+class Explained(Protocol):
+    """A component that knows what its engine chose; to be asked after its first call."""
+
+    def explain(self) -> Choice: ...
 
 
 @dataclass(frozen=True)
@@ -84,8 +99,8 @@ class Progress:
     stage: Stage
     step: int  # 1-based within the stage
     steps: int
-    timestep: int | None = None  # of a U-Net step
-    latents: np.ndarray | None = None  # (1, C, h, w) after a U-Net step
+    timestep: int | None = None  # of a step
+    latents: np.ndarray | None = None  # (1, C, h, w) after a step of the scheduler
     pixels: np.ndarray | None = None  # uint8 (H, W, 3), with the last one
 
 
@@ -124,23 +139,33 @@ class Pipeline:
             )
         self.tokenizer.encode([request.negative_prompt, request.prompt])
 
-    def prepare(self, request: Request) -> None:
-        """Load every component and compile it for what the request will ask of it, before the first picture."""
+    def prepare(self, request: Request) -> Iterator[Progress]:
+        """Load every component and compile it for what the request will ask of it, yielding after each.
+
+        A pipeline that was not prepared does the same while it makes its first picture.
+        """
         self.check(request)
         shape = self.latent_shape(request)
-        hidden = self.components["text_encoder"](input_ids=self._tokenize(request))  # (1 or 2, 77, D)
+        tokens = self._tokenize(request)  # (1 or 2, 77)
         batches = {2 if request.batched and request.guided(i, request.steps) else 1 for i in range(request.steps)}
-        for name, inputs in (
-            *(("unet", {"sample": (b, *shape[1:]), "timestep": (1,), "encoder_hidden_states": (b, *hidden.shape[1:])})
-              for b in sorted(batches)),
-            ("vae_decoder", {"latent_sample": shape}),
-        ):  # fmt: skip
+        wanted = {"text_encoder": [{"input_ids": tokens.shape}], "vae_decoder": [{"latent_sample": shape}]}
+        for i, name in enumerate(("text_encoder", "unet", "vae_decoder"), 1):
             component = self.components[name]
-            if isinstance(component, Compiled):
+            yield Progress("load", i, 3)
+            if not isinstance(component, Compiled):
+                continue
+            if name == "unet":
+                hidden = self.components["text_encoder"](input_ids=tokens)  # (1 or 2, 77, D), for its width
+                wanted[name] = [
+                    {"sample": (b, *shape[1:]), "timestep": (1,), "encoder_hidden_states": (b, *hidden.shape[1:])}
+                    for b in sorted(batches)
+                ]
+            for inputs in wanted[name]:
                 component.prepare(inputs)
+            yield Progress("compile", i, 3)
 
     def run(self, request: Request) -> Iterator[Progress]:
-        """Make the picture, yielding after each stage and each step."""
+        """Make the picture, yielding after each stage; at each step after the U-Net and after the scheduler."""
         self.check(request)
         stream = NormalStream(request.seed)
         shape = self.latent_shape(request)
@@ -161,9 +186,10 @@ class Pipeline:
         unet = self.components["unet"]
         for i, timestep in enumerate(sampler.timesteps):
             sample = sampler.scale_model_input(latents, i)  # (1, C, h, w)
-            noise_pred = _predict(unet, request, sample, int(timestep), hidden, guided=request.guided(i, total))
-            latents = sampler.step(noise_pred, i, latents)
-            yield Progress("unet", i + 1, total, timestep=int(timestep), latents=latents)
+            halves = _predict(unet, request, sample, int(timestep), hidden, guided=request.guided(i, total))
+            yield Progress("unet", i + 1, total, timestep=int(timestep))
+            latents = sampler.step(_mix(halves, request.guidance), i, latents)
+            yield Progress("scheduler", i + 1, total, timestep=int(timestep), latents=latents)
         del unet  # a pipeline that is short of memory drops it before it loads the decoder
 
         image = self.components["vae_decoder"](latent_sample=latents / np.float32(self.model.scaling_factor))
@@ -184,17 +210,21 @@ class Pipeline:
 
 def _predict(
     unet: Component, request: Request, sample: np.ndarray, timestep: int, hidden: np.ndarray, *, guided: bool
-) -> np.ndarray:
-    """The noise in `sample` (1, C, h, w) as the U-Net sees it, with guidance where there is any."""
+) -> Sequence[np.ndarray]:
+    """The noise in `sample` (1, C, h, w) as the U-Net sees it: with the prompt, and without where guided."""
     t = np.array([timestep], dtype=np.int64)
     if not guided:
-        return unet(sample=sample, timestep=t, encoder_hidden_states=hidden[:1])
+        return [unet(sample=sample, timestep=t, encoder_hidden_states=hidden[:1])]
     if request.batched:
         both = unet(sample=np.repeat(sample, 2, axis=0), timestep=t, encoder_hidden_states=hidden)  # (2, C, h, w)
-        with_, without = both[:1], both[1:]
-    else:
-        with_, without = (unet(sample=sample, timestep=t, encoder_hidden_states=h) for h in (hidden[:1], hidden[1:]))
-    return np.asarray(without + np.float32(request.guidance) * (with_ - without))
+        return both[:1], both[1:]
+    return [unet(sample=sample, timestep=t, encoder_hidden_states=h) for h in (hidden[:1], hidden[1:])]
+
+
+def _mix(halves: Sequence[np.ndarray], guidance: float) -> np.ndarray:
+    """Classifier-free guidance, where there are two predictions."""
+    with_, *rest = halves
+    return np.asarray(rest[0] + np.float32(guidance) * (with_ - rest[0])) if rest else with_
 
 
 def describe(request: Request, pixels: np.ndarray, model_name: str) -> dict[str, object]:

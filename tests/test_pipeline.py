@@ -13,7 +13,7 @@ from kdc_edge.pipeline import Component, Pipeline, Request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.base import COMPONENTS, LoadedComponents, split_devices
 from kdc_edge.tokenizer import Tokenizer
-from tests.test_bench import MODEL
+from tests.bench_rows import MODEL
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -69,7 +69,8 @@ def pipeline(unet: Unet) -> Pipeline:
     ],
 )
 def test_the_calls_of_a_request(pipeline: Pipeline, unet: Unet, request_: Request, batches: list[int]) -> None:
-    pipeline.prepare(request_)
+    stages = [progress.stage for progress in pipeline.prepare(request_)]
+    assert stages == ["load", "load", "compile", "load"]
     assert unet.batches == []
     pipeline.generate(request_)
     assert unet.batches == batches

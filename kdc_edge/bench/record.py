@@ -1,18 +1,21 @@
-"""What a benchmark knows: one `Row` a bundle, one `Environment` a machine, and both as one JSON document.
+"""What a benchmark knows: one `Row` a measurement, one `Environment` a machine, and both as one JSON document.
 
     text = to_json(Report(rows=rows, environment=here()))
-    report = from_json(text)                     # InputError for anything else than kdc-edge/bench/1
+    report = from_json(text)                     # InputError for anything else than kdc-edge/bench/2
 
-Every sample is kept. Times are in seconds, sizes in bytes, and what is not known is None. The names in the
-JSON document are the fields' names below; a later schema gets another number.
+Every sample is kept. Times are in seconds, sizes in bytes, shares between 0 and 1, and what is not known is None.
+The names in the JSON document are the fields' names below (docs/bench-schema.md); a later schema gets another number.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -25,8 +28,9 @@ import kdc_edge
 from kdc_edge.bundle import Check
 from kdc_edge.errors import InputError
 
-SCHEMA: Literal["kdc-edge/bench/1"] = "kdc-edge/bench/1"
-PACKAGES = ("numpy", "onnxruntime", "openvino", "coremltools", "torch")
+SCHEMA: Literal["kdc-edge/bench/2"] = "kdc-edge/bench/2"
+PACKAGES = ("numpy", "onnxruntime", "openvino", "coremltools", "torch", "diffusers", "transformers")
+MAX_REPORT_BYTES = 256 * 2**20
 
 _CLOSED = ConfigDict(extra="forbid")
 
@@ -40,6 +44,7 @@ class Timing:
     samples_sec: tuple[float, ...]
     median_sec: float
     p90_sec: float  # linear between neighbours, as numpy does
+    std_sec: float | None  # of the samples (n - 1); None for one sample
 
     @classmethod
     def of(cls, samples_sec: Sequence[float]) -> Timing | None:
@@ -47,23 +52,63 @@ class Timing:
         if not samples_sec:
             return None
         median, p90 = np.percentile(samples_sec, [50, 90])
-        return cls(tuple(samples_sec), float(median), float(p90))
+        std = float(np.std(samples_sec, ddof=1)) if len(samples_sec) > 1 else None
+        return cls(tuple(samples_sec), float(median), float(p90), std)
 
 
 @dataclass(frozen=True)
 class Timings:
-    """The stages of a picture; their sum over a picture is its end to end."""
+    """The stages of a picture; from `tokenize` to `png` they add up to its end to end.
+
+    A stage's share of a picture: sum(stage.samples_sec) / sum(end_to_end.samples_sec).
+    """
 
     __pydantic_config__ = _CLOSED
 
-    load: Timing  # opening and compiling, in a process that had opened none: one sample; low_memory: opening alone
-    first_picture: Timing  # the first picture after that, warm-up or not: one sample
+    load: Timing  # opening the folder and its networks, in a process that had opened none: one sample
+    compile: Timing | None  # the engine's preparation for these shapes: one sample; None where it is part of loading
+    cold: Timing  # from the start of the process to the first picture's PNG, imports included: one sample
     tokenize: Timing  # all that comes before the text encoder: checks, noise, tokens
     text_encoder: Timing
-    unet_first_step: Timing  # each picture's first step, where engines plan and allocate
+    unet_first_step: Timing  # each picture's first step, both halves of the guidance
     unet_step: Timing | None  # every later step by itself; None for pictures of one step
-    vae_decoder: Timing
-    end_to_end: Timing
+    scheduler: Timing  # a picture's guidance mixing and sampler arithmetic, all steps together
+    vae_decoder: Timing  # up to the pixels
+    png: Timing  # the pixels as the bytes of a PNG
+    end_to_end: Timing  # from the prompt to these bytes, warm
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """What the machine did beside the counted pictures, as far as the system tells."""
+
+    __pydantic_config__ = _CLOSED
+
+    others_share: float | None = None  # of the time of the processors that this process may use
+    frequency_mhz: tuple[float, ...] | None = None  # mean of the processors, after each counted picture
+    temperature_celsius: tuple[float, ...] | None = None  # of the hottest sensor, after each counted picture
+    verdict: str | None = None  # how it shows that the machine was noisy; None where nothing shows it
+
+
+@dataclass(frozen=True)
+class Psnr:
+    """How near the picture is to a reference's, made from the same request and noise."""
+
+    __pydantic_config__ = _CLOSED
+
+    reference: str  # in words: "torch:runs/latest/checkpoint", "onnx-fp32, the most precise of the table"
+    db: float | None  # peak 255, last picture of each; None where both are equal to the last bit ("exact")
+
+
+@dataclass(frozen=True)
+class PromptQuality:
+    """What pictures of a file of prompts are worth, one picture a prompt."""
+
+    __pydantic_config__ = _CLOSED
+
+    values: dict[str, float]  # prompt_accuracy (0 to 1) and exact of garden captions, clip_score (0 to 100) of others
+    prompts: int
+    prompts_sha256: str  # one a line
 
 
 @dataclass(frozen=True)
@@ -72,18 +117,23 @@ class Row:
 
     __pydantic_config__ = _CLOSED
 
+    # what was measured
     name: str  # of the folder
     folder: str
     target: str | None  # None for a checkpoint
     precision: str | None
-    engine: str | None
-    device: str | None  # None means the engine's default; so for threads
-    threads: int | None
-    low_memory: bool
+    checkpoint_sha256: str | None  # of the checkpoint that a bundle was exported from
     size_bytes: int | None
     parity: Check | None  # the manifest's worst check of whole pictures against PyTorch
+    # on what
+    engine: str | None
+    device: str | None  # as asked for; None means the engine's default; so for threads
+    threads: int | None
+    low_memory: bool
+    # the picture
     prompt: str
     negative_prompt: str
+    prompt_sha256: str  # of both, one a line
     steps: int
     guidance: float
     guidance_mode: Literal["batched", "sequential"] | None  # None means the pipeline's own choice
@@ -92,11 +142,23 @@ class Row:
     width: int | None  # pixels
     height: int | None
     seed: int
+    # how often
     repeats: int
     warmup: int
-    timings: Timings | None = None
-    peak_rss_bytes: int | None = None
+    # what came of it
     failure: str | None = None  # why there are no timings
+    timings: Timings | None = None
+    provider: str | None = None  # what computed, in the engine's words: "CPUExecutionProvider", "CPU"
+    arithmetic: str | None = None  # the precision of the U-Net's matrix products, where the engine tells: "bf16"
+    peak_rss_bytes: int | None = None  # the kernel's high-water mark; of a failed row: as last seen
+    # Shared pages by their share. There is no high-water mark of it: sampled, so that short peaks can be missed.
+    peak_pss_bytes: int | None = None
+    energy_joules: float | None = None  # per counted picture, of the processor packages with all that ran on them
+    disturbance: Disturbance | None = None
+    # how good the picture is
+    reference: bool = False  # the other rows' pictures are compared with this one's
+    psnr: Psnr | None = None  # None for the reference itself, and where there is none
+    prompt_quality: PromptQuality | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +183,9 @@ class Report:
 
     environment: Environment
     rows: tuple[Row, ...]
-    schema: Literal["kdc-edge/bench/1"] = SCHEMA
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    command: str | None = None  # the command line that made it
+    schema: Literal["kdc-edge/bench/2"] = SCHEMA
 
 
 _REPORT = TypeAdapter(Report)
@@ -131,14 +195,39 @@ def to_json(report: Report) -> str:
     return _REPORT.dump_json(report, indent=2).decode() + "\n"
 
 
-def from_json(text: str) -> Report:
+def from_json(text: str | bytes) -> Report:
     """Read a document that `to_json` wrote; raises InputError naming the first field that is wrong."""
     try:
-        return _REPORT.validate_json(text)
+        found = json.loads(text)
+        schema = found.get("schema") if isinstance(found, dict) else None
+        if isinstance(schema, str) and schema.startswith("kdc-edge/bench/") and schema != SCHEMA:
+            raise InputError(f"this report is {schema:.40} and this kdc-edge reads {SCHEMA}: measure again")
+        return _REPORT.validate_python(found)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the document"
         raise InputError(f"this is no {SCHEMA} report: {where}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"this is no {SCHEMA} report: {error}") from None
+
+
+def read_report(path: Path) -> Report:
+    """The document in a file; raises InputError."""
+    try:
+        if path.stat().st_size > MAX_REPORT_BYTES:
+            raise InputError(f"larger than {MAX_REPORT_BYTES // 2**20} MiB")
+        return from_json(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: make one with kdc-edge bench --format json --out {path}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def text_sha256(*lines: str) -> str:
+    """Of texts, one a line."""
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "replace")).hexdigest()
 
 
 def here() -> Environment:

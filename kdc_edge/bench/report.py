@@ -1,6 +1,6 @@
 """Rows of a benchmark for people and for programs: a terminal table, Markdown, CSV, JSON, or one HTML page.
 
-    print(render(rows, here(), "md"))
+    print(render(Report(here(), rows), "md"))
     Console().print(table(rows))                  # the same table in colour, for a terminal
 
 The conditions stand below every table: machine, size, steps, guidance, sampler, seed, repeats, warm-up,
@@ -31,12 +31,15 @@ TABLE_COLUMNS = 120  # characters, where the text goes to no terminal
 
 STAGES = {
     "load": "Load",
-    "first_picture": "First picture",
+    "compile": "Compile",
+    "cold": "Cold",
     "tokenize": "Tokens",
     "text_encoder": "Text",
     "unet_first_step": "First step",
     "unet_step": "Step",
+    "scheduler": "Scheduler",
     "vae_decoder": "VAE",
+    "png": "PNG",
     "end_to_end": "Picture",
 }
 
@@ -47,10 +50,11 @@ class _Column:
     cells: tuple[str, ...]
 
 
-def render(rows: Sequence[Row], environment: Environment, format: Format) -> str:
-    """The rows as text in one of the formats."""
+def render(report: Report, format: Format) -> str:
+    """The report as text in one of the formats."""
+    rows, environment = report.rows, report.environment
     if format == "json":
-        return to_json(Report(environment, tuple(rows)))
+        return to_json(report)
     if format == "csv":
         return _csv(rows)
     if format == "md":

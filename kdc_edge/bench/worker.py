@@ -1,4 +1,4 @@
-"""The child process of a benchmark: a job as JSON on standard input, result.json and picture.png in a folder.
+"""The child process of a benchmark: a job as JSON on standard input, result.json and pictures.npz in a folder.
 
     python -m kdc_edge.bench.worker < job.json
 
@@ -7,20 +7,24 @@ Run by `measure_in_fresh_process`. The result is a file because engines print on
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
 
-from kdc_edge.bench.measure import JOB, OUTCOME, Job, Outcome, measure
+from kdc_edge.bench.measure import measure
+from kdc_edge.bench.process import JOB, OUTCOME, Job, Outcome
 from kdc_edge.errors import KdcError
 from kdc_edge.pipeline import Request
 
+OOM_SCORE = 500  # of 1000; a process may raise its own
+
 
 def work(job: Job) -> Outcome:
-    """Measure, and leave the picture in the job's folder; a failure that can be caught becomes a reason."""
+    """Measure, and leave the pictures in the job's folder; a failure that can be caught becomes a reason."""
     try:
         module, _, function = job.opener.partition(":")
         opener = getattr(importlib.import_module(module), function)
@@ -33,15 +37,25 @@ def work(job: Job) -> Outcome:
             low_memory=job.low_memory,
         )
         request = Request(**job.request)  # the parent took them from a Request
-        found = measure(opened, request, repeats=job.repeats, warmup=job.warmup, low_memory=job.low_memory)
+        found = measure(
+            opened, request, repeats=job.repeats, warmup=job.warmup, low_memory=job.low_memory, started=job.started,
+            prompts=job.prompts,
+        )  # fmt: skip
     except KdcError as error:
         return Outcome(failure=_one_line(error))
     except MemoryError:
         return Outcome(failure="out of memory")
     except Exception as error:
         return Outcome(failure=f"{type(error).__name__}: {_one_line(error)}")
-    Image.fromarray(found.pixels).save(Path(job.out) / "picture.png")
-    return Outcome(found.timings, found.peak_rss_bytes)
+    np.savez(Path(job.out) / "pictures.npz", pixels=found.pixels, prompt_pictures=found.prompt_pictures)
+    return Outcome(
+        timings=found.timings,
+        provider=found.provider,
+        arithmetic=found.arithmetic,
+        peak_rss_bytes=found.peak_rss_bytes,
+        energy_joules=found.energy_joules,
+        disturbance=found.disturbance,
+    )
 
 
 def _one_line(error: Exception) -> str:
@@ -49,6 +63,8 @@ def _one_line(error: Exception) -> str:
 
 
 def main() -> None:
+    with contextlib.suppress(OSError):  # Linux: when memory runs out, the kernel is to end this process, not another
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
     job = JOB.validate_json(sys.stdin.buffer.read())
     (Path(job.out) / "result.json").write_bytes(OUTCOME.dump_json(work(job)))
 

@@ -18,7 +18,7 @@ from kdc_edge.cli.options import (
     Threads,
     make_request,
 )  # fmt: skip
-from kdc_edge.cli.project import Config, all_bundles, say
+from kdc_edge.cli.project import Config, all_bundles, command_line, say
 
 
 def bench(
@@ -44,8 +44,8 @@ def bench(
 ) -> None:
     """Measure bundles, each in a process of its own: latency by stage, memory, size, parity."""
     del config
-    from kdc_edge.bench.measure import measure_in_fresh_process
-    from kdc_edge.bench.record import Row, here
+    from kdc_edge.bench.process import measure_in_fresh_process
+    from kdc_edge.bench.record import Report, Row, here
     from kdc_edge.bench.report import Format, render
     from kdc_edge.errors import InputError, KdcError
     from kdc_edge.files import write_atomic
@@ -58,7 +58,7 @@ def bench(
     )  # fmt: skip
     rows: list[Row] = []
     for folder in bundles or all_bundles():
-        row, _ = measure_in_fresh_process(
+        row = measure_in_fresh_process(
             folder,
             request,
             repeats=repeats,
@@ -67,10 +67,10 @@ def bench(
             device=device,
             threads=threads,
             low_memory=low_memory,
-        )
+        ).row
         say(f"{folder}: {row.failure or 'measured'}")
         rows.append(row)
-    text = render(rows, here(), cast(Format, format))
+    text = render(Report(here(), tuple(rows), command=command_line()), cast(Format, format))
     if out:
         write_atomic(out, text)
         typer.echo(out)

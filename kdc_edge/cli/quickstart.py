@@ -25,7 +25,7 @@ def quickstart(
     need_export("kdc-edge quickstart")
     from dataclasses import replace
 
-    from kdc_edge.bench.measure import measure_in_fresh_process
+    from kdc_edge.bench.process import measure_in_fresh_process
     from kdc_edge.bench.record import Report as BenchReport
     from kdc_edge.bench.record import here, to_json
     from kdc_edge.cli.progress import Progress
@@ -97,10 +97,10 @@ def quickstart(
     rows = []
     for folder in (checkpoint, *(b.root for b in bundles)):
         say(f"measuring {folder.name}")
-        row, _ = measure_in_fresh_process(folder, replace(requests[0], steps=20), repeats=repeats, warmup=1)
-        rows.append(row)
+        found = measure_in_fresh_process(folder, replace(requests[0], steps=20), repeats=repeats, warmup=1)
+        rows.append(found.row)
     environment = here()
-    write_atomic(out / "bench.json", to_json(BenchReport(environment, tuple(rows))))
+    write_atomic(out / "bench.json", to_json(BenchReport(environment, tuple(rows), command=command_line())))
     shown = [p for name in ("teacher", "student", "bundle onnx-fp16") for p in pictures[name]]
     save_png(out / "pictures.png", grid(shown, len(requests)).repeat(2, axis=0).repeat(2, axis=1), None)
     story = Story(

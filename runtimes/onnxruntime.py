@@ -15,7 +15,7 @@ import numpy as np
 
 from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError, require
-from kdc_edge.pipeline import Component
+from kdc_edge.pipeline import Choice, Component
 from kdc_edge.runtimes.base import Device, check_device, first_line
 
 _ort: Any = require("onnxruntime", extra="onnx", purpose="running an ONNX bundle")
@@ -66,6 +66,10 @@ class OnnxComponent:
         except Exception as error:  # the engine's exceptions share no root of their own
             raise BundleError(f"{self._path} cannot compute this: {first_line(error)}") from None
         return np.asarray(output, np.float32)
+
+    def explain(self) -> Choice:
+        """The first provider; which numbers its kernels take, the engine does not tell."""
+        return Choice(str(self._session.get_providers()[0]), None)
 
 
 class OnnxRuntime:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ import psutil
 
 from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError, InputError, KdcError, require
-from kdc_edge.pipeline import Component
+from kdc_edge.pipeline import Choice, Component
 from kdc_edge.runtimes.base import Device, check_device, first_line
 
 
@@ -38,6 +39,10 @@ _ov: Any = require("openvino", extra="openvino", purpose="running an OpenVINO bu
 
 TRIM_SEC = 0.02  # between two looks at the mapped weights while an engine compiles
 WORKING_BYTES = 300 * 2**20  # of one component beside its weights, about
+
+# Layers that multiply matrices, in the plugins' words, and the names that formats.py has for their numbers.
+PRODUCTS = ("convolution", "fullyconnected", "matmul", "gemm")
+ARITHMETIC = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -67,6 +72,21 @@ class OpenVinoComponent:
     def prepare(self, shapes: Shapes) -> None:
         """Compile for these shapes now."""
         self._request(shapes)
+
+    def explain(self) -> Choice:
+        """The device, and the numbers that the compiled graph's matrix products really take.
+
+        The hint alone does not tell: on a CPU, weights of 8 bits make the plugin quantize activations as it runs.
+        """
+        compiled = next(iter(self._requests.values())).get_compiled_model()
+        found: Counter[str] = Counter()
+        for layer in compiled.get_runtime_model().get_ops():
+            info = layer.get_rt_info()
+            kind, numbers = (info[key].astype(str) for key in ("layerType", "runtimePrecision"))
+            if any(word in kind.lower() for word in PRODUCTS):
+                found[ARITHMETIC.get(numbers, numbers)] += 1
+        devices = ", ".join(compiled.get_property("EXECUTION_DEVICES"))
+        return Choice(devices, ", ".join(name for name, _ in found.most_common()) or None)
 
     def _request(self, shapes: Shapes) -> Any:
         names = [name for name, _ in self._inputs]

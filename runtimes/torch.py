@@ -18,7 +18,7 @@ import numpy as np
 
 from kdc_edge.checkpoint import check_weights
 from kdc_edge.errors import CheckpointError, InputError, require
-from kdc_edge.pipeline import Component
+from kdc_edge.pipeline import Choice, Component
 from kdc_edge.runtimes.base import Device, check_device, first_line
 
 _torch: Any = require("torch", extra="train", purpose="running a checkpoint")
@@ -69,6 +69,9 @@ class TorchComponent:
         with _torch.inference_mode():
             output = self._forward(**tensors)
         return np.asarray(output.float().cpu().numpy())
+
+    def explain(self) -> Choice:
+        return Choice(self._device.upper(), "fp32")  # as load_network reads it
 
     def _forward(self, **inputs: Any) -> Any:
         if self._name == "text_encoder":

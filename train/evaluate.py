@@ -152,6 +152,13 @@ def ask(task: Task, count: int, *, size: int) -> Asked:
     return Asked(tuple(s.caption for s in samples), (), pictures, kind)
 
 
+def ask_prompts(prompts: Sequence[str]) -> Asked:
+    """A user's prompts: captions of the garden, which the judge can check, or any other text."""
+    known = {scene.caption: scene for subject in garden.SUBJECTS for scene in garden.scenes(subject)}
+    scenes = [known[prompt] for prompt in prompts if prompt in known]
+    return Asked(tuple(prompts), tuple(scenes) if len(scenes) == len(prompts) else ())
+
+
 def score_pictures(
     pictures: np.ndarray,
     asked: Asked,

@@ -97,6 +97,10 @@ class PictureMetrics:
     def has_lpips(self) -> bool:
         return self._find(ALEXNET) is not None
 
+    @property
+    def has_clip(self) -> bool:
+        return self._clip_folder is not None
+
     def _find(self, name: str) -> Path | None:
         places = [p for p in (self.weights, Path(torch.hub.get_dir()) / "checkpoints") if p is not None]
         return next((p / name for p in places if (p / name).is_file()), None)

@@ -212,7 +212,7 @@ def _run_child(job: Job, timeout_sec: float | None) -> Outcome:
                 child.wait()
     seen = Outcome(peak_rss_bytes=memory.peak_rss_bytes, peak_pss_bytes=memory.peak_pss_bytes)
     if not in_time:
-        return replace(seen, failure=f"not done after {timeout_sec:g} seconds")
+        return replace(seen, failure=f"not done after {timeout_sec:.3g} seconds")
     status = child.returncode
     result = Path(job.out) / "result.json"
     if status == 0 and result.is_file():

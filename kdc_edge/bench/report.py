@@ -21,7 +21,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdc_edge.bench.page import Html, Section, bar_chart, bullets, data_table, page, paragraph
-from kdc_edge.bench.record import Environment, Report, Row, Timing, to_json
+from kdc_edge.bench.record import Environment, Report, Row, to_json
+from kdc_edge.bench.values import METRICS, count_threads, labels, timing, values
 from kdc_edge.errors import InputError
 from kdc_edge.formats import find_format
 
@@ -63,7 +64,7 @@ def render(report: Report, format: Format) -> str:
         return page("Benchmark", [Section("Results", benchmark_blocks(rows, environment))])
     console = Console(file=io.StringIO(), width=TABLE_COLUMNS, force_terminal=False)
     console.print(table(rows))
-    for line in (*failures(rows), *conditions(rows, environment)):
+    for line in (*notes(rows), *conditions(rows, environment)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]  # the StringIO from above
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
@@ -86,9 +87,10 @@ def benchmark_blocks(rows: Sequence[Row], environment: Environment) -> list[Html
     columns = _columns(rows)
     cells = list(zip(*(column.cells for column in columns), strict=True))
     blocks = [data_table([column.header for column in columns], cells)]
-    if failed := failures(rows):
-        blocks.append(bullets(failed))
-    times = {row.name: row.timings.end_to_end.median_sec for row in rows if row.timings}
+    if noted := notes(rows):
+        blocks.append(bullets(noted))
+    named = zip(labels(rows), rows, strict=True)
+    times = {label: row.timings.end_to_end.median_sec for label, row in named if row.timings}
     if times:
         unit, scale = _unit(times.values())
         scaled = {name: sec * scale for name, sec in times.items()}
@@ -100,8 +102,12 @@ def benchmark_blocks(rows: Sequence[Row], environment: Environment) -> list[Html
     ]
 
 
-def failures(rows: Sequence[Row]) -> list[str]:
-    return [f"{row.name} failed: {row.failure}" for row in rows if row.failure]
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What a reader has to know of single rows: why they failed, and where the machine was noisy."""
+    named = list(zip(labels(rows), rows, strict=True))
+    return [f"{label} failed: {row.failure}" for label, row in named if row.failure] + [
+        f"{label}: {row.disturbance.verdict}." for label, row in named if row.disturbance and row.disturbance.verdict
+    ]
 
 
 def conditions(rows: Sequence[Row], environment: Environment) -> list[str]:
@@ -115,11 +121,16 @@ def conditions(rows: Sequence[Row], environment: Environment) -> list[str]:
         f"sampler {_values(row.sampler for row in rows)}, "
         f"seed {_values(row.seed for row in rows)}.",
         f"Times are medians of {_values(row.repeats for row in rows)} pictures after "
-        f"{_values(row.warmup for row in rows)} for warm-up, each bundle in a fresh process; p90 is the 90th "
-        "percentile; the step column leaves each picture's first step out.",
+        f"{_values(row.warmup for row in rows)} for warm-up, each row in a fresh process, from the prompt to the PNG; "
+        "p90 is the 90th percentile; the step column leaves each picture's first step out. Cold is the first picture "
+        "from the start of the process, with everything that it loads.",
         "Peak memory is the most resident memory of that process, loading included. Parity is the PSNR of "
-        "whole pictures against PyTorch in 32 bits; “exact” where they were equal.",
+        "whole pictures against PyTorch in 32 bits as the export proved it; “exact” where they were equal.",
     ]
+    if references := _values(row.psnr.reference for row in rows if row.psnr):
+        lines.append(f"PSNR compares the picture, made from the same noise, with that of {references}.")
+    if asked := _values(row.prompt_quality.prompts for row in rows if row.prompt_quality):
+        lines.append(f"{asked} prompts, a picture each, for {_values(_metrics(rows).values())}.")
     formats = {(row.target, row.precision) for row in rows if row.target and row.precision}
     lines += [
         f"{target}-{precision}: {does}." for target, precision in sorted(formats) if (does := _does(target, precision))
@@ -135,20 +146,35 @@ def conditions(rows: Sequence[Row], environment: Environment) -> list[str]:
 
 def _columns(rows: Sequence[Row]) -> list[_Column]:
     def timed(header: str, pick: Callable[[Row], float | None]) -> _Column:
-        values = [pick(row) for row in rows]
-        unit, scale = _unit(v for v in values if v is not None)
-        return _Column(f"{header}, {unit}", tuple(UNKNOWN if v is None else digits(v * scale) for v in values))
+        found = [pick(row) for row in rows]
+        unit, scale = _unit(v for v in found if v is not None)
+        return _Column(f"{header}, {unit}", tuple(UNKNOWN if v is None else digits(v * scale) for v in found))
 
-    stages = ("load", "text_encoder", "unet_first_step", "unet_step", "vae_decoder", "end_to_end")
+    def known(header: str, name: str) -> list[_Column]:
+        """A column only where some row has the value."""
+        found = [values(row)[name] for row in rows]
+        cells = tuple(UNKNOWN if v is None else digits(v) for v in found)
+        return [_Column(header, cells)] if any(v is not None for v in found) else []
+
+    stages = ("cold", "text_encoder", "unet_first_step", "unet_step", "vae_decoder", "end_to_end")
     return [
-        _Column("Bundle", tuple(row.name for row in rows)),
+        _Column("Bundle", tuple(labels(rows))),
         _Column("Engine", tuple(_engine(row) for row in rows)),
         _Column("Size, MiB", tuple(_mib(row.size_bytes) for row in rows)),
         *(timed(STAGES[s], lambda row, s=s: _median(row, s)) for s in stages),  # type: ignore[misc]
         timed("p90", lambda row: row.timings.end_to_end.p90_sec if row.timings else None),
         _Column("Peak, MiB", tuple(_mib(row.peak_rss_bytes) for row in rows)),
+        *known("Energy, J", "energy_joules"),
+        _Column("PSNR, dB", tuple(_psnr(row) for row in rows)),
         _Column("Parity, dB", tuple(_parity(row) for row in rows)),
+        *(column for name, title in _metrics(rows).items() for column in known(title.capitalize(), name)),
     ]
+
+
+def _metrics(rows: Sequence[Row]) -> dict[str, str]:
+    """What was measured on prompts, in words."""
+    found = {name for row in rows if row.prompt_quality for name in row.prompt_quality.values}
+    return {name: name.replace("_", " ") for name in METRICS if name in found and name != "exact"}
 
 
 def _unit(values_sec: Iterable[float]) -> tuple[str, float]:
@@ -156,14 +182,9 @@ def _unit(values_sec: Iterable[float]) -> tuple[str, float]:
     return ("ms", 1000.0) if max(values_sec, default=0.0) < 1 else ("s", 1.0)
 
 
-def _timing(row: Row, stage: str) -> Timing | None:
-    found: Timing | None = getattr(row.timings, stage, None)
-    return found
-
-
 def _median(row: Row, stage: str) -> float | None:
-    timing = _timing(row, stage)
-    return None if timing is None else timing.median_sec
+    found = timing(row, stage)
+    return None if found is None else found.median_sec
 
 
 def digits(value: float) -> str:
@@ -177,6 +198,12 @@ def _mib(size_bytes: int | None) -> str:
     return UNKNOWN if size_bytes is None else digits(size_bytes / 2**20)
 
 
+def _psnr(row: Row) -> str:
+    if row.psnr is None:
+        return "reference" if row.reference else UNKNOWN
+    return "exact" if row.psnr.db is None else f"{row.psnr.db:.1f}"
+
+
 def _parity(row: Row) -> str:
     if row.parity is None:
         return UNKNOWN
@@ -184,8 +211,8 @@ def _parity(row: Row) -> str:
 
 
 def _engine(row: Row) -> str:
-    threads = f"{row.threads} threads" if row.threads else None
-    return ", ".join(part for part in (row.engine, row.device, threads) if part) or UNKNOWN
+    threads = count_threads(row.threads) if row.threads else None
+    return ", ".join(part for part in (row.engine, row.device, threads, row.arithmetic) if part) or UNKNOWN
 
 
 def _does(target: str, precision: str) -> str | None:
@@ -195,13 +222,13 @@ def _does(target: str, precision: str) -> str | None:
         return None
 
 
-def _values(values: Iterable[object]) -> str:
+def _values(found: Iterable[object]) -> str:
     """The distinct values in order: "20", or "20 / 8" where rows differ."""
-    return " / ".join(dict.fromkeys(str(value) for value in values))
+    return " / ".join(dict.fromkeys(str(value) for value in found))
 
 
 def _csv(rows: Sequence[Row]) -> str:
-    """A line a row, full precision, unknown as an empty field."""
+    """A line a row, full precision, unknown as an empty field; an infinite PSNR is that of equal pictures."""
     plain = (
         "name",
         "folder",
@@ -210,9 +237,12 @@ def _csv(rows: Sequence[Row]) -> str:
         "engine",
         "device",
         "threads",
-        "size_bytes",
+        "low_memory",
+        "provider",
+        "arithmetic",
         "steps",
         "guidance",
+        "guidance_mode",
         "sampler",
         "width",
         "height",
@@ -221,17 +251,21 @@ def _csv(rows: Sequence[Row]) -> str:
         "warmup",
         "prompt",
         "negative_prompt",
+        "prompt_sha256",
+        "checkpoint_sha256",
+        "reference",
     )
     lines = []
     for row in rows:
         line: dict[str, object] = {name: getattr(row, name) for name in plain}
-        line["parity_psnr_db"] = row.parity.psnr_db if row.parity else None
-        line["parity_threshold_db"] = row.parity.threshold_db if row.parity else None
+        line |= values(row)
         for stage in STAGES:
-            timing = _timing(row, stage)
-            line[f"{stage}_median_sec"] = timing.median_sec if timing else None
-            line[f"{stage}_p90_sec"] = timing.p90_sec if timing else None
-        line["peak_rss_bytes"], line["failure"] = row.peak_rss_bytes, row.failure
+            found = timing(row, stage)
+            line[f"{stage}_p90_sec"] = found.p90_sec if found else None
+            line[f"{stage}_std_sec"] = found.std_sec if found else None
+        line["psnr_reference"] = row.psnr.reference if row.psnr else None
+        line["noise"] = row.disturbance.verdict if row.disturbance else None
+        line["failure"] = row.failure
         lines.append(line)
     out = io.StringIO()
     writer = csv.DictWriter(out, list(lines[0]) if lines else list(plain), lineterminator="\n")
@@ -242,14 +276,19 @@ def _csv(rows: Sequence[Row]) -> str:
 
 def _markdown(rows: Sequence[Row], environment: Environment) -> str:
     columns = _columns(rows)
+    cells = list(zip(*(column.cells for column in columns), strict=True))
+    text = markdown_table([column.header for column in columns], cells, words=(0, 1))
+    lines = [f"- {_markdown_text(line)}" for line in (*notes(rows), *conditions(rows, environment))]
+    return "\n".join([text, *lines]) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: Sequence[int]) -> str:
+    """A table whose columns stand at the right, but those numbered in `words`."""
     lines = [
-        "| " + " | ".join(column.header for column in columns) + " |",
-        "|" + "|".join("---" if number < 2 else "---:" for number in range(len(columns))) + "|",
+        "| " + " | ".join(header) + " |",
+        "|" + "|".join("---" if number in words else "---:" for number in range(len(header))) + "|",
+        *("| " + " | ".join(_markdown_text(cell) for cell in cells) + " |" for cells in rows),
     ]
-    for cells in zip(*(column.cells for column in columns), strict=True):
-        lines.append("| " + " | ".join(_markdown_text(cell) for cell in cells) + " |")
-    lines.append("")
-    lines += [f"- {_markdown_text(line)}" for line in (*failures(rows), *conditions(rows, environment))]
     return "\n".join(lines) + "\n"
 
 

@@ -2,79 +2,208 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from typer import Argument, Option
 
 from kdc_edge.cli.options import (
-    Device,
     Engine,
     Guidance,
     GuidanceInterval,
-    GuidanceModeOption,
     LowMemory,
-    Threads,
     make_request,
 )  # fmt: skip
 from kdc_edge.cli.project import Config, all_bundles, command_line, say
+from kdc_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from kdc_edge.bench.process import Measured
+    from kdc_edge.bench.record import Report, Row
 
 
 def bench(
-    bundles: Annotated[list[Path] | None, Argument(help="Bundles or checkpoints; all in bundles/ when none.")] = None,
+    bundles: Annotated[
+        list[str] | None,
+        Argument(help="Bundles, checkpoints, or torch:CKPT for PyTorch as the reference; all in bundles/ when none."),
+    ] = None,
     prompt: Annotated[str, Option(help="What the picture shows.")] = "a red flower with five petals",
-    steps: Annotated[int, Option(help="Steps of the sampler.")] = 20,
+    steps: Annotated[str, Option(metavar="N[,N]", help="Steps of the sampler; several are measured in turn.")] = "20",
     guidance: Guidance = 7.5,
-    guidance_mode: GuidanceModeOption = None,
+    guidance_mode: Annotated[
+        str | None,
+        Option(metavar="MODE[,MODE]", help="batched, or sequential: two U-Net calls of half the activations."),
+    ] = None,
     guidance_interval: GuidanceInterval = "0.0:1.0",
-    scheduler: Annotated[str, Option(help="As in kdc-edge generate.")] = "dpm++2m",
+    scheduler: Annotated[str, Option(metavar="NAME[,NAME]", help="As in kdc-edge generate.")] = "dpm++2m",
     seed: Annotated[int, Option(help="Of the initial noise.")] = 0,
     width: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     repeats: Annotated[int, Option(help="Pictures that count.")] = 5,
     warmup: Annotated[int, Option(help="Pictures before that, which do not count.")] = 1,
     engine: Engine = None,
-    device: Device = None,
-    threads: Threads = None,
+    device: Annotated[
+        str | None, Option(metavar="NAME[,NAME]", help="In turn; or one a component, unet=GPU,text_encoder=CPU.")
+    ] = None,
+    threads: Annotated[str | None, Option(metavar="N[,N]", help="Of the engine.")] = None,
     low_memory: LowMemory = False,
+    budget_sec: Annotated[
+        float | None, Option(help="For the whole; what is not reached is a row that says so.")
+    ] = None,
+    reference: Annotated[
+        str | None, Option(help="A bundle or checkpoint whose pictures the others are compared with.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, Option(help="A prompt a line: prompt accuracy of the garden's captions, else the CLIP score.")
+    ] = None,
+    metric_weights: Annotated[Path | None, Option(help="Folder with the weight files of CLIP.")] = None,
+    fail_under: Annotated[list[str] | None, Option(metavar="NAME=VALUE", help="Exit with 1, as psnr=30.")] = None,
+    fail_over: Annotated[
+        list[str] | None, Option(metavar="NAME=VALUE", help="Exit with 1, as end_to_end_sec=10.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, Option(metavar="OLD.json NEW.json", help="Measure nothing: two reports side by side.")
+    ] = None,
     format: Annotated[str, Option(help="table, md, json, csv or html.")] = "table",
     out: Annotated[Path | None, Option(help="Write to this file instead of stdout.")] = None,
     config: Config = None,
 ) -> None:
-    """Measure bundles, each in a process of its own: latency by stage, memory, size, parity."""
+    """Measure bundles, each in a process of its own: latency by stage, memory, size, quality."""
     del config
-    from kdc_edge.bench.process import measure_in_fresh_process
-    from kdc_edge.bench.record import Report, Row, here
+    from kdc_edge.bench.grid import grid, references
     from kdc_edge.bench.report import Format, render
-    from kdc_edge.errors import InputError, KdcError
-    from kdc_edge.files import write_atomic
+    from kdc_edge.bench.values import Limit
 
     if format not in get_args(Format):
         raise InputError(f"--format {format!r} is unknown: choose from {', '.join(get_args(Format))}")
+    if compare is not None:
+        _write(_compared(*compare, format), out)
+        return
+    limits = [Limit.parse(text, "under") for text in fail_under or ()]
+    limits += [Limit.parse(text, "over") for text in fail_over or ()]
+    if budget_sec is not None and not budget_sec > 0:
+        raise InputError(f"--budget-sec {budget_sec:g} is no time: use a number of seconds above 0")
+    score, asked = _scorer(prompts, metric_weights)
     request = make_request(
-        prompt, steps=steps, guidance=guidance, guidance_mode=guidance_mode, guidance_interval=guidance_interval,
-        seed=seed, sampler=scheduler, width=width, height=height, low_memory=low_memory,
+        prompt, guidance=guidance, guidance_mode=None, guidance_interval=guidance_interval, seed=seed, width=width,
+        height=height, low_memory=low_memory,
     )  # fmt: skip
-    rows: list[Row] = []
-    for folder in bundles or all_bundles():
-        row = measure_in_fresh_process(
-            folder,
-            request,
-            repeats=repeats,
-            warmup=warmup,
-            engine=engine,
-            device=device,
-            threads=threads,
-            low_memory=low_memory,
-        ).row
-        say(f"{folder}: {row.failure or 'measured'}")
-        rows.append(row)
-    text = render(Report(here(), tuple(rows), command=command_line()), cast(Format, format))
+    whole = device is not None and "=" in device  # a device for each component, not one after the other
+    cases = grid(
+        bundles or [str(path) for path in all_bundles()],
+        request,
+        repeats=repeats,
+        warmup=warmup,
+        engine=engine,
+        devices=[device] if device is None or whole else _listed(device, "--device", str),
+        threads=[None] if threads is None else _listed(threads, "--threads", int),
+        steps=_listed(steps, "--steps", int),
+        samplers=_listed(scheduler, "--scheduler", str),
+        guidance_modes=_listed(guidance_mode, "--guidance-mode", str) if guidance_mode else (),
+        low_memory=low_memory,
+        prompts=asked,
+    )
+    others = references(reference, cases) if reference else []
+
+    def write(rows: list[Row]) -> None:
+        _write(render(_report(rows), cast(Format, format)), out)
+
+    rows = _measure(others, cases, budget_sec, score, write)
+    _judge(rows, limits)
+
+
+def _measure(
+    others: list[Any], cases: list[Any], budget_sec: float | None, score: Callable[[Measured], Measured],
+    write: Callable[[list[Row]], None],
+) -> list[Row]:  # fmt: skip
+    """Measure everything, and write: what was reached, too, when Ctrl-C ends it, which is raised again."""
+    from kdc_edge.bench.grid import not_measured, run
+    from kdc_edge.bench.quality import compare_pictures
+    from kdc_edge.errors import KdcError
+
+    measured: list[Measured] = []
+    interrupted = False
+    try:
+        for found in run([*others, *cases], budget_sec=budget_sec):
+            row = found.row
+            if len(measured) < len(others) and row.failure:
+                raise KdcError(f"--reference {row.folder}: {row.failure}")
+            measured.append(score(found))
+            took = f"{row.timings.end_to_end.median_sec:.3g} s a picture" if row.timings else row.failure
+            say(f"{len(measured)}/{len(others) + len(cases)} {row.folder}: {took}")
+    except KeyboardInterrupt:
+        interrupted = True
+        measured += [not_measured(case, "interrupted") for case in [*others, *cases][len(measured) :]]
+    rows = compare_pictures(measured[len(others) :], measured[: len(others)])
+    write(rows)
+    if interrupted:
+        raise KeyboardInterrupt
+    return rows
+
+
+def _judge(rows: list[Row], limits: list[Any]) -> None:
+    """Raise KdcError where a limit is not kept, or nothing was measured."""
+    from kdc_edge.bench.values import broken_limits, labels
+    from kdc_edge.errors import KdcError
+
+    if all(row.failure for row in rows):
+        raise KdcError("nothing could be measured: see the reasons above")
+    if broken := broken_limits(limits, rows, labels(rows)):
+        raise KdcError(f"limits are not kept: {'; '.join(broken)}")
+
+
+def _report(rows: list[Row]) -> Report:
+    from kdc_edge.bench.record import Report, here
+
+    return Report(here(), tuple(rows), command=command_line())
+
+
+def _scorer(path: Path | None, weights: Path | None) -> tuple[Callable[[Measured], Measured], list[str]]:
+    """What adds the quality on a file of prompts to a row, and these prompts."""
+    if path is None:
+        return (lambda found: found), []
+    from dataclasses import replace
+
+    from kdc_edge.cli.prompt_quality import open_scorer
+    from kdc_edge.export.prompts import read_prompts
+
+    prompts = read_prompts(path)
+    score = open_scorer(prompts, weights)
+
+    def scored(found: Measured) -> Measured:
+        if found.prompt_pictures is None or not len(found.prompt_pictures):
+            return found
+        return replace(found, row=replace(found.row, prompt_quality=score(found.prompt_pictures)))
+
+    return scored, prompts
+
+
+def _listed(text: str, option: str, kind: Callable[[str], Any]) -> list[Any]:
+    """'4,20' as numbers; raises InputError."""
+    try:
+        found = [kind(part.strip()) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text!r} is not understood: use 4 or 4,20 or the like") from None
+    if "" in found:
+        raise InputError(f"{option} {text!r} has an empty place: separate values by single commas")
+    return list(dict.fromkeys(found))
+
+
+def _compared(old: Path, new: Path, format: str) -> str:
+    from kdc_edge.bench.compare import compare
+    from kdc_edge.bench.compare_report import render_changes
+    from kdc_edge.bench.record import read_report
+
+    return render_changes(compare(read_report(old), read_report(new)), format)
+
+
+def _write(text: str, out: Path | None) -> None:
+    from kdc_edge.files import write_atomic
+
     if out:
         write_atomic(out, text)
         typer.echo(out)
     else:
         typer.echo(text, nl=False)
-    if all(row.failure for row in rows):
-        raise KdcError("nothing could be measured: see the reasons above")

@@ -1,0 +1,128 @@
+"""The numbers of a row under flat names, for CSV, limits and comparisons; and limits that decide an exit code.
+
+values(row)["end_to_end_sec"], values(row)["psnr"]       # medians; None where unknown
+broken = [line for row in rows for line in limit.broken_by(row)]
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from kdc_edge.bench.record import Row, Timing, Timings
+from kdc_edge.errors import InputError
+
+STAGES = tuple(f.name for f in fields(Timings))
+METRICS = ("prompt_accuracy", "exact", "clip_score")
+NAMED: dict[str, Callable[[Any], str]] = {  # what can differ between rows of one bundle, as a label says it
+    "engine": str,
+    "device": str,
+    "threads": lambda threads: count_threads(threads),
+    "low_memory": lambda _: "low memory",
+    "steps": lambda steps: f"{steps} steps",
+    "sampler": str,
+    "guidance_mode": str,
+    "guidance": lambda guidance: f"guidance {guidance:g}",
+}
+NAMES = (
+    *(f"{stage}_sec" for stage in STAGES), "size_bytes", "peak_rss_bytes", "peak_pss_bytes", "energy_joules",
+    "psnr", "parity", *METRICS,
+)  # fmt: skip
+
+
+def timing(row: Row, stage: str) -> Timing | None:
+    """None where the row failed, or has no such stage."""
+    found: Timing | None = getattr(row.timings, stage, None)
+    return found
+
+
+def values(row: Row) -> dict[str, float | None]:
+    """Medians of the stages (`end_to_end_sec`), bytes, joules, and qualities; an equal picture's PSNR is infinite."""
+    found: dict[str, float | None] = {}
+    for stage in STAGES:
+        measured = timing(row, stage)
+        found[f"{stage}_sec"] = measured.median_sec if measured else None
+    found |= {
+        "size_bytes": row.size_bytes,
+        "peak_rss_bytes": row.peak_rss_bytes,
+        "peak_pss_bytes": row.peak_pss_bytes,
+        "energy_joules": row.energy_joules,
+        "psnr": (math.inf if row.psnr.db is None else row.psnr.db) if row.psnr else None,
+        "parity": (math.inf if row.parity.psnr_db is None else row.parity.psnr_db) if row.parity else None,
+    }
+    found |= {name: row.prompt_quality.values.get(name) if row.prompt_quality else None for name in METRICS}
+    return found
+
+
+def count_threads(threads: int) -> str:
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
+def labels(rows: Sequence[Row]) -> list[str]:
+    """A name for each row, no two the same: of its folder, and what differs between rows of one name."""
+    folders: dict[str, set[str]] = {}
+    for row in rows:
+        folders.setdefault(row.name, set()).add(row.folder)
+    names = [row.name if len(folders[row.name]) == 1 else row.folder for row in rows]
+    differing = [
+        name
+        for name in NAMED
+        if any(len({getattr(r, name) for r, n in zip(rows, names, strict=True) if n == one}) > 1 for one in set(names))
+    ]
+    found = [
+        ", ".join([name, *(NAMED[d](value) for d in differing if (value := getattr(row, d)))])
+        for row, name in zip(rows, names, strict=True)
+    ]
+    many, seen = Counter(found), Counter[str]()
+    for i, label in enumerate(found):
+        seen[label] += 1
+        if many[label] > 1:
+            found[i] = f"{label} ({seen[label]})"
+    return found
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a value may not be: `psnr` under 30, `end_to_end_sec` over 10."""
+
+    name: str
+    side: Literal["under", "over"]
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str, side: Literal["under", "over"]) -> Limit:
+        """'psnr=30'; raises InputError."""
+        name, _, bound = text.partition("=")
+        if name not in NAMES:
+            raise InputError(f"--fail-{side} {text!r}: {name!r} is not measured: choose from {', '.join(NAMES)}")
+        try:
+            number = float(bound)
+        except ValueError:
+            number = math.nan
+        if math.isnan(number):
+            raise InputError(f"--fail-{side} {text!r} is not understood: use {name}=30 or the like")
+        return cls(name, side, number)
+
+    def broken_by(self, row: Row, label: str) -> Iterator[str]:
+        """A line where the row's value breaks the limit, or is not known; the reference is not compared with itself."""
+        if row.failure is not None or (row.reference and self.name == "psnr"):
+            return
+        value = values(row)[self.name]
+        if value is None:
+            yield f"{label}: {self.name} is not known"
+        elif (self.side == "under" and value < self.bound) or (self.side == "over" and value > self.bound):
+            yield f"{label}: {self.name} is {value:.4g}, {self.side} {self.bound:g}"
+
+
+def broken_limits(limits: Sequence[Limit], rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
+    """A line for each limit that is not kept; a row that failed keeps none."""
+    failed = [f"{label}: {row.failure}" for row, label in zip(rows, labels, strict=True) if row.failure and limits]
+    return failed + [
+        line
+        for row, label in zip(rows, labels, strict=True)
+        for limit in limits
+        for line in limit.broken_by(row, label)
+    ]

@@ -1,0 +1,37 @@
+"""What pictures of a file of prompts are worth: prompt accuracy of the garden's captions, CLIP score of other text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdc_edge.cli.project import need_training
+from kdc_edge.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from kdc_edge.bench.record import PromptQuality
+
+
+def open_scorer(prompts: Sequence[str], weights: Path | None) -> Callable[[np.ndarray], PromptQuality]:
+    """A function of pictures uint8 (N, H, W, 3), one a prompt; what it lacks, PyTorch or weights, is raised here."""
+    need_training("--prompts")
+    from kdc_edge.bench.record import PromptQuality, text_sha256
+    from kdc_edge.train.evaluate import ask_prompts, score_pictures
+    from kdc_edge.train.metrics import PictureMetrics
+
+    asked = ask_prompts(prompts)
+    metrics = None if asked.scenes else PictureMetrics(weights)
+    if metrics is not None and not metrics.has_clip:
+        needs = next(line for line in metrics.missing() if line.startswith("the CLIP score"))
+        raise InputError(
+            f"--prompts: not all of them are captions of the garden, so that the judge cannot read: {needs}"
+        )
+
+    def score(pictures: np.ndarray) -> PromptQuality:
+        found = score_pictures(pictures, asked, metrics).values
+        return PromptQuality(found, len(prompts), text_sha256(*prompts))
+
+    return score

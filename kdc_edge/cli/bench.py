@@ -107,8 +107,8 @@ def bench(
     )
     others = references(reference, cases) if reference else []
 
-    def write(rows: list[Row]) -> None:
-        _write(render(_report(rows), cast(Format, format)), out)
+    def write(rows: list[Row], pictures: list[Any]) -> None:
+        _write(render(_report(rows), cast(Format, format), pictures), out)
 
     rows = _measure(others, cases, budget_sec, score, write)
     _judge(rows, limits)
@@ -116,7 +116,7 @@ def bench(
 
 def _measure(
     others: list[Any], cases: list[Any], budget_sec: float | None, score: Callable[[Measured], Measured],
-    write: Callable[[list[Row]], None],
+    write: Callable[[list[Row], list[Any]], None],
 ) -> list[Row]:  # fmt: skip
     """Measure everything, and write: what was reached, too, when Ctrl-C ends it, which is raised again."""
     from kdc_edge.bench.grid import not_measured, run
@@ -137,7 +137,7 @@ def _measure(
         interrupted = True
         measured += [not_measured(case, "interrupted") for case in [*others, *cases][len(measured) :]]
     rows = compare_pictures(measured[len(others) :], measured[: len(others)])
-    write(rows)
+    write(rows, [found.pixels for found in measured[len(others) :]])
     if interrupted:
         raise KeyboardInterrupt
     return rows

@@ -18,7 +18,6 @@ SETTINGS = Path("kdc-edge.toml")
 RUNS = Path("runs")
 BUNDLES = Path("bundles")
 LATEST = RUNS / "latest"
-GOOD_PSNR_DB = 30.0  # of a whole picture: what differs is hard to see
 MAX_SETTINGS_BYTES = 2**20
 
 
@@ -126,7 +125,7 @@ def best_bundle() -> Path:
 
     from kdc_edge.bench.process import picture_parity
     from kdc_edge.bundle import Bundle
-    from kdc_edge.formats import find_format
+    from kdc_edge.formats import GOOD_PSNR_DB, find_format
     from kdc_edge.runtimes.base import preferred_engine
 
     ranked: list[tuple[bool, bool, int, Path]] = []

@@ -109,8 +109,16 @@ def _in_short(rows: Sequence[Row], budget: Budget, more: Sequence[str]) -> list[
             (_db(shown), "against PyTorch"),
         ]
         blocks += [tiles(figures), command(generate_command(shown))]
-    lines = [*more, *_superlatives(rows), *notes(rows)]
+    lines = [*more, *_superlatives(rows), *_warnings(rows)]
     return [*blocks, bullets(lines)] if lines else blocks
+
+
+def _warnings(rows: Sequence[Row]) -> list[str]:
+    """In a line each what `notes` tells row by row."""
+    failed = sum(row.failure is not None for row in rows)
+    noisy = sum(bool(row.disturbance and row.disturbance.verdict) for row in rows)
+    lines = [f"{failed} of {len(rows)} rows failed: see every row."] if failed else []
+    return lines + ([f"The machine was noisy in {noisy} of {len(rows)} rows: see every row."] if noisy else [])
 
 
 def _superlatives(rows: Sequence[Row]) -> list[str]:
@@ -141,25 +149,30 @@ def _scatters(rows: Sequence[Row], budget: Budget) -> list[Html]:
     size_unit, size = byte_unit_of(found["size_bytes"] for _, _, found in measured)
     speed, quality = [], []
     for label, row, found in measured:
-        group, stands_out = row.engine or "", row is chosen
+        # The colour says the target, so that the name need not.
+        group, label = row.target or row.engine or "", label.removeprefix(f"{row.target}-")
+        stands_out = row is chosen
         if found["end_to_end_sec"] is not None and found["peak_rss_bytes"] is not None:
             x, y = found["end_to_end_sec"] * sec, found["peak_rss_bytes"] * memory
             speed.append(Point(label, x, y, group, stands_out))
         db = quality_db(row)
         if row.target is not None and found["size_bytes"] is not None and db is not None and math.isfinite(db):
             quality.append(Point(label, found["size_bytes"] * size, db, group, stands_out))
+    groups = list(dict.fromkeys(row.target or row.engine or "" for _, row, _ in measured))
     charts = [
         scatter_chart(
             speed,
             title="Time and memory: the lower left is best",
             x=Axis(f"time for a picture, {time_unit}", _scaled(budget.max_sec, sec), "the most time allowed"),
             y=Axis(f"peak memory, {memory_unit}", _scaled(budget.max_memory_bytes, memory), "the most memory allowed"),
+            groups=groups,
         ),
         scatter_chart(
             quality,
             title="Size and quality: the upper left is best",
             x=Axis(f"size on disk, {size_unit}", _scaled(budget.max_size_bytes, size), "the largest size allowed"),
-            y=Axis("PSNR to PyTorch, dB", budget.min_psnr_db, f"at least {budget.min_psnr_db or 0:g} dB"),
+            y=Axis("PSNR to PyTorch, dB", budget.min_psnr_db, f"at least {budget.min_psnr_db or 0:g} dB", linear=True),
+            groups=groups,
         ),
     ]
     equal = [label for label, row, _ in measured if row.target is not None and quality_db(row) == math.inf]
@@ -229,7 +242,9 @@ def _pictures(rows: Sequence[Row], pictures: Pictures) -> list[Html]:
 def _table(rows: Sequence[Row]) -> list[Html]:
     found = columns(rows)
     cells = list(zip(*(column.cells for column in found), strict=True))
-    return [data_table([column.header for column in found], cells)] if cells else []
+    lines = notes(rows)
+    blocks = [data_table([column.header for column in found], cells)] if cells else []
+    return [*blocks, bullets(lines, small=True)] if lines else blocks
 
 
 def _conditions(report: Report) -> list[str]:

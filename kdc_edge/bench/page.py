@@ -199,8 +199,10 @@ def _reduced(pixels: np.ndarray) -> np.ndarray:
 
 
 def command(text: str) -> Html:
-    """A command line, to be copied."""
-    return Html(f'<div class="box" tabindex="0" role="region" aria-label="Command"><pre>{escape(text)}</pre></div>')
+    """A command line, to be copied; an option stays in one line with its value."""
+    first, *options = text.split(" --")
+    parts = [escape(first), *(f'<span class="option">--{escape(option)}</span>' for option in options)]
+    return Html(f"<pre>{' '.join(parts)}</pre>")
 
 
 def downloads(files: Sequence[tuple[str, str, str]]) -> Html:

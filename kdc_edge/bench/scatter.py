@@ -4,7 +4,7 @@
 
 Names are placed where they cover neither a point nor another name. Letters are larger where the chart is drawn small,
 so names are placed twice, for wide and for narrow charts, and the style sheet shows one of the two. An axis that spans
-a factor of eight or more is logarithmic.
+a factor of four or more is logarithmic, unless it is linear by nature.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from kdc_edge.bench.charts import (
     BOTTOM,
     COLOURS,
-    HEIGHT,
     LEFT,
     RIGHT,
     TOP,
@@ -29,10 +28,12 @@ from kdc_edge.bench.charts import (
     nice_ticks,
     number,
     svg,
-)  # fmt: skip
+)
 
-LOG_FROM = 8  # largest / smallest
-DOT = 5.5  # radius
+LOG_FROM = 4  # largest / smallest
+FLOOR = 330  # of the plot; taller than other charts: names need room
+DOT, RING = 5.5, 9.5  # radii
+AIR = 34  # between the chart's left end and the first tick: a short name
 LETTER = {"wide": (7.8, 16), "narrow": (10.4, 21)}  # width of a letter and height of a line, in the chart's units
 
 
@@ -50,40 +51,43 @@ class Axis:
     label: str
     limit: float | None = None  # a line across the chart
     limit_label: str = ""
+    linear: bool = False  # of decibels, which are logarithms already
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-def scatter_chart(points: Sequence[Point], *, title: str, x: Axis, y: Axis) -> Html:
-    """Points with their names. Raises ValueError for values that are not finite."""
+def scatter_chart(points: Sequence[Point], *, title: str, x: Axis, y: Axis, groups: Sequence[str] = ()) -> Html:
+    """Points with their names; `groups` gives the colours their order where several charts share them.
+
+    Raises ValueError for values that are not finite.
+    """
     if not points:
         return figure(title, Html(""), '<p class="small">Nothing to show.</p>')
-    across, x_ticks = _scale([p.x for p in points], x.limit, LEFT, WIDTH - RIGHT)
-    down, y_ticks = _scale([p.y for p in points], y.limit, HEIGHT - BOTTOM, TOP)
-    floor = HEIGHT - BOTTOM
+    across, x_ticks = _scale([p.x for p in points], x, LEFT + AIR, WIDTH - RIGHT)
+    down, y_ticks = _scale([p.y for p in points], y, FLOOR, TOP)
     parts = [f'<text class="label" x="0" y="14">{escape(y.label)}</text>']
     for tick in y_ticks:
         at = down(tick)
         parts.append(_line(LEFT, at, WIDTH - RIGHT, at, "grid"))
         parts.append(f'<text class="tick end" x="{LEFT - 9}" y="{at:.1f}" dy=".35em">{number(tick)}</text>')
-    parts.append(_line(LEFT, floor, WIDTH - RIGHT, floor, "axis"))
+    parts.append(_line(LEFT, FLOOR, WIDTH - RIGHT, FLOOR, "axis"))
     for tick in x_ticks:
         at = across(tick)
-        parts.append(_line(at, floor, at, floor + 5, "axis"))
-        parts.append(f'<text class="tick mid" x="{at:.1f}" y="{floor + 21}">{number(tick)}</text>')
-    parts.append(f'<text class="label end" x="{WIDTH - RIGHT}" y="{HEIGHT - 5}">{escape(x.label)}</text>')
+        parts.append(_line(at, FLOOR, at, FLOOR + 5, "axis"))
+        parts.append(f'<text class="tick mid" x="{at:.1f}" y="{FLOOR + 21}">{number(tick)}</text>')
+    parts.append(f'<text class="label end" x="{WIDTH - RIGHT}" y="{FLOOR + BOTTOM - 5}">{escape(x.label)}</text>')
     if x.limit is not None:
-        parts.append(_line(across(x.limit), TOP, across(x.limit), floor, "limit"))
+        parts.append(_line(across(x.limit), TOP, across(x.limit), FLOOR, "limit"))
     if y.limit is not None:
         parts.append(_line(LEFT, down(y.limit), WIDTH - RIGHT, down(y.limit), "limit"))
-    groups = list(dict.fromkeys(p.group for p in points))
+    groups = list(dict.fromkeys([*groups, *(p.group for p in points)]))
     places = [(across(p.x), down(p.y)) for p in points]
     for kind, (letter, height) in LETTER.items():
         parts += _names(points, places, kind, letter, height)
     for p, (left, top) in zip(points, places, strict=True):
         if p.chosen:
-            parts.append(f'<circle class="ring" cx="{left:.1f}" cy="{top:.1f}" r="{DOT + 4}"/>')
+            parts.append(f'<circle class="ring" cx="{left:.1f}" cy="{top:.1f}" r="{RING}"/>')
         said = f"{escape(p.name)}: {number(p.x)} {escape(x.label)}, {number(p.y)} {escape(y.label)}"
         colour = groups.index(p.group) % COLOURS
         parts.append(
@@ -94,18 +98,18 @@ def scatter_chart(points: Sequence[Point], *, title: str, x: Axis, y: Axis) -> H
     described = f"{title}. Scatter chart of {y.label} over {x.label}, each as x, y: {listed}.{limits}"
     words = [f"dashed: {axis.limit_label}" for axis in (x, y) if axis.limit is not None]
     note = f'<p class="small">{escape("; ".join(words))}</p>' if words else ""
-    return figure(title, legend(groups, "dot"), svg(HEIGHT, described, parts) + note)
+    return figure(title, legend(groups, "dot"), svg(FLOOR + BOTTOM, described, parts) + note)
 
 
 def _scale(
-    values: Sequence[float], limit: float | None, begin: float, end: float
+    values: Sequence[float], axis: Axis, begin: float, end: float
 ) -> tuple[Callable[[float], float], list[float]]:
-    """From a value to its place between two ends of the chart, and the ticks; half a tick of air around the points."""
+    """From a value to its place between two ends of the chart, and the ticks."""
     if not all(math.isfinite(v) for v in values):
         raise ValueError("a chart cannot show values that are not finite")
-    known = [*values, *([] if limit is None else [limit])]
+    known = [*values, *([] if axis.limit is None else [axis.limit])]
     low, high = min(known), max(known)
-    log = low > 0 and high / low >= LOG_FROM
+    log = not axis.linear and low > 0 and high / low >= LOG_FROM
     ticks = log_ticks(low, high) if log else nice_ticks(low, high, 5)
     measure = math.log if log else float
     first, last = measure(ticks[0]), measure(ticks[-1])
@@ -122,27 +126,34 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 def _names(
     points: Sequence[Point], places: Sequence[tuple[float, float]], kind: str, letter: float, height: float
-) -> Iterator[str]:
-    """Every point's name near it, with a thin line to it where it had to go further."""
-    taken = [(x - DOT - 1, y - DOT - 1, x + DOT + 1, y + DOT + 1) for x, y in places]
-    # Crowded points first: the others have more room to choose from.
-    order = sorted(range(len(points)), key=lambda i: -_neighbours(places, i))
+) -> list[str]:
+    """Every point's name near it, with a thin line to it where it had to go further; lines lie below the names."""
+    lines, names = [], []
+    radii = [RING if p.chosen else DOT for p in points]
+    taken = [(x - r - 1, y - r - 1, x + r + 1, y + r + 1) for (x, y), r in zip(places, radii, strict=True)]
+    # The chosen first, then crowded points: the others have more room to choose from.
+    order = sorted(range(len(points)), key=lambda i: (not points[i].chosen, -_neighbours(places, i)))
     for i in order:
         (x, y), width = places[i], len(points[i].name) * letter
         found = next(
-            (box for box in _around(x, y, width, height) if _inside(box) and not any(_meet(box, t) for t in taken)),
+            (
+                box
+                for box in _around(x, y, width, height, radii[i])
+                if _inside(box) and not any(_meet(box, t) for t in taken)
+            ),
             (x - width - DOT - 4, y - height / 2, x - DOT - 4, y + height / 2),
         )
         taken.append(found)
         left, top, right, bottom = found
         nearest_x, nearest_y = min(max(x, left), right), min(max(y, top), bottom)
-        if math.hypot(nearest_x - x, nearest_y - y) > 2.5 * DOT:
-            yield _line(x, y, nearest_x, nearest_y, f"leader {kind}")
+        if math.hypot(nearest_x - x, nearest_y - y) > 2 * radii[i]:
+            lines.append(_line(x, y, nearest_x, nearest_y, f"leader {kind}"))
         mark = " strong" if points[i].chosen else ""
         at = "end" if right < x else "mid" if left < x < right else ""
         start = {"end": right, "mid": (left + right) / 2, "": left}[at]
         place = f'x="{start:.1f}" y="{(top + bottom) / 2:.1f}" dy=".35em"'
-        yield f'<text class="point {kind}{mark} {at}" {place}>{escape(points[i].name)}</text>'
+        names.append(f'<text class="point {kind}{mark} {at}" {place}>{escape(points[i].name)}</text>')
+    return lines + names
 
 
 def _neighbours(places: Sequence[tuple[float, float]], i: int) -> int:
@@ -150,9 +161,9 @@ def _neighbours(places: Sequence[tuple[float, float]], i: int) -> int:
     return sum(abs(a - x) < 120 and abs(b - y) < 40 for a, b in places)
 
 
-def _around(x: float, y: float, width: float, height: float) -> Iterator[Box]:
+def _around(x: float, y: float, width: float, height: float, radius: float) -> Iterator[Box]:
     """Boxes of a name near its point: beside it, above, below, then in wider circles."""
-    for gap in (DOT + 4, 16, 30, 46, 64, 84, 106, 130):
+    for gap in (radius + 3, 16, 30, 46, 64, 84, 106, 130):
         for angle in (0, 180, 90, 270, 45, 315, 135, 225, 20, 340, 160, 200, 65, 295, 115, 245):
             dx, dy = math.cos(math.radians(angle)), -math.sin(math.radians(angle))
             # The box's nearest edge or corner lies at `gap` in that direction.
@@ -163,7 +174,7 @@ def _around(x: float, y: float, width: float, height: float) -> Iterator[Box]:
 
 def _inside(box: Box) -> bool:
     left, top, right, bottom = box
-    return left >= LEFT + 2 and right <= WIDTH and top >= TOP - 12 and bottom <= HEIGHT - BOTTOM - 2
+    return left >= LEFT + 2 and right <= WIDTH and top >= TOP - 12 and bottom <= FLOOR - 2
 
 
 def _meet(a: Box, b: Box) -> bool:

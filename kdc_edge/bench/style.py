@@ -82,8 +82,8 @@ figcaption, caption { text-align: left; font-size: 1rem; font-weight: 600; line-
 .f3 { fill: var(--c3); } .f4 { fill: var(--c4); } .f5 { fill: var(--c5); }
 .ring { fill: none; stroke: var(--text); stroke-width: 1.75; }
 .limit { stroke: var(--axis); stroke-width: 1.25; stroke-dasharray: 6 4; }
-.leader { stroke: var(--axis); stroke-width: .75; }
-.plot .point { fill: var(--text); }
+.leader { stroke: var(--quiet); stroke-width: 1; }
+.plot .point { fill: var(--text); paint-order: stroke; stroke: var(--ground); stroke-width: 3px; }
 .plot .strong { font-weight: 650; }
 .plot .narrow { display: none; }
 @container (max-width: 560px) {
@@ -150,8 +150,10 @@ table { border-collapse: collapse; font-size: .9rem; line-height: 1.4; font-vari
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 4px; }
 .pair img { display: block; width: 100%; height: auto; border-radius: 6px; background: var(--card); }
 .pair img.small-picture { image-rendering: pixelated; }
-pre { font: .9rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; margin: 0; padding: .8rem 1rem;
-  background: var(--card); border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 86ch; }
+.option { display: inline-block; max-width: 100%; }
+pre { font: .9rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; margin: 0 0 1.4rem;
+  padding: .8rem 1rem; background: var(--card); border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere;
+  max-width: 86ch; }
 @media (max-width: 480px) {
   .pictures tbody th { width: auto; font-size: .8rem; padding-right: .5rem; }
   .data tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 6.6rem; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -47,3 +48,14 @@ def parse_interval(text: str) -> tuple[float, float]:
         return float(begin), float(end)
     except ValueError:
         raise InputError(f"--guidance-interval {text!r} is not understood: use 0.0:0.7 or the like") from None
+
+
+def listed(text: str, option: str, kind: Callable[[str], Any]) -> list[Any]:
+    """'4,20' as numbers; raises InputError."""
+    try:
+        found = [kind(part.strip()) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text!r} is not understood: use 4 or 4,20 or the like") from None
+    if "" in found:
+        raise InputError(f"{option} {text!r} has an empty place: separate values by single commas")
+    return list(dict.fromkeys(found))

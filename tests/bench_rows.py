@@ -70,6 +70,19 @@ def open_fake(
     return make_pipeline()
 
 
+def open_large(*_: object, **__: object) -> Pipeline:
+    """Holds 200 MiB at once, and no longer."""
+    block = np.ones(200 * 2**20, np.uint8)
+    del block
+    return make_pipeline()
+
+
+def open_large_and_endless(*_: object, **__: object) -> Pipeline:
+    block = np.ones(200 * 2**20, np.uint8)
+    time.sleep(120)
+    raise AssertionError(block)
+
+
 def open_refused(*_: object, **__: object) -> Pipeline:
     raise KdcError("this engine\nrefuses")
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +19,15 @@ import pytest
 from kdc_edge.bench import measure as stopwatch
 from kdc_edge.bench.machine import peak_rss_bytes
 from kdc_edge.bench.measure import measure
-from kdc_edge.bench.process import measure_in_fresh_process, picture_parity
+from kdc_edge.bench.process import JOB, OUTCOME, Job, measure_in_fresh_process, picture_parity
 from kdc_edge.bench.record import Timing
 from kdc_edge.bundle import Check, Manifest
 from kdc_edge.errors import InputError
-from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.pipeline import Choice, Pipeline, Request
 from tests.bench_rows import check, make_bundle, make_pipeline, timing
 
 OPENERS = "tests.bench_rows"
+ROOT = Path(__file__).parent.parent
 
 
 def test_laps_are_what_the_components_take(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,6 +68,81 @@ def test_laps_are_what_the_components_take(monkeypatch: pytest.MonkeyPatch) -> N
     assert (found.pixels == found.pixels[0, 0, 0]).all()
 
 
+class CompiledUnet:
+    """An engine that compiles for each set of shapes, which takes 3 units, and computes in 1."""
+
+    def __init__(self, wait: Callable[[float], None]) -> None:
+        self._wait, self._known = wait, set[tuple[int, ...]]()
+
+    def prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        if shapes["sample"] not in self._known:
+            self._wait(3.0)
+        self._known.add(shapes["sample"])
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        self.prepare({"sample": inputs["sample"].shape})
+        self._wait(1.0)
+        return inputs["sample"]
+
+    def explain(self) -> Choice:
+        return Choice("GPU", "bf16")
+
+
+def test_compiling_is_apart_from_loading_and_from_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+
+    def wait(units: float) -> None:
+        nonlocal now
+        now += units
+
+    def opener() -> Pipeline:
+        wait(7.0)
+        made = make_pipeline()
+        made.components = {**made.components, "unet": CompiledUnet(wait)}
+        return made
+
+    monkeypatch.setattr(stopwatch, "perf_counter", lambda: now)
+    request = Request("a", steps=4, guidance_interval=(0.0, 0.5), guidance_mode="batched", sampler="ddim")
+    found = measure(opener, request, repeats=2, warmup=0, started=90.0)
+    assert found.timings.load.samples_sec == (7.0,)
+    assert found.timings.compile is not None
+    assert found.timings.compile.samples_sec == (6.0,)  # for a batch of two, and of one
+    assert found.timings.cold.samples_sec == (10.0 + 7.0 + 6.0 + 4.0,)
+    assert found.timings.end_to_end.samples_sec == (4.0, 4.0)
+    assert (found.provider, found.arithmetic) == ("GPU", "bf16")
+
+
+def test_the_samplers_arithmetic_is_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step takes 2 units, whatever the U-Net takes."""
+    now = 100.0
+
+    class Slow:
+        timesteps = np.array([900, 500, 100])
+        init_noise_sigma = 1.0
+
+        def scale_model_input(self, sample: np.ndarray, i: int) -> np.ndarray:  # noqa: ARG002
+            return sample
+
+        def step(self, noise_pred: np.ndarray, i: int, sample: np.ndarray) -> np.ndarray:  # noqa: ARG002
+            nonlocal now
+            now += 2.0
+            return sample
+
+    monkeypatch.setattr(stopwatch, "perf_counter", lambda: now)
+    monkeypatch.setattr("kdc_edge.pipeline.make_sampler", lambda *_, **__: Slow())
+    timings = measure(make_pipeline, Request("a", steps=3), repeats=2, warmup=0).timings
+    assert timings.scheduler.samples_sec == timings.end_to_end.samples_sec == (6.0, 6.0)
+    assert timings.unet_first_step.samples_sec == (0.0, 0.0)
+
+
+def test_pictures_of_prompts_come_after_what_is_timed() -> None:
+    found = measure(make_pipeline, Request("a", steps=2, seed=5), repeats=1, warmup=0, prompts=["b", "c"])
+    assert len(found.timings.end_to_end.samples_sec) == 1
+    expected = [make_pipeline().generate(Request(p, steps=2, seed=s)) for p, s in (("b", 5), ("c", 6))]
+    np.testing.assert_array_equal(found.prompt_pictures, expected)
+    assert measure(make_pipeline, Request("a", steps=2), repeats=1, warmup=0).prompt_pictures.shape == (0, 64, 64, 3)
+
+
 def test_stages_add_up_to_the_end_to_end() -> None:
     timings = measure(make_pipeline, Request("a", steps=5), repeats=2, warmup=0).timings
     assert timings.unet_step is not None
@@ -94,6 +172,8 @@ def test_statistics_are_numpys() -> None:
     made = timing(*samples)
     assert made.median_sec == np.sort(samples)[8]
     assert made.p90_sec == pytest.approx(np.quantile(samples, 0.9))
+    assert made.std_sec == pytest.approx(np.std(samples, ddof=1))
+    assert timing(0.5).std_sec is None
     assert Timing.of([]) is None
 
 
@@ -105,6 +185,41 @@ def test_peak_memory_is_a_high_water_mark() -> None:
     peak = peak_rss_bytes()
     assert peak is not None
     assert before + size_bytes * 0.9 < peak <= psutil.virtual_memory().total
+
+
+def test_peak_memory_is_what_the_kernel_gives_the_parent(tmp_path: Path) -> None:
+    """Within 5 % of ru_maxrss of the child, the number that /usr/bin/time -v prints.
+
+    A small process stands between, because that number begins at the parent's size.
+    """
+    job = Job(
+        opener=f"{OPENERS}:open_large", folder=str(tmp_path), engine=None, device=None, threads=1, low_memory=False,
+        request={"prompt": "a", "steps": 1}, repeats=1, warmup=0, prompts=(), started=0.0, out=str(tmp_path),
+    )  # fmt: skip
+    (tmp_path / "job.json").write_bytes(JOB.dump_json(job))
+    between = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run([sys.executable, '-m', 'kdc_edge.bench.worker'], stdin=open(sys.argv[1]), check=True)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", between, str(tmp_path / "job.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    theirs = int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+    ours = OUTCOME.validate_json((tmp_path / "result.json").read_bytes()).peak_rss_bytes
+    assert ours == pytest.approx(theirs, rel=0.05)
+    assert theirs > 200 * 2**20
+
+
+def test_a_row_that_is_ended_says_what_memory_was_seen(tmp_path: Path) -> None:
+    opener = f"{OPENERS}:open_large_and_endless"
+    found = measure_in_fresh_process(
+        make_bundle(tmp_path / "b"), Request("a"), repeats=1, warmup=0, opener=opener, timeout_sec=6
+    )
+    assert found.row.failure == "not done after 6 seconds"
+    if sys.platform == "linux":
+        assert found.row.peak_rss_bytes is not None
+        assert found.row.peak_pss_bytes is not None
+        assert 200 * 2**20 < found.row.peak_pss_bytes <= found.row.peak_rss_bytes
 
 
 def test_a_bundle_in_its_own_process(tmp_path: Path) -> None:

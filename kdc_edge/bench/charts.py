@@ -85,7 +85,7 @@ def bar_chart(values: Mapping[str, float], *, title: str, unit: str) -> Html:
     for i, (name, value) in enumerate(values.items()):
         share = max(value, 0.0) / longest if longest > 0 and math.isfinite(value) else 0.0
         width, top = max(share * (WIDTH - 150), 2.0), i * row
-        parts.append(f'<text class="name" x="0" y="{top + 18}">{escape(_short(name))}</text>')
+        parts.append(f'<text class="name" x="0" y="{top + 18}">{escape(shorten(name))}</text>')
         parts.append(f'<rect class="bar" x="0" y="{top + 27}" width="{width:.1f}" height="15" rx="3"/>')
         said = escape(f"{number(value)} {unit}".strip())
         parts.append(f'<text class="value" x="{width + 10:.1f}" y="{top + 35}" dy=".35em">{said}</text>')
@@ -100,7 +100,7 @@ def stacked_bars(rows: Mapping[str, Mapping[str, float]], *, title: str, unit: s
     row, drawn = 57, []
     for i, (name, parts) in enumerate(rows.items()):
         top, left = i * row, 0.0
-        drawn.append(f'<text class="name" x="0" y="{top + 18}">{escape(_short(name))}</text>')
+        drawn.append(f'<text class="name" x="0" y="{top + 18}">{escape(shorten(name))}</text>')
         for j, value in enumerate(parts.values()):
             width = value / longest * (WIDTH - 110) if longest > 0 else 0.0
             drawn.append(
@@ -185,7 +185,7 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
-def _short(name: str, most: int = 48) -> str:
+def shorten(name: str, most: int = 48) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 

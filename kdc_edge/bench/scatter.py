@@ -27,12 +27,14 @@ from kdc_edge.bench.charts import (
     log_ticks,
     nice_ticks,
     number,
+    shorten,
     svg,
 )
 
 LOG_FROM = 4  # largest / smallest
 FLOOR = 330  # of the plot; taller than other charts: names need room
 DOT, RING = 5.5, 9.5  # radii
+LONGEST = 26  # letters of a name
 AIR = 34  # between the chart's left end and the first tick: a short name
 LETTER = {"wide": (7.8, 16), "narrow": (10.4, 21)}  # width of a letter and height of a line, in the chart's units
 
@@ -88,12 +90,12 @@ def scatter_chart(points: Sequence[Point], *, title: str, x: Axis, y: Axis, grou
     for p, (left, top) in zip(points, places, strict=True):
         if p.chosen:
             parts.append(f'<circle class="ring" cx="{left:.1f}" cy="{top:.1f}" r="{RING}"/>')
-        said = f"{escape(p.name)}: {number(p.x)} {escape(x.label)}, {number(p.y)} {escape(y.label)}"
+        said = f"{escape(_whole(p))}: {number(p.x)} {escape(x.label)}, {number(p.y)} {escape(y.label)}"
         colour = groups.index(p.group) % COLOURS
         parts.append(
             f'<circle class="dot c{colour}" cx="{left:.1f}" cy="{top:.1f}" r="{DOT}"><title>{said}</title></circle>'
         )
-    listed = "; ".join(f"{p.name}{' (chosen)' if p.chosen else ''}: {number(p.x)}, {number(p.y)}" for p in points)
+    listed = "; ".join(f"{_whole(p)}{' (chosen)' if p.chosen else ''}: {number(p.x)}, {number(p.y)}" for p in points)
     limits = "".join(f" A line marks {axis.limit_label}." for axis in (x, y) if axis.limit is not None)
     described = f"{title}. Scatter chart of {y.label} over {x.label}, each as x, y: {listed}.{limits}"
     words = [f"dashed: {axis.limit_label}" for axis in (x, y) if axis.limit is not None]
@@ -120,6 +122,11 @@ def _scale(
     return place, ticks
 
 
+def _whole(point: Point) -> str:
+    """The name without the help of a colour."""
+    return f"{point.group} {point.name}".strip()
+
+
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
@@ -132,9 +139,10 @@ def _names(
     radii = [RING if p.chosen else DOT for p in points]
     taken = [(x - r - 1, y - r - 1, x + r + 1, y + r + 1) for (x, y), r in zip(places, radii, strict=True)]
     # The chosen first, then crowded points: the others have more room to choose from.
+    shown = [shorten(p.name, LONGEST) for p in points]
     order = sorted(range(len(points)), key=lambda i: (not points[i].chosen, -_neighbours(places, i)))
     for i in order:
-        (x, y), width = places[i], len(points[i].name) * letter
+        (x, y), width = places[i], len(shown[i]) * letter
         found = next(
             (
                 box
@@ -152,7 +160,7 @@ def _names(
         at = "end" if right < x else "mid" if left < x < right else ""
         start = {"end": right, "mid": (left + right) / 2, "": left}[at]
         place = f'x="{start:.1f}" y="{(top + bottom) / 2:.1f}" dy=".35em"'
-        names.append(f'<text class="point {kind}{mark} {at}" {place}>{escape(points[i].name)}</text>')
+        names.append(f'<text class="point {kind}{mark} {at}" {place}>{escape(shown[i])}</text>')
     return lines + names
 
 

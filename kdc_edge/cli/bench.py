@@ -140,6 +140,7 @@ def _measure(
     rows = compare_pictures(measured[len(others) :], measured[: len(others)])
     write(rows, [found.pixels for found in measured[len(others) :]])
     if interrupted:
+        say("interrupted: the rows so far are written")
         raise KeyboardInterrupt
     return rows
 

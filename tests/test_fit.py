@@ -238,7 +238,7 @@ def test_fit_names_a_bundle_and_writes_the_page(
     shutil.copytree(bundle, damaged)
     (damaged / "unet" / "model.onnx").write_bytes(b"")
     common = ("fit", checkpoint, "--no-export", "--repeats", 1, "--warmup", 0)
-    done = run(*common, "--steps", "2", "--json", "--out", "fit.html", cwd=tmp_path)
+    done = run(*common, "--steps", "2", "--json", "--out", "fit.html", "--out", "fit.md", cwd=tmp_path)
     assert "left out: bundles/onnx-damaged/unet/model.onnx has 0 bytes" in done.stderr
     document = json.loads(done.stdout)
     rows = document["report"]["rows"]
@@ -246,6 +246,7 @@ def test_fit_names_a_bundle_and_writes_the_page(
     assert document["met"]
     assert document["complete"]
     assert document["choice"] in ("onnx-fp16", "onnx-fp32")
+    assert (tmp_path / "fit.md").read_text().startswith(f"# {document['choice']}: ")
     words = shlex.split(document["command"])
     assert words[words.index("--bundle") + 1] == f"bundles/{document['choice']}"
     page = (tmp_path / "fit.html").read_text()
@@ -264,6 +265,6 @@ def test_budgets_that_cannot_be_read_or_met_by_nothing(checkpoint: Path, tmp_pat
     assert "--max-size 'much' is no size" in complaint("fit", checkpoint, "--max-size", "much", cwd=tmp_path)
     assert "'loud' is unknown" in complaint("fit", checkpoint, "--guidance-mode", "loud", cwd=tmp_path)
     assert "onnx-int3" in complaint("fit", checkpoint, "--formats", "onnx-int3", cwd=tmp_path)
-    assert "page" in complaint("fit", checkpoint, "--out", "fit.json", cwd=tmp_path)
+    assert ".html" in complaint("fit", checkpoint, "--out", "fit.doc", cwd=tmp_path)
     assert "nothing to measure" in complaint("fit", checkpoint, "--no-export", cwd=tmp_path)
     assert "nothing to measure" in complaint("fit", checkpoint, "--max-size", "1MB", cwd=tmp_path)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from typer import Argument, Option
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kdc_edge.bench.fit import Budget, Offer
     from kdc_edge.bench.search import Found
 
+WRITTEN = (".html", ".md", ".json", ".csv")
 DEFINITIONS = (
     "Cheapest: the most steps; then the scheduler named first; then the least time, where 5 % count as equal; then the"
     " least memory.",
@@ -59,7 +60,10 @@ def fit(
     repeats: Annotated[int, Option(help="Pictures that count.")] = 3,
     warmup: Annotated[int, Option(help="Pictures before that, which do not count.")] = 1,
     budget_sec: Annotated[float | None, Option(help="For all measuring; then the best so far is named.")] = None,
-    out: Annotated[Path | None, Option(metavar="FILE.html", help="Write the page too.")] = None,
+    out: Annotated[
+        list[Path] | None,
+        Option(metavar="FILE", help="Write it too: .html the page, .md, or .json and .csv as of kdc-edge bench."),
+    ] = None,
     as_json: Json = False,
     config: Config = None,
 ) -> None:
@@ -73,8 +77,9 @@ def fit(
     names = listed(guidance_mode, "--guidance-mode", str)
     if unknown := set(names) - set(get_args(GuidanceMode)):
         raise InputError(f"--guidance-mode {unknown.pop()!r} is unknown: use batched or sequential")
-    if out is not None and out.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"--out {out} is no page: give it a name that ends in .html")
+    for path in out or ():
+        if path.suffix not in WRITTEN:
+            raise InputError(f"--out {path} is of no known kind: give it a name that ends in {', '.join(WRITTEN)}")
     request = make_request(
         prompt, guidance=guidance, guidance_mode=None, guidance_interval="0.0:1.0", seed=seed, low_memory=False
     )
@@ -95,7 +100,7 @@ def fit(
     except KeyboardInterrupt:
         interrupted = True
     if found is not None and found.rows:
-        _write(found, budget, out, as_json=as_json)
+        _write(found, budget, out or (), as_json=as_json)
     if interrupted:
         raise KeyboardInterrupt
     _judge(found, budget)
@@ -212,11 +217,12 @@ def _tell(found: Found) -> None:
         say(f"{label}: {row.failure or time_text(values(row)['end_to_end_sec'])}")
 
 
-def _write(found: Found, budget: Budget, out: Path | None, *, as_json: bool) -> None:
-    """The table and the answer, or one document; and the page."""
+def _write(found: Found, budget: Budget, out: Sequence[Path], *, as_json: bool) -> None:
+    """The table and the answer, or one document; and files."""
     from kdc_edge.bench.benchmark_page import benchmark_page, verdict
     from kdc_edge.bench.fit import choose, generate_command, nearest, shortfalls
     from kdc_edge.bench.record import Report, here
+    from kdc_edge.bench.report import Format as Written
     from kdc_edge.bench.report import render
     from kdc_edge.bench.values import labels
     from kdc_edge.files import write_atomic
@@ -225,12 +231,17 @@ def _write(found: Found, budget: Budget, out: Path | None, *, as_json: bool) -> 
     chosen, close = choose(found.rows, budget), nearest(found.rows, budget)
     shown = chosen or close
     unfinished = [] if found.complete else ["The search was cut short: something better may not have been measured."]
-    if out is not None:
-        pictures = [measured.pixels for measured in found.measured]
-        page = benchmark_page(report, pictures, budget=budget, more=[*unfinished, *DEFINITIONS])
-        write_atomic(out, page)
-        say(f"written: {out}")
-    _, sentence = verdict(found.rows, budget)
+    title, sentence = verdict(found.rows, budget)
+    for path in out:
+        if path.suffix == ".html":
+            pictures = [measured.pixels for measured in found.measured]
+            text = benchmark_page(report, pictures, budget=budget, more=[*unfinished, *DEFINITIONS])
+        else:
+            text = render(report, cast(Written, path.suffix[1:]))
+        if path.suffix == ".md":
+            text = "\n\n".join([f"# {title}", " ".join([sentence, *unfinished, *DEFINITIONS]), text])
+        write_atomic(path, text)
+        say(f"written: {path}")
     if as_json:
         names = dict(zip(map(id, found.rows), labels(found.rows), strict=True))
         document = {

@@ -7,6 +7,9 @@ import json
 import math
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -263,8 +266,34 @@ def test_fit_names_a_bundle_and_writes_the_page(
 
 def test_budgets_that_cannot_be_read_or_met_by_nothing(checkpoint: Path, tmp_path: Path) -> None:
     assert "--max-size 'much' is no size" in complaint("fit", checkpoint, "--max-size", "much", cwd=tmp_path)
+    assert "--max-sec 0 is no time" in complaint("fit", checkpoint, "--max-sec", 0, cwd=tmp_path)
+    assert "'magic'" in complaint("fit", checkpoint, "--scheduler", "ddim,magic", cwd=tmp_path)
+    assert "0 steps" in complaint("fit", checkpoint, "--steps", "20,0", cwd=tmp_path)
     assert "'loud' is unknown" in complaint("fit", checkpoint, "--guidance-mode", "loud", cwd=tmp_path)
     assert "onnx-int3" in complaint("fit", checkpoint, "--formats", "onnx-int3", cwd=tmp_path)
     assert ".html" in complaint("fit", checkpoint, "--out", "fit.doc", cwd=tmp_path)
     assert "nothing to measure" in complaint("fit", checkpoint, "--no-export", cwd=tmp_path)
     assert "nothing to measure" in complaint("fit", checkpoint, "--max-size", "1MB", cwd=tmp_path)
+
+
+def test_ctrl_c_keeps_the_rows_so_far_and_says_that_more_was_to_come(
+    bundle: Path, bundle_fp32: Path, tmp_path: Path
+) -> None:
+    """Without a checkpoint: the bundles as they are, the most precise of them the reference."""
+    for root in (bundle, bundle_fp32):
+        shutil.copytree(root, tmp_path / "bundles" / root.name)
+    program = "from kdc_edge.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "fit", "--steps", "1", "--scheduler", "ddim", "--json"],
+        cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # background jobs ignore it
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("onnx-fp16: ")  # the smaller one; the other is being measured now
+    process.send_signal(signal.SIGINT)
+    found, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines() == ["interrupted: the rows so far are kept"]
+    document = json.loads(found)
+    assert [r["name"] for r in document["report"]["rows"]] == ["onnx-fp16"]
+    assert (document["choice"], document["complete"]) == ("onnx-fp16", False)

@@ -28,7 +28,8 @@ class Found:
 
     rows: list[Row]  # with their PSNR
     measured: list[Measured]  # the same, with the pictures
-    complete: bool  # nothing is left that could change the answer; else the time was used up
+    over: bool = False  # nothing was measured since the last one, and nothing will be
+    complete: bool = False  # for nothing is left that could change the answer; else the time was used up
 
 
 def search(
@@ -65,7 +66,7 @@ def search(
         tried = {c: row for c, row in zip(candidates, rows, strict=True) if c is not None}
         todo = next_candidate(offers, steps, samplers or [request.sampler], modes, budget, tried)
         if todo is None or (left() or 1) <= 0:
-            yield Found(rows, measured, todo is None)
+            yield Found(rows, measured, over=True, complete=todo is None)
             return
         asked = replace(request, steps=todo.steps, sampler=todo.sampler, guidance_mode=todo.mode.guidance_mode)
         case = Case(
@@ -77,4 +78,4 @@ def search(
         levels.add(level)
         measured += run([case], budget_sec=left(), opener=opener)
         candidates.append(todo)
-        yield Found(compare_pictures(measured), measured, False)
+        yield Found(compare_pictures(measured), list(measured))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -72,11 +73,19 @@ def fit(
     from kdc_edge.bench.fit import MODES, Budget
     from kdc_edge.bench.search import search
     from kdc_edge.pipeline import GuidanceMode
+    from kdc_edge.schedule import NoiseSchedule
+    from kdc_edge.schedulers import make_sampler
 
+    for option, limit in (("--max-sec", max_sec), ("--budget-sec", budget_sec)):
+        if limit is not None and not limit > 0:
+            raise InputError(f"{option} {limit:g} is no time: use a number of seconds above 0")
     budget = Budget(_bytes("--max-size", max_size), max_sec, _bytes("--max-memory", max_memory), min_psnr)
     names = listed(guidance_mode, "--guidance-mode", str)
     if unknown := set(names) - set(get_args(GuidanceMode)):
         raise InputError(f"--guidance-mode {unknown.pop()!r} is unknown: use batched or sequential")
+    counts, samplers = listed(steps, "--steps", int), listed(scheduler, "--scheduler", str)
+    for count, sampler in itertools.product(counts, samplers):
+        make_sampler(sampler, NoiseSchedule(), count)  # refuses what no pipeline can do, before anything is exported
     for path in out or ():
         if path.suffix not in WRITTEN:
             raise InputError(f"--out {path} is of no known kind: give it a name that ends in {', '.join(WRITTEN)}")
@@ -92,13 +101,15 @@ def fit(
     found, interrupted = None, False
     try:
         for found in search(
-            offers, request, steps=listed(steps, "--steps", int), budget=budget,
-            samplers=listed(scheduler, "--scheduler", str), modes=[m for m in MODES if m.guidance_mode in names],
-            reference=reference, repeats=repeats, warmup=warmup, device=device, threads=threads, budget_sec=budget_sec,
+            offers, request, steps=counts, budget=budget, samplers=samplers,
+            modes=[m for m in MODES if m.guidance_mode in names], reference=reference, repeats=repeats, warmup=warmup,
+            device=device, threads=threads, budget_sec=budget_sec,
         ):  # fmt: skip
-            _tell(found)
+            if not found.over:
+                _tell(found)
     except KeyboardInterrupt:
         interrupted = True
+        say("interrupted: the rows so far are kept")
     if found is not None and found.rows:
         _write(found, budget, out or (), as_json=as_json)
     if interrupted:
@@ -212,9 +223,8 @@ def _tell(found: Found) -> None:
     from kdc_edge.bench.report import time_text
     from kdc_edge.bench.values import labels, values
 
-    if found.rows:
-        row, label = found.rows[-1], labels(found.rows)[-1]
-        say(f"{label}: {row.failure or time_text(values(row)['end_to_end_sec'])}")
+    row, label = found.rows[-1], labels(found.rows)[-1]
+    say(f"{label}: {row.failure or time_text(values(row)['end_to_end_sec'])}")
 
 
 def _write(found: Found, budget: Budget, out: Sequence[Path], *, as_json: bool) -> None:

@@ -138,8 +138,12 @@ def test_prompts_of_the_garden_are_judged() -> None:
 
 def test_other_prompts_need_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match=r"not all of them are captions of the garden.*clip-vit-base-patch16"):
+    with pytest.raises(InputError, match=r"not all are captions of the garden.*clip-vit-base-patch16"):
         open_scorer(["a red flower with five petals and a yellow center on a sky background", "a photo"], tmp_path)
+    (tmp_path / "clip-vit-base-patch16").mkdir()
+    (tmp_path / "clip-vit-base-patch16" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds no CLIP as safetensors"):  # before anything is measured
+        open_scorer(["a photo"], tmp_path)
 
 
 def test_prompts_add_a_quality_to_the_row(bundle: Path, tmp_path: Path) -> None:

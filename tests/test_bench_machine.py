@@ -103,3 +103,12 @@ def test_too_short_a_time_says_nothing_of_others(monkeypatch: pytest.MonkeyPatch
     watch = Watch()
     watch.look()
     assert watch.disturbance([0.1]).others_share is None
+
+
+def test_then_what_came_before_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = iter([(10.0, 100.0, 1.0), (12.0, 103.0, 1.0), (12.1, 103.1, 1.1)])
+    monkeypatch.setattr("kdc_edge.bench.machine._clocks", lambda: next(clocks))
+    monkeypatch.setattr("kdc_edge.bench.machine._processors", lambda: [0, 1])
+    watch = Watch(earlier=Watch())
+    watch.look()
+    assert watch.disturbance([0.1]).others_share == pytest.approx(3.0 / 4.2, abs=1e-4)

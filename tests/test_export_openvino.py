@@ -152,6 +152,18 @@ def test_openvino_equals_torch_at_any_size(checkpoint: Path, fp32: Path, compone
         np.testing.assert_allclose(found, torch(**inputs), atol=2e-4)
 
 
+def test_the_numbers_that_are_really_computed_with(bundles: dict[str, Path]) -> None:
+    found = {}
+    for precision in ("fp32", "int8"):
+        unet: Any = get_runtime("openvino").load(bundles[precision], "unet", device="CPU", threads=1)
+        unet.prepare({name: value.shape for name, value in some_inputs("unet", 1, 8, 8).items()})
+        choice = unet.explain()
+        assert choice.provider == "CPU"
+        found[precision] = choice.arithmetic.split(", ")
+    assert found["fp32"] == ["fp32"]
+    assert found["int8"][0] == "int8"
+
+
 def test_an_answer_is_not_overwritten_by_the_next(fp32: Path) -> None:
     unet = get_runtime("openvino").load(fp32, "unet", threads=1)
     inputs = some_inputs("unet", 1, 8, 8)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kdc_edge.bundle import MANIFEST, Bundle, list_files
 from kdc_edge.errors import BundleError, CheckpointError, InputError, MissingPackageError
-from kdc_edge.pipeline import Request
+from kdc_edge.pipeline import Choice, Explained, Request
 from kdc_edge.runtimes import get_runtime, open_pipeline
 from kdc_edge.runtimes.base import COMPONENTS
 
@@ -97,6 +97,15 @@ def test_devices(bundle: Path, checkpoint: Path) -> None:
         assert runtime.devices()[0].name == "CPU"
         with pytest.raises(InputError, match="has no device 'abacus' here: choose from CPU"):
             runtime.load(folder, "unet", device="abacus", threads=None)
+
+
+def test_what_the_engine_chose_is_told(bundle: Path, checkpoint: Path) -> None:
+    found = {}
+    for name, folder in (("onnxruntime", bundle), ("torch", checkpoint)):
+        unet = get_runtime(name).load(folder, "unet", device="CPU")
+        assert isinstance(unet, Explained)
+        found[name] = unet.explain()
+    assert found == {"onnxruntime": Choice("CPUExecutionProvider", None), "torch": Choice("CPU", "fp32")}
 
 
 def test_what_cannot_be_opened(bundle: Path, checkpoint: Path) -> None:

@@ -29,13 +29,17 @@ MIN_WATCH_SEC = 0.3  # the kernel counts in hundredths of a second
 
 
 class Watch:
-    """Looks at the machine from its making on, and whenever told to."""
+    """Looks at the machine from its making on, and whenever told to.
 
-    def __init__(self) -> None:
+    `earlier` began before; its beginning counts where the own time is too short to tell what others did.
+    """
+
+    def __init__(self, earlier: Watch | None = None) -> None:
         self._energy = Energy()
         self._frequency: list[float] = []
         self._temperature: list[float] = []
         self._begin = self._last = _clocks()
+        self._earlier = earlier._begin if earlier else self._begin
 
     def look(self) -> None:
         """After each counted picture: outside of what is timed, for sensors can be slow."""
@@ -53,7 +57,8 @@ class Watch:
 
     def disturbance(self, samples_sec: Sequence[float]) -> Disturbance:
         """What was seen, judged together with the times that the same picture took."""
-        elapsed, busy, own = (last - begin for last, begin in zip(self._last, self._begin, strict=True))
+        begin = self._begin if self._last[0] - self._begin[0] >= MIN_WATCH_SEC else self._earlier
+        elapsed, busy, own = (now - before for now, before in zip(self._last, begin, strict=True))
         others = None
         if elapsed >= MIN_WATCH_SEC:
             others = round(min(max(busy - own, 0.0) / (elapsed * len(_processors())), 1.0), 4)

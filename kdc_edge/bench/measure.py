@@ -55,6 +55,7 @@ def measure(
     `prompts`, from seeds that count up.
     """
     check_counts(repeats, warmup)
+    watch = whole = Watch()
     begin = perf_counter()
     pipeline = open_pipeline()
     loading = {"load": perf_counter() - begin}
@@ -66,10 +67,10 @@ def measure(
             last = now
     choices: dict[str, Choice] = {}
     pictures, pixels = [], np.empty(0)
-    cold_sec, watch = 0.0, Watch()
+    cold_sec = 0.0
     for number in range(warmup + repeats):
         if number == warmup:
-            watch = Watch()
+            watch = Watch(earlier=whole)
         ready = perf_counter()
         laps, pixels = _time_picture(pipeline, request, choices)
         pictures.append(laps)

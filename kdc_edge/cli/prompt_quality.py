@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 def open_scorer(prompts: Sequence[str], weights: Path | None) -> Callable[[np.ndarray], PromptQuality]:
     """A function of pictures uint8 (N, H, W, 3), one a prompt; what it lacks, PyTorch or weights, is raised here."""
     need_training("--prompts")
+    import numpy as np
+
     from kdc_edge.bench.record import PromptQuality, text_sha256
     from kdc_edge.train.evaluate import ask_prompts, score_pictures
     from kdc_edge.train.metrics import PictureMetrics
@@ -26,9 +28,11 @@ def open_scorer(prompts: Sequence[str], weights: Path | None) -> Callable[[np.nd
     metrics = None if asked.scenes else PictureMetrics(weights)
     if metrics is not None and not metrics.has_clip:
         needs = next(line for line in metrics.missing() if line.startswith("the CLIP score"))
-        raise InputError(
-            f"--prompts: not all of them are captions of the garden, so that the judge cannot read: {needs}"
-        )
+        raise InputError(f"--prompts: not all are captions of the garden, which the judge could read, and {needs}")
+    if metrics is not None:
+        metrics.clip_score(
+            np.zeros((1, 64, 64, 3), np.uint8), prompts[:1]
+        )  # weights that cannot be read: now, not later
 
     def score(pictures: np.ndarray) -> PromptQuality:
         found = score_pictures(pictures, asked, metrics).values

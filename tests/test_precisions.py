@@ -104,3 +104,11 @@ def test_bundles_of_another_checkpoint_are_refused(own_bundle: Path, checkpoint:
         "eval", checkpoint, *task, "--bundles", own_bundle, cwd=tmp_path
     )
     assert "nowhere" in complaint("eval", checkpoint, *task, "--bundles", "nowhere", cwd=tmp_path)
+
+
+def test_a_history_of_another_version_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from kdc_edge.cli.evaluate import _history
+
+    (tmp_path / "results.json").write_text('{"tasks": ["a"], "prompt_accuracy": [[0.9]]}')
+    assert _history(tmp_path) is None
+    assert "is of another kdc-edge" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from typer import Argument, Option
 
 from kdc_edge.cli.options import Json
 from kdc_edge.cli.project import LATEST, Config, bundles_in, need_training, say
-from kdc_edge.errors import InputError, KdcError
+from kdc_edge.errors import CheckpointError, InputError, KdcError
 
 if TYPE_CHECKING:
     from kdc_edge.train.data import Task
@@ -143,13 +143,16 @@ def _tasks(run: Path | None, task: list[str] | None, caption: list[str] | None) 
 
 
 def _history(run: Path | None) -> dict[str, Any] | None:
-    """R and what follows from it, as the run left them."""
+    """R and what follows from it, as the run left them; None where there is none that can be read."""
     if run is None or not (run / "results.json").is_file():
         return None
-    from kdc_edge.errors import CheckpointError
     from kdc_edge.files import read_json
 
-    return read_json(run / "results.json", CheckpointError)
+    found: dict[str, Any] = read_json(run / "results.json", CheckpointError)
+    if not {"tasks", "metric", "average", "backward_transfer", "forgetting_max_minus_last"} <= found.keys():
+        say(f"{run / 'results.json'} is of another kdc-edge: the run's history is left out")
+        return None
+    return found
 
 
 def _lines(document: dict[str, Any]) -> list[str]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -274,15 +273,6 @@ def _together(inputs: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, torc
             }
         )
     return [{name: torch.from_numpy(value) for name, value in call.items()} for call in found]
-
-
-def parse_size(text: str) -> int:
-    """ "300MB" -> 300,000,000 bytes. Raises InputError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)", text.strip())
-    if not found:
-        raise InputError(f"--max-size {text!r:.40} is no size: use 300MB or 1.5GB")
-    units = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
-    return int(float(found[1]) * units[found[2]])
 
 
 def read_recipe(path: Path) -> Recipe:

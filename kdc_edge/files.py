@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -116,6 +117,15 @@ def inside(root: Path, relative: str, error: type[KdcError]) -> Path:
     if leaves:
         raise error(f"{path} is a link out of its folder: do not use this folder")
     return path
+
+
+def parse_size(text: str, option: str) -> int:
+    """ "300MB" -> 300,000,000 bytes. Raises InputError that names the option."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)", text.strip())
+    if not found:
+        raise InputError(f"{option} {text!r:.40} is no size: use 300MB or 1.5GB")
+    units = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+    return int(float(found[1]) * units[found[2]])
 
 
 def _umask() -> int:

@@ -61,6 +61,7 @@ FORMATS: tuple[Format, ...] = (
 # fmt: on
 
 DEFAULT_PRECISION = "fp16"
+GOOD_PSNR_DB = 30.0  # of a whole picture: what differs from PyTorch's is hard to see
 
 
 def targets() -> tuple[str, ...]:

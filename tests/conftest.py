@@ -11,7 +11,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser import CHROMIUM
+
 TOKENIZER = Path(__file__).parent.parent / "train" / "assets" / "garden-teacher" / "tokenizer"
+
+
+def pytest_report_header() -> list[str]:
+    return [] if CHROMIUM else ["NOT TESTED: pages in a browser, for there is no Chromium (apt-get install chromium)"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests in a browser run wherever there is one."""
+    if CHROMIUM is None:
+        left_out = [item for item in items if item.get_closest_marker("browser")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 def make_checkpoint(folder: Path) -> Path:

@@ -114,11 +114,9 @@ def test_verify_names_the_changed_file(own_bundle: Path, tmp_path: Path) -> None
     assert "unet/model.onnx has changed" in run("verify", own_bundle, cwd=tmp_path, code=1).stderr
 
 
-def test_formats_and_devices_are_documents(tmp_path: Path) -> None:
+def test_formats_is_a_document(tmp_path: Path) -> None:
     formats = json.loads(run("formats", "--json", cwd=tmp_path).stdout)
     assert {(f["target"], f["precision"]) for f in formats} >= {("onnx", "fp32"), ("onnx", "fp16")}
-    engines = {e["engine"]: e for e in json.loads(run("devices", "--json", cwd=tmp_path).stdout)["engines"]}
-    assert "CPU" in [d["name"] for d in engines["onnxruntime"]["devices"]]
 
 
 @pytest.mark.parametrize("command", [["train"], ["quickstart"], ["init", "--preset", "kdc-482m", "--out", "x"]])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdc_edge.errors import BundleError, InputError
-from kdc_edge.files import atomic_folder, inside, read_json, sha256, write_atomic
+from kdc_edge.files import atomic_folder, inside, parse_size, read_json, sha256, write_atomic
 
 
 def left_over(folder: Path) -> list[str]:
@@ -132,3 +132,11 @@ def test_read_json_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
     assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_sizes_are_read_in_decimal_and_binary_units() -> None:
+    assert parse_size("1.5GB", "--max-size") == 1_500_000_000
+    assert parse_size(" 300 MiB", "--max-size") == 300 * 2**20
+    for text in ("much", "300", "-1MB", "1e3MB", "300KB"):
+        with pytest.raises(InputError, match=f"--max-memory '{text}' is no size: use 300MB"):
+            parse_size(text, "--max-memory")

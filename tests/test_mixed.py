@@ -26,7 +26,6 @@ from kdc_edge.export.mixed import (
     apply_recipe,
     bargains,
     guided,
-    parse_size,
     read_recipe,
     stored_bytes,
 )
@@ -146,10 +145,6 @@ def test_budgets_that_cannot_be(search: Search) -> None:
     for both in ((None, None), (1, 1.0)):
         with pytest.raises(InputError, match="needs one budget: give --max-size 300MB or --min-psnr 30"):
             Budget(*both)
-    with pytest.raises(InputError, match="--max-size 'much' is no size: use 300MB"):
-        parse_size("much")
-    assert parse_size("1.5GB") == 1_500_000_000
-    assert parse_size("300 MiB") == 300 * 2**20
 
 
 def test_an_interrupted_search_goes_on(

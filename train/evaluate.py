@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from kdc_edge.train import garden
 from kdc_edge.train.cache import TextEmbedder
 from kdc_edge.train.data import Task
 from kdc_edge.train.garden import Scene, render_many
-from kdc_edge.train.judge import LABELS, load_judge
+from kdc_edge.train.judge import LABELS, load_judge, shares
 from kdc_edge.train.metrics import PictureMetrics, frechet_distance, kernel_distance
 from kdc_edge.train.sources import GardenSource, Sample
 
@@ -45,6 +46,7 @@ class Score:
     """What was found on one task."""
 
     values: dict[str, float]
+    by_picture: tuple[float, ...] = ()  # the garden's prompt accuracy, picture by picture
 
     @property
     def metric(self) -> str:
@@ -73,6 +75,24 @@ class Asked:
     kind: str = "pictures of the training part"  # what the references are
 
 
+class MakesPictures(Protocol):
+    """Prompts in, pictures uint8 (N, H, W, 3) out; picture i depends on its prompt, `seed` and i."""
+
+    def __call__(self, prompts: Sequence[str], *, seed: int) -> np.ndarray: ...
+
+
+def batch_size(side: int) -> int:
+    """Pictures at a time, by the side of their latents: 16 small ones or 4 of 512 pixels."""
+    return max(1, min(16, 2**14 // side**2))
+
+
+def evaluation_noise(count: int, shape: tuple[int, int, int], seed: int) -> np.ndarray:
+    """The unit noise (count, C, h, w) of an evaluation: every batch is drawn anew, from `seed` and its place."""
+    most = batch_size(shape[-1])
+    starts = range(0, count, most)
+    return np.concatenate([initial_latents((min(most, count - at), *shape), seed + at) for at in starts])
+
+
 @dataclass(frozen=True)
 class Generator:
     """Networks that turn prompts into pictures, many at a time."""
@@ -90,17 +110,16 @@ class Generator:
     def __call__(self, prompts: Sequence[str], *, seed: int) -> np.ndarray:
         """Pictures uint8 (N, H, W, 3); picture i depends on its prompt, `seed` and i."""
         side = self.side or self.unet.config.sample_size
-        batch_size = max(1, min(16, 2**14 // side**2))  # 16 small pictures or 4 of 512 pixels
+        noise, most = evaluation_noise(len(prompts), (self.unet.config.in_channels, side, side), seed), batch_size(side)
         return np.concatenate(
-            [self._batch(prompts[at : at + batch_size], seed + at) for at in range(0, len(prompts), batch_size)]
+            [self._batch(prompts[at : at + most], noise[at : at + most]) for at in range(0, len(prompts), most)]
         )
 
-    def _batch(self, prompts: Sequence[str], seed: int) -> np.ndarray:
-        side, channels = self.side or self.unet.config.sample_size, self.unet.config.in_channels
-        device, count = self.unet.device, len(prompts)
-        hidden = self.embed([""] * count + list(prompts)).to(device, self.unet.dtype)  # (2B, 77, D)
+    def _batch(self, prompts: Sequence[str], noise: np.ndarray) -> np.ndarray:
+        device = self.unet.device
+        hidden = self.embed([""] * len(prompts) + list(prompts)).to(device, self.unet.dtype)  # (2B, 77, D)
         sampler = make_sampler(self.sampler, self.schedule, self.steps)
-        latents = initial_latents((count, channels, side, side), seed) * np.float32(sampler.init_noise_sigma)
+        latents = noise * np.float32(sampler.init_noise_sigma)
         for i, timestep in enumerate(sampler.timesteps):
             sample = torch.from_numpy(sampler.scale_model_input(latents, i)).repeat(2, 1, 1, 1)
             guess = self.unet(sample.to(device, self.unet.dtype), int(timestep), hidden).sample
@@ -155,16 +174,18 @@ def score_pictures(
     `metrics` has weights for. `paired` are the teacher's pictures from the same noise, `loss` that of held-out latents.
     """
     values: dict[str, float] = {} if loss is None else {"loss": loss}
+    by_picture: tuple[float, ...] = ()
     if asked.scenes:
         judge, pictures = load_judge(), _to_garden_size(pictures)
-        found = judge.agreement(pictures, asked.scenes)
+        right = judge.right(pictures, asked.scenes)
+        found, by_picture = shares(right), tuple(right.mean(0).tolist())
         values |= {"prompt_accuracy": float(np.mean([found[n] for n in LABELS])), "exact": found["all"]}
         if asked.references is not None:
             ours, theirs = judge.features(pictures), judge.features(asked.references)
             values |= {"judge_frechet": frechet_distance(ours, theirs), "judge_kernel": kernel_distance(ours, theirs)}
     if metrics is not None and not asked.scenes:
         values |= metrics.measure(pictures, asked.references, asked.prompts, paired)
-    return Score(values)
+    return Score(values, by_picture)
 
 
 def _to_garden_size(pictures: np.ndarray) -> np.ndarray:
@@ -202,37 +223,45 @@ def _array(matrix: Matrix) -> np.ndarray:
     return np.array(rows, np.float64)
 
 
-def evaluate_checkpoint(
-    checkpoint: Path,
+@dataclass(frozen=True)
+class Evaluated:
+    """A task's score, and the pictures that it was given for."""
+
+    score: Score
+    pictures: np.ndarray  # uint8 (N, H, W, 3)
+
+
+def evaluate_tasks(
+    generate: MakesPictures,
     tasks: Sequence[Task],
     *,
     pictures: int,
+    size: int,
     metrics: PictureMetrics,
-    teacher: Path | None = None,
+    teacher: MakesPictures | None = None,
     seed: int = 7,
-    steps: int = 12,
-    guidance: float = 4.0,
-) -> dict[str, Score]:
-    """A checkpoint's quality on each task; `teacher` gives the pictures that LPIPS compares with.
+) -> dict[str, Evaluated]:
+    """The quality of somebody's pictures on each task; `teacher` makes those that LPIPS compares with.
 
-    Raises CheckpointError for a folder that cannot be read, InputError where nothing can be measured.
+    `size` is that of the reference pictures, in pixels. Raises InputError where nothing can be measured.
     """
-    generator = open_generator(checkpoint, steps=steps, guidance=guidance)
-    taught = open_generator(teacher, steps=steps, guidance=guidance) if teacher else None
-    model = read_model(checkpoint)
-    scores = {}
+    found = {}
     for task in tasks:
-        asked = ask(task, pictures, size=model.latent_size * model.vae_scale)
-        paired = taught(asked.prompts, seed=seed) if taught and not asked.scenes else None
-        score = score_pictures(generator(asked.prompts, seed=seed), asked, metrics, paired=paired)
+        asked = ask(task, pictures, size=size)
+        paired = teacher(asked.prompts, seed=seed) if teacher and not asked.scenes else None
+        made = generate(asked.prompts, seed=seed)
+        score = score_pictures(made, asked, metrics, paired=paired)
         if not score.values:
             raise InputError(f"nothing can be measured on {task.name}: {'; '.join(metrics.missing())}")
-        scores[task.name] = score
-    return scores
+        found[task.name] = Evaluated(score, made)
+    return found
 
 
 def open_generator(checkpoint: Path, *, steps: int, guidance: float) -> Generator:
-    """A checkpoint's networks as a picture generator, in fp32 on the best device."""
+    """A checkpoint's networks as a picture generator, in fp32 on the best device.
+
+    Raises CheckpointError for a folder that cannot be read.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text_encoder = load_network(checkpoint, "text_encoder").to(device)
     embed = TextEmbedder(text_encoder, Tokenizer.from_folder(checkpoint / "tokenizer"))

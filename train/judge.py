@@ -60,11 +60,19 @@ class Judge(nn.Module):
         features: np.ndarray = self.trunk(to_images(pictures)).numpy()
         return features
 
+    def right(self, pictures: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
+        """Which attribute of which picture is as asked: bool (attributes in the order of LABELS, N)."""
+        seen = self.read(pictures)
+        return np.array([[a == s.attributes[n] for a, s in zip(seen[n], scenes, strict=True)] for n in LABELS])
+
     def agreement(self, pictures: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
         """The share of pictures in which each attribute is as asked, and `all` of them at once."""
-        seen = self.read(pictures)
-        right = {n: np.array([a == s.attributes[n] for a, s in zip(seen[n], scenes, strict=True)]) for n in LABELS}
-        return {n: float(r.mean()) for n, r in right.items()} | {"all": float(np.all(list(right.values()), 0).mean())}
+        return shares(self.right(pictures, scenes))
+
+
+def shares(right: np.ndarray) -> dict[str, float]:
+    """From bool (attributes, N): the share of pictures in which each attribute is right, and `all` at once."""
+    return {n: float(r.mean()) for n, r in zip(LABELS, right, strict=True)} | {"all": float(right.all(0).mean())}
 
 
 def to_images(pictures: np.ndarray) -> Tensor:

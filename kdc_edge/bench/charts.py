@@ -1,4 +1,4 @@
-"""Line and bar charts as inline SVG, from pure functions: no script, nothing to fetch.
+"""Line and bar charts as inline SVG, from pure functions: no script, nothing to fetch. (Scatter: scatter.py.)
 
     line_chart({"with replay": [(0, 0.9), (100, 0.2)]}, title="Loss", x_label="step", y_label="loss")
 
@@ -36,7 +36,7 @@ def line_chart(series: Mapping[str, Points], *, title: str, x_label: str, y_labe
     lines = {name: _thin(points) for name, points in kept.items()}
     drawn = [p for points in lines.values() for p in points]
     if not drawn:
-        return _figure(title, Html(""), '<p class="small">Nothing to show yet.</p>')
+        return figure(title, Html(""), '<p class="small">Nothing to show yet.</p>')
     xs, ys = [p[0] for points in kept.values() for p in points], [p[1] for p in drawn]
     x_ticks = nice_ticks(min(xs), max(xs), 5)
     y_ticks = log_ticks(min(ys), max(ys)) if log_y else nice_ticks(min(ys), max(ys), 5)
@@ -75,7 +75,7 @@ def line_chart(series: Mapping[str, Points], *, title: str, x_label: str, y_labe
     ends = "; ".join(f"{name} ends at {number(points[-1][1])}" for name, points in lines.items() if points)
     scale = ", logarithmic" if log_y else ""
     described = f"{title}. Line chart of {y_label}{scale} over {x_label}: {ends}."
-    return _figure(title, _legend(list(lines)), _svg(HEIGHT, described, parts))
+    return figure(title, legend(list(lines)), svg(HEIGHT, described, parts))
 
 
 def bar_chart(values: Mapping[str, float], *, title: str, unit: str) -> Html:
@@ -85,12 +85,37 @@ def bar_chart(values: Mapping[str, float], *, title: str, unit: str) -> Html:
     for i, (name, value) in enumerate(values.items()):
         share = max(value, 0.0) / longest if longest > 0 and math.isfinite(value) else 0.0
         width, top = max(share * (WIDTH - 150), 2.0), i * row
-        parts.append(f'<text class="name" x="0" y="{top + 18}">{escape(_short(name))}</text>')
+        parts.append(f'<text class="name" x="0" y="{top + 18}">{escape(shorten(name))}</text>')
         parts.append(f'<rect class="bar" x="0" y="{top + 27}" width="{width:.1f}" height="15" rx="3"/>')
         said = escape(f"{number(value)} {unit}".strip())
         parts.append(f'<text class="value" x="{width + 10:.1f}" y="{top + 35}" dy=".35em">{said}</text>')
     listed = "; ".join(f"{name}: {number(value)} {unit}" for name, value in values.items())
-    return _figure(title, Html(""), _svg(max(row * len(values), 1), f"{title}. Bar chart: {listed}.", parts))
+    return figure(title, Html(""), svg(max(row * len(values), 1), f"{title}. Bar chart: {listed}.", parts))
+
+
+def stacked_bars(rows: Mapping[str, Mapping[str, float]], *, title: str, unit: str) -> Html:
+    """Horizontal bars of parts that add up, each under its name and beside its sum; every row has the same parts."""
+    parts_of = list(next(iter(rows.values()), {}))
+    longest = max((sum(parts.values()) for parts in rows.values()), default=0.0)
+    row, drawn = 57, []
+    for i, (name, parts) in enumerate(rows.items()):
+        top, left = i * row, 0.0
+        drawn.append(f'<text class="name" x="0" y="{top + 18}">{escape(shorten(name))}</text>')
+        for j, value in enumerate(parts.values()):
+            width = value / longest * (WIDTH - 110) if longest > 0 else 0.0
+            drawn.append(
+                f'<rect class="part f{j % COLOURS}" x="{left:.1f}" y="{top + 27}" width="{width:.1f}" height="18"/>'
+            )
+            left += width
+        said = escape(f"{number(sum(parts.values()))} {unit}".strip())
+        drawn.append(f'<text class="value" x="{left + 10:.1f}" y="{top + 36}" dy=".35em">{said}</text>')
+    listed = "; ".join(
+        f"{name}: {number(sum(parts.values()))} {unit}, of which "
+        + ", ".join(f"{part} {number(value)}" for part, value in parts.items())
+        for name, parts in rows.items()
+    )
+    described = f"{title}. Stacked bar chart: {listed}."
+    return figure(title, legend(parts_of, "part"), svg(max(row * len(rows), 1), described, drawn))
 
 
 def nice_ticks(low: float, high: float, about: int) -> list[float]:
@@ -160,22 +185,27 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
-def _short(name: str, most: int = 48) -> str:
+def shorten(name: str, most: int = 48) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def _legend(names: Sequence[str]) -> Html:
+_KEYS = {  # viewBox, drawing
+    "line": ("26 8", '<line class="line c{}" x1="1" x2="25" y1="4" y2="4"/>'),
+    "part": ("12 12", '<rect class="part f{}" width="12" height="12"/>'),
+    "dot": ("12 12", '<circle class="dot c{}" cx="6" cy="6" r="5"/>'),
+}
+
+
+def legend(names: Sequence[str], kind: str = "line") -> Html:
     if len(names) < 2:
         return Html("")
-    key = (
-        '<svg class="key" viewBox="0 0 26 8" aria-hidden="true">'
-        '<line class="line c{}" x1="1" x2="25" y1="4" y2="4"/></svg>'
-    )
+    size, drawing = _KEYS[kind]
+    key = f'<svg class="key {kind}-key" viewBox="0 0 {size}" aria-hidden="true">{drawing}</svg>'
     items = "".join(f"<li>{key.format(i % COLOURS)}{escape(name)}</li>" for i, name in enumerate(names))
     return Html(f'<ul class="legend">{items}</ul>')
 
 
-def _svg(height: int, described: str, parts: Sequence[str]) -> str:
+def svg(height: int, described: str, parts: Sequence[str]) -> str:
     return (
         f'<svg class="plot" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(described)}">'
         + "".join(parts)
@@ -183,5 +213,5 @@ def _svg(height: int, described: str, parts: Sequence[str]) -> str:
     )
 
 
-def _figure(title: str, legend: Html, body: str) -> Html:
+def figure(title: str, legend: Html, body: str) -> Html:
     return Html(f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{legend}{body}</figure>')

@@ -30,7 +30,7 @@ TITLES = {
     "size_bytes": "size",
     "energy_joules": "energy",
 }
-UNITS = {"_sec": ("s", 1.0), "_bytes": ("MiB", 2.0**-20), "_joules": ("J", 1.0)}
+UNITS = {"_sec": ("s", 1.0), "_bytes": ("MB", 1e-6), "_joules": ("J", 1.0)}
 NOTE = (
     "Ratios are new / old of the medians; an interval that holds 1, or a difference below 5 % from fewer than three"
     " processes a side, is within the noise. Measure a bundle several times in one report to see smaller differences."

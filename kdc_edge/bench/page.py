@@ -18,25 +18,32 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from kdc_edge.bench.charts import Html, bar_chart, escape, line_chart
+from kdc_edge.bench.charts import Html, bar_chart, escape, line_chart, stacked_bars
 from kdc_edge.bench.style import CSS
 
 __all__ = [
+    "Card",
     "Html",
     "Section",
     "bar_chart",
     "bullets",
+    "command",
     "data_table",
+    "downloads",
     "heat_table",
     "line_chart",
     "page",
     "paragraph",
+    "picture_cards",
     "picture_grid",
     "side_by_side",
+    "stacked_bars",
     "tiles",
 ]
 
 SMALL_PICTURE = 128  # pixels a side; up to here pixels are shown as they are, not smoothed
+CARD_PICTURE = 256  # pixels a side; larger ones are reduced, so that a page of many stays light
+AMPLIFIED = 8  # times, the differences between pictures
 MOST_HEAT = 72  # per cent of the colour in the strongest cell, so that its number stays readable
 
 # Belt and braces: even text that slipped through unescaped could run and fetch nothing.
@@ -160,6 +167,52 @@ def picture_grid(rows: Sequence[tuple[str, Sequence[np.ndarray | None]]], captio
         )
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
     return _table("pictures", "", "Pictures", head, lines)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A picture under its name; beside it, where there is a reference, what differs from that."""
+
+    name: str
+    note: str
+    pixels: np.ndarray  # uint8 (H, W, 3)
+    reference: np.ndarray | None = None  # of the same shape
+
+
+def picture_cards(cards: Sequence[Card]) -> Html:
+    """Pictures with their amplified differences, as many in a row as the window holds."""
+    items = []
+    for card in cards:
+        shown = _picture(_reduced(card.pixels), f"Picture of {card.name}")
+        if card.reference is not None:
+            apart = np.abs(card.pixels.astype(np.int16) - card.reference) * AMPLIFIED
+            difference = _reduced(np.minimum(apart, 255).astype(np.uint8))
+            shown += _picture(difference, f"Difference to the reference, {AMPLIFIED} times, of {card.name}")
+        caption = f'{escape(card.name)}<span class="small">{escape(card.note)}</span>'
+        items.append(f'<li><figure><div class="pair">{shown}</div><figcaption>{caption}</figcaption></figure></li>')
+    return Html(f'<ul class="cards">{"".join(items)}</ul>')
+
+
+def _reduced(pixels: np.ndarray) -> np.ndarray:
+    factor = math.ceil(max(pixels.shape[:2]) / CARD_PICTURE)
+    return pixels if factor == 1 else np.asarray(Image.fromarray(pixels).reduce(factor))
+
+
+def command(text: str) -> Html:
+    """A command line, to be copied; an option stays in one line with its value."""
+    first, *options = text.split(" --")
+    parts = [escape(first), *(f'<span class="option">--{escape(option)}</span>' for option in options)]
+    return Html(f"<pre>{' '.join(parts)}</pre>")
+
+
+def downloads(files: Sequence[tuple[str, str, str]]) -> Html:
+    """Files inside the page: (name, media type, text)."""
+    links = []
+    for name, kind, text in files:
+        content = base64.b64encode(text.encode()).decode()
+        link = f'<a download="{escape(name)}" href="data:{escape(kind)};base64,{content}">{escape(name)}</a>'
+        links.append(f"<li>{link}</li>")
+    return Html(f'<ul class="list">{"".join(links)}</ul>')
 
 
 def _picture(pixels: np.ndarray | None, alt: str) -> str:

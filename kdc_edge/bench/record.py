@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,12 +19,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import psutil
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 import kdc_edge
 from kdc_edge.bundle import Check
 from kdc_edge.errors import InputError
+from kdc_edge.machine import this_machine
 
 SCHEMA: Literal["kdc-edge/bench/2"] = "kdc-edge/bench/2"
 PACKAGES = ("numpy", "onnxruntime", "openvino", "coremltools", "torch", "diffusers", "transformers")
@@ -238,22 +236,12 @@ def here() -> Environment:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = this_machine()
     return Environment(
-        os=f"{platform.system()} {platform.release()} {platform.machine()}",
-        processor=_processor(),
-        cores=cores,
-        memory_bytes=psutil.virtual_memory().total,
-        python=platform.python_version(),
+        os=machine.os,
+        processor=machine.processor.name,
+        cores=machine.cores,
+        memory_bytes=machine.memory_bytes,
+        python=machine.python,
         versions=versions,
     )
-
-
-def _processor() -> str:
-    """The processor's name as its maker gives it, where the system tells; else its architecture."""
-    if Path("/proc/cpuinfo").is_file():
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Hardware", "Model") and value.strip():
-                return value.strip()
-    return platform.processor() or platform.machine() or "unknown"

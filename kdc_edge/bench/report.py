@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kdc_edge.bench.page import Html, Section, bar_chart, bullets, data_table, page, paragraph
 from kdc_edge.bench.record import Environment, Report, Row, to_json
 from kdc_edge.bench.values import METRICS, count_threads, labels, timing, values
 from kdc_edge.errors import InputError
@@ -46,22 +46,24 @@ STAGES = {
 
 
 @dataclass(frozen=True)
-class _Column:
+class Column:
     header: str
     cells: tuple[str, ...]
 
 
-def render(report: Report, format: Format) -> str:
-    """The report as text in one of the formats."""
+def render(report: Report, format: Format, pictures: Sequence[np.ndarray | None] = ()) -> str:
+    """The report as text in one of the formats; the page shows the rows' pictures, uint8 (H, W, 3)."""
     rows, environment = report.rows, report.environment
     if format == "json":
         return to_json(report)
     if format == "csv":
-        return _csv(rows)
+        return rows_as_csv(rows)
     if format == "md":
         return _markdown(rows, environment)
     if format == "html":
-        return page("Benchmark", [Section("Results", benchmark_blocks(rows, environment))])
+        from kdc_edge.bench.benchmark_page import benchmark_page  # which is made of what stands here
+
+        return benchmark_page(report, pictures)
     console = Console(file=io.StringIO(), width=TABLE_COLUMNS, force_terminal=False)
     console.print(table(rows))
     for line in (*notes(rows), *conditions(rows, environment)):
@@ -73,33 +75,13 @@ def render(report: Report, format: Format) -> str:
 def table(rows: Sequence[Row]) -> Table:
     """For a terminal; the failures and conditions are lines of their own."""
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    names, engines, *numbers = _columns(rows)
+    names, engines, *numbers = columns(rows)
     found.add_column("Bundle", overflow="fold")  # the engine stands below the name: numbers need the width
     for column in numbers:
         found.add_column(column.header.replace(",", "").replace(" ", "\n"), justify="right", no_wrap=True)
     for name, engine, *cells in zip(names.cells, engines.cells, *(column.cells for column in numbers), strict=True):
         found.add_row(f"{escape(name)}\n[dim]{escape(engine)}[/dim]", *cells)
     return found
-
-
-def benchmark_blocks(rows: Sequence[Row], environment: Environment) -> list[Html]:
-    """The table, a chart of the time a picture takes, and the conditions, for an HTML report."""
-    columns = _columns(rows)
-    cells = list(zip(*(column.cells for column in columns), strict=True))
-    blocks = [data_table([column.header for column in columns], cells)]
-    if noted := notes(rows):
-        blocks.append(bullets(noted))
-    named = zip(labels(rows), rows, strict=True)
-    times = {label: row.timings.end_to_end.median_sec for label, row in named if row.timings}
-    if times:
-        unit, scale = _unit(times.values())
-        scaled = {name: sec * scale for name, sec in times.items()}
-        blocks.append(bar_chart(scaled, title="Time for one picture, median", unit=unit))
-    return [
-        *blocks,
-        paragraph("How it was measured", small=True),
-        bullets(conditions(rows, environment), small=True),
-    ]
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -144,29 +126,31 @@ def conditions(rows: Sequence[Row], environment: Environment) -> list[str]:
     ]
 
 
-def _columns(rows: Sequence[Row]) -> list[_Column]:
-    def timed(header: str, pick: Callable[[Row], float | None]) -> _Column:
-        found = [pick(row) for row in rows]
-        unit, scale = _unit(v for v in found if v is not None)
-        return _Column(f"{header}, {unit}", tuple(UNKNOWN if v is None else digits(v * scale) for v in found))
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """The table: what every row is, and what was measured."""
 
-    def known(header: str, name: str) -> list[_Column]:
+    def timed(header: str, pick: Callable[[Row], float | None]) -> Column:
+        found = [pick(row) for row in rows]
+        unit, scale = unit_of(v for v in found if v is not None)
+        return Column(f"{header}, {unit}", tuple(UNKNOWN if v is None else digits(v * scale) for v in found))
+
+    def known(header: str, name: str) -> list[Column]:
         """A column only where some row has the value."""
         found = [values(row)[name] for row in rows]
         cells = tuple(UNKNOWN if v is None else digits(v) for v in found)
-        return [_Column(header, cells)] if any(v is not None for v in found) else []
+        return [Column(header, cells)] if any(v is not None for v in found) else []
 
     stages = ("cold", "text_encoder", "unet_first_step", "unet_step", "vae_decoder", "end_to_end")
     return [
-        _Column("Bundle", tuple(labels(rows))),
-        _Column("Engine", tuple(_engine(row) for row in rows)),
-        _Column("Size, MiB", tuple(_mib(row.size_bytes) for row in rows)),
+        Column("Bundle", tuple(labels(rows))),
+        Column("Engine", tuple(_engine(row) for row in rows)),
+        Column("Size, MB", tuple(_megabytes(row.size_bytes) for row in rows)),
         *(timed(STAGES[s], lambda row, s=s: _median(row, s)) for s in stages),  # type: ignore[misc]
         timed("p90", lambda row: row.timings.end_to_end.p90_sec if row.timings else None),
-        _Column("Peak, MiB", tuple(_mib(row.peak_rss_bytes) for row in rows)),
+        Column("Peak, MB", tuple(_megabytes(row.peak_rss_bytes) for row in rows)),
         *known("Energy, J", "energy_joules"),
-        _Column("PSNR, dB", tuple(_psnr(row) for row in rows)),
-        _Column("Parity, dB", tuple(_parity(row) for row in rows)),
+        Column("PSNR, dB", tuple(_psnr(row) for row in rows)),
+        Column("Parity, dB", tuple(_parity(row) for row in rows)),
         *(column for name, title in _metrics(rows).items() for column in known(title.capitalize(), name)),
     ]
 
@@ -177,9 +161,30 @@ def _metrics(rows: Sequence[Row]) -> dict[str, str]:
     return {name: name.replace("_", " ") for name in METRICS if name in found and name != "exact"}
 
 
-def _unit(values_sec: Iterable[float]) -> tuple[str, float]:
+def unit_of(values_sec: Iterable[float]) -> tuple[str, float]:
     """One unit for all of them, and what a second is in it."""
     return ("ms", 1000.0) if max(values_sec, default=0.0) < 1 else ("s", 1.0)
+
+
+def byte_unit_of(counts: Iterable[float | None]) -> tuple[str, float]:
+    """The same for bytes, in the decimal units that budgets and disks are measured in."""
+    return ("GB", 1e-9) if max((c for c in counts if c is not None), default=0.0) >= 1e9 else ("MB", 1e-6)
+
+
+def time_text(sec: float | None) -> str:
+    """One time with its unit: "249 ms", "14.0 s"."""
+    if sec is None:
+        return UNKNOWN
+    unit, scale = unit_of([sec])
+    return f"{digits(sec * scale)} {unit}"
+
+
+def bytes_text(count: float | None) -> str:
+    """One size with its unit: "137 MB", "1.50 GB"."""
+    if count is None:
+        return UNKNOWN
+    unit, scale = byte_unit_of([count])
+    return f"{digits(count * scale)} {unit}"
 
 
 def _median(row: Row, stage: str) -> float | None:
@@ -194,8 +199,8 @@ def digits(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
-def _mib(size_bytes: int | None) -> str:
-    return UNKNOWN if size_bytes is None else digits(size_bytes / 2**20)
+def _megabytes(size_bytes: int | None) -> str:
+    return UNKNOWN if size_bytes is None else digits(size_bytes / 1e6)
 
 
 def _psnr(row: Row) -> str:
@@ -227,7 +232,7 @@ def _values(found: Iterable[object]) -> str:
     return " / ".join(dict.fromkeys(str(value) for value in found))
 
 
-def _csv(rows: Sequence[Row]) -> str:
+def rows_as_csv(rows: Sequence[Row]) -> str:
     """A line a row, full precision, unknown as an empty field; an infinite PSNR is that of equal pictures."""
     plain = (
         "name",
@@ -275,9 +280,9 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def _markdown(rows: Sequence[Row], environment: Environment) -> str:
-    columns = _columns(rows)
-    cells = list(zip(*(column.cells for column in columns), strict=True))
-    text = markdown_table([column.header for column in columns], cells, words=(0, 1))
+    found = columns(rows)
+    cells = list(zip(*(column.cells for column in found), strict=True))
+    text = markdown_table([column.header for column in found], cells, words=(0, 1))
     lines = [f"- {_markdown_text(line)}" for line in (*notes(rows), *conditions(rows, environment))]
     return "\n".join([text, *lines]) + "\n"
 

@@ -76,11 +76,22 @@ figcaption, caption { text-align: left; font-size: 1rem; font-weight: 600; line-
   font-size: .9rem; color: var(--quiet); }
 .legend li { display: flex; align-items: center; gap: .5rem; }
 .key { width: 26px; height: 8px; flex: none; }
+.part-key, .dot-key { width: 12px; height: 12px; }
+.part { stroke: var(--ground); stroke-width: 1; }
+.f0 { fill: var(--c0); } .f1 { fill: var(--c1); } .f2 { fill: var(--c2); }
+.f3 { fill: var(--c3); } .f4 { fill: var(--c4); } .f5 { fill: var(--c5); }
+.ring { fill: none; stroke: var(--text); stroke-width: 1.75; }
+.limit { stroke: var(--axis); stroke-width: 1.25; stroke-dasharray: 6 4; }
+.leader { stroke: var(--quiet); stroke-width: 1; }
+.plot .point { fill: var(--text); paint-order: stroke; stroke: var(--ground); stroke-width: 3px; }
+.plot .strong { font-weight: 650; }
+.plot .narrow { display: none; }
 @container (max-width: 560px) {
   .plot text { font-size: 15px; }
   .plot .name, .plot .value { font-size: 16px; }
 }
 @container (max-width: 400px) {
+  .plot .wide { display: none; } .plot .narrow { display: inline; }
   .plot text { font-size: 19.5px; }
   .plot .name, .plot .value { font-size: 22px; }
 }
@@ -131,6 +142,18 @@ table { border-collapse: collapse; font-size: .9rem; line-height: 1.4; font-vari
 .pictures img.small-picture { image-rendering: pixelated; }
 .pictures .missing { width: var(--side); aspect-ratio: 1; display: grid; place-items: center;
   border: 1px dashed var(--axis); border-radius: 6px; color: var(--quiet); font-size: .8rem; }
+.cards { list-style: none; padding: 0; margin: 0 0 1.8rem; display: grid; gap: 1.6rem 1.8rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
+.cards figure { margin: 0; }
+.cards figcaption { font-size: .95rem; margin: .5rem 0 0; overflow-wrap: anywhere; }
+.cards figcaption .small { display: block; font-weight: 400; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 4px; }
+.pair img { display: block; width: 100%; height: auto; border-radius: 6px; background: var(--card); }
+.pair img.small-picture { image-rendering: pixelated; }
+.option { display: inline-block; max-width: 100%; }
+pre { font: .9rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; margin: 0 0 1.4rem;
+  padding: .8rem 1rem; background: var(--card); border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere;
+  max-width: 86ch; }
 @media (max-width: 480px) {
   .pictures tbody th { width: auto; font-size: .8rem; padding-right: .5rem; }
   .data tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 6.6rem; }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kdc_edge.cli import bench, evaluate, export, generate, init, inspect, quickstart, train
+from kdc_edge.cli import bench, devices, evaluate, export, fit, generate, init, inspect, quickstart, train
 
 app = typer.Typer(
     name="kdc-edge",
@@ -20,10 +20,11 @@ app.command("init")(init.init)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("bench")(bench.bench)
+app.command("fit")(fit.fit)
 app.command("eval")(evaluate.evaluate)
 app.command("verify")(inspect.verify)
 app.command("info")(inspect.info)
-app.command("devices")(inspect.devices)
+app.command("devices")(devices.devices)
 app.command("formats")(inspect.formats)
 
 

@@ -14,6 +14,7 @@ from kdc_edge.cli.options import (
     Guidance,
     GuidanceInterval,
     LowMemory,
+    listed,
     make_request,
 )  # fmt: skip
 from kdc_edge.cli.project import Config, all_bundles, command_line, say
@@ -97,18 +98,18 @@ def bench(
         repeats=repeats,
         warmup=warmup,
         engine=engine,
-        devices=[device] if device is None or whole else _listed(device, "--device", str),
-        threads=[None] if threads is None else _listed(threads, "--threads", int),
-        steps=_listed(steps, "--steps", int),
-        samplers=_listed(scheduler, "--scheduler", str),
-        guidance_modes=_listed(guidance_mode, "--guidance-mode", str) if guidance_mode else (),
+        devices=[device] if device is None or whole else listed(device, "--device", str),
+        threads=[None] if threads is None else listed(threads, "--threads", int),
+        steps=listed(steps, "--steps", int),
+        samplers=listed(scheduler, "--scheduler", str),
+        guidance_modes=listed(guidance_mode, "--guidance-mode", str) if guidance_mode else (),
         low_memory=low_memory,
         prompts=asked,
     )
     others = references(reference, cases) if reference else []
 
-    def write(rows: list[Row]) -> None:
-        _write(render(_report(rows), cast(Format, format)), out)
+    def write(rows: list[Row], pictures: list[Any]) -> None:
+        _write(render(_report(rows), cast(Format, format), pictures), out)
 
     rows = _measure(others, cases, budget_sec, score, write)
     _judge(rows, limits)
@@ -116,7 +117,7 @@ def bench(
 
 def _measure(
     others: list[Any], cases: list[Any], budget_sec: float | None, score: Callable[[Measured], Measured],
-    write: Callable[[list[Row]], None],
+    write: Callable[[list[Row], list[Any]], None],
 ) -> list[Row]:  # fmt: skip
     """Measure everything, and write: what was reached, too, when Ctrl-C ends it, which is raised again."""
     from kdc_edge.bench.grid import not_measured, run
@@ -137,7 +138,7 @@ def _measure(
         interrupted = True
         measured += [not_measured(case, "interrupted") for case in [*others, *cases][len(measured) :]]
     rows = compare_pictures(measured[len(others) :], measured[: len(others)])
-    write(rows)
+    write(rows, [found.pixels for found in measured[len(others) :]])
     if interrupted:
         say("interrupted: the rows so far are written")
         raise KeyboardInterrupt
@@ -179,17 +180,6 @@ def _scorer(path: Path | None, weights: Path | None) -> tuple[Callable[[Measured
         return replace(found, row=replace(found.row, prompt_quality=score(found.prompt_pictures)))
 
     return scored, prompts
-
-
-def _listed(text: str, option: str, kind: Callable[[str], Any]) -> list[Any]:
-    """'4,20' as numbers; raises InputError."""
-    try:
-        found = [kind(part.strip()) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"{option} {text!r} is not understood: use 4 or 4,20 or the like") from None
-    if "" in found:
-        raise InputError(f"{option} {text!r} has an empty place: separate values by single commas")
-    return list(dict.fromkeys(found))
 
 
 def _compared(old: Path, new: Path, format: str) -> str:

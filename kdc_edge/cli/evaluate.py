@@ -1,19 +1,26 @@
-"""kdc-edge eval: how good a checkpoint's pictures are, task by task."""
+"""kdc-edge eval: how good a checkpoint's pictures are, task by task, and what each exported precision keeps of it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from kdc_edge.cli.project import LATEST, Config, need_training, say
-from kdc_edge.errors import InputError
+from kdc_edge.cli.options import Json
+from kdc_edge.cli.project import LATEST, Config, bundles_in, need_training, say
+from kdc_edge.errors import CheckpointError, InputError, KdcError
 
 if TYPE_CHECKING:
     from kdc_edge.train.data import Task
+    from kdc_edge.train.evaluate import Evaluated, MakesPictures
+
+    Evaluate = Callable[[MakesPictures], dict[str, Evaluated]]
 
 
 def evaluate(
@@ -22,41 +29,95 @@ def evaluate(
         list[str] | None, Option(metavar="NAME=SOURCE", help="What to ask for; the run's own tasks.")
     ] = None,
     caption: Annotated[list[str] | None, Option(metavar="[TASK=]TEMPLATE", help="As in kdc-edge train.")] = None,
+    bundles: Annotated[
+        list[Path] | None,
+        Option(metavar="DIR", help="Bundles of this checkpoint, or a folder of them: does a precision forget more?"),
+    ] = None,
     pictures: Annotated[int, Option(help="Of each task.")] = 64,
     teacher: Annotated[str | None, Option(help="Compare with this checkpoint's pictures (LPIPS).")] = None,
     metric_weights: Annotated[Path | None, Option(help="Folder with the weight files of FID, LPIPS, CLIP.")] = None,
     steps: Annotated[int, Option(help="Of DPM-Solver++ 2M.")] = 12,
     guidance: Annotated[float, Option(help="Guidance scale.")] = 4.0,
     seed: Annotated[int, Option(help="Of the noise.")] = 7,
-    as_json: Annotated[bool, Option("--json", help="One JSON document.")] = False,
+    as_json: Json = False,
     config: Config = None,
 ) -> None:
     """Measure a checkpoint: of the garden offline, of other data with what weight files are here."""
     del config
     need_training("kdc-edge eval")
-    from kdc_edge.train.evaluate import evaluate_checkpoint
+    from kdc_edge.checkpoint import hash_checkpoint, read_model
+    from kdc_edge.train.evaluate import evaluate_tasks, open_generator
     from kdc_edge.train.folders import find_teacher
     from kdc_edge.train.metrics import PictureMetrics
+    from kdc_edge.train.precisions import BundleGenerator, refuse_strangers
 
     if pictures < 2:
         raise InputError(f"--pictures {pictures} is too few: use 2 or more")
     checkpoint, run = _find(what)
+    folders = [folder for given in bundles or () for folder in bundles_in(given)]
+    if folders:
+        refuse_strangers(folders, hash_checkpoint(checkpoint))
     tasks = _tasks(run, task, caption)
     metrics = PictureMetrics(metric_weights)
     if any(not t.source.startswith("garden:") for t in tasks):
         for line in metrics.missing():
             say(f"not measured: {line}")
-    scores = evaluate_checkpoint(
-        checkpoint, tasks, pictures=pictures, metrics=metrics, teacher=find_teacher(teacher) if teacher else None,
-        seed=seed, steps=steps, guidance=guidance,
+    taught = open_generator(find_teacher(teacher), steps=steps, guidance=guidance) if teacher else None
+    measure = partial(
+        evaluate_tasks, tasks=tasks, pictures=pictures, size=read_model(checkpoint).picture_size, metrics=metrics,
+        teacher=taught, seed=seed,
     )  # fmt: skip
+    own = measure(open_generator(checkpoint, steps=steps, guidance=guidance))
     document: dict[str, Any] = {
         "checkpoint": str(checkpoint),
-        "scores": {name: score.values for name, score in scores.items()},
+        "metric": _common_metric(own),
+        "scores": _values(own),
+        "quality": _quality(own),
+        "bundles": [
+            _beside(folder, own, lambda folder: measure(BundleGenerator.open(folder, steps=steps, guidance=guidance)))
+            for folder in folders
+        ],
         "run": _history(run),
         "conditions": f"{pictures} pictures a task, DPM-Solver++ 2M {steps} steps, guidance {guidance:g}, seed {seed}",
     }
     typer.echo(json.dumps(document, indent=2) if as_json else "\n".join(_lines(document)))
+
+
+def _beside(
+    folder: Path, own: Mapping[str, Evaluated], measure: Callable[[Path], Mapping[str, Evaluated]]
+) -> dict[str, Any]:
+    """A bundle beside its checkpoint; where it cannot be run, the reason."""
+    from kdc_edge.bundle import Bundle
+    from kdc_edge.train.precisions import compare
+
+    found: dict[str, Any] = {"name": folder.resolve().name, "folder": str(folder)}
+    found["size_bytes"] = Bundle.open(folder).size_bytes
+    say(f"evaluating {folder}")
+    try:
+        other = measure(folder)
+    except KdcError as error:
+        return {**found, "failure": str(error)}
+    return {
+        **found,
+        "scores": _values(other),
+        "quality": _quality(other),
+        **asdict(compare(own, other)),
+        "failure": None,
+    }
+
+
+def _values(evaluated: Mapping[str, Evaluated]) -> dict[str, dict[str, float]]:
+    return {name: found.score.values for name, found in evaluated.items()}
+
+
+def _quality(evaluated: Mapping[str, Evaluated]) -> dict[str, float]:
+    """A row of R."""
+    return {name: found.score.quality for name, found in evaluated.items()}
+
+
+def _common_metric(evaluated: Mapping[str, Evaluated]) -> str:
+    """What R is made of: "prompt_accuracy", "-kid"; several where tasks differ."""
+    return ", ".join(dict.fromkeys(found.score.metric for found in evaluated.values()))
 
 
 def _find(what: Path | None) -> tuple[Path, Path | None]:
@@ -82,13 +143,16 @@ def _tasks(run: Path | None, task: list[str] | None, caption: list[str] | None) 
 
 
 def _history(run: Path | None) -> dict[str, Any] | None:
-    """R and what follows from it, as the run left them."""
+    """R and what follows from it, as the run left them; None where there is none that can be read."""
     if run is None or not (run / "results.json").is_file():
         return None
-    from kdc_edge.errors import CheckpointError
     from kdc_edge.files import read_json
 
-    return read_json(run / "results.json", CheckpointError)
+    found: dict[str, Any] = read_json(run / "results.json", CheckpointError)
+    if not {"tasks", "metric", "average", "backward_transfer", "forgetting_max_minus_last"} <= found.keys():
+        say(f"{run / 'results.json'} is of another kdc-edge: the run's history is left out")
+        return None
+    return found
 
 
 def _lines(document: dict[str, Any]) -> list[str]:
@@ -96,6 +160,8 @@ def _lines(document: dict[str, Any]) -> list[str]:
         f"{task}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         for task, values in document["scores"].items()
     ]
+    if document["bundles"]:
+        lines += _by_precision(document)
     history = document["run"]
     if history:
         lines += [f"over the run, {history['metric']}:"]
@@ -107,3 +173,41 @@ def _lines(document: dict[str, Any]) -> list[str]:
             if history[name] is not None:
                 lines.append(f"  {name.replace('_', ' ')} {history[name]:.4g}")
     return [*lines, f"({document['conditions']})"]
+
+
+def _by_precision(document: dict[str, Any]) -> list[str]:
+    """R's last row for the checkpoint and for every bundle, as a table."""
+    tasks = list(document["quality"])
+    table = [("", *tasks, "forgets more", "picture PSNR", "size")]
+    table.append(("checkpoint", *_cells(document["quality"]), "", "", ""))
+    for row in document["bundles"]:
+        if row["failure"]:
+            continue
+        size = f"{row['size_bytes'] / 1e6:.1f} MB"
+        table.append((row["name"], *_cells(row["quality"]), _more(row["added_forgetting"]), _similar(row), size))
+    widths = [max(len(cells[i]) for cells in table) for i in range(len(table[0]))]
+    lines = [f"the last row of R by precision, {document['metric']}, from the same prompts and noise:"]
+    for name, *cells in table:
+        padded = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append(f"  {name.ljust(widths[0])}  {padded}".rstrip())
+    lines += [f"  {row['name']}: not measured: {row['failure']}" for row in document["bundles"] if row["failure"]]
+    return lines
+
+
+def _cells(quality: Mapping[str, float]) -> list[str]:
+    return [f"{value:.4g}" for value in quality.values()]
+
+
+def _more(loss: dict[str, Any] | None) -> str:
+    """What is added to forgetting: "0.004 ± 0.006, noise" is less than two standard errors."""
+    if loss is None:
+        return "-"
+    spread = "" if loss["stderr"] is None else f" ± {loss['stderr']:.4f}"
+    return f"{loss['mean']:+.4f}{spread}{', noise' if loss['within_noise'] and loss['mean'] else ''}"
+
+
+def _similar(row: dict[str, Any]) -> str:
+    if row["worst_psnr_db"] is None:
+        return "equal"
+    median = "equal" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
+    return f"{median}, worst {row['worst_psnr_db']:.1f}"

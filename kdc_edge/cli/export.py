@@ -114,11 +114,12 @@ def _calibration(row: Format, prompts: Path | None, samples: int | None) -> dict
 def _coreml_options(asked: dict[str, Any]) -> CoreMLOptions:
     """The options that only Core ML has, with the budget and the recipe read."""
     from kdc_edge.export.coreml import CoreMLOptions
-    from kdc_edge.export.mixed import Budget, parse_size, read_recipe
+    from kdc_edge.export.mixed import Budget, read_recipe
+    from kdc_edge.files import parse_size
 
     size, psnr_db, recipe = (asked.pop(name, None) for name in ("max_size", "min_psnr", "recipe"))
     if size is not None or psnr_db is not None:
-        asked["budget"] = Budget(size and parse_size(size), psnr_db)
+        asked["budget"] = Budget(size and parse_size(size, "--max-size"), psnr_db)
     if recipe is not None:
         asked["recipe"] = read_recipe(recipe)
     return CoreMLOptions(**asked)

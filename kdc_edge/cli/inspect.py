@@ -1,18 +1,17 @@
-"""kdc-edge verify, info, devices, formats: look at artifacts and machines."""
+"""kdc-edge verify, info, formats: look at artifacts."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
+from kdc_edge.cli.options import Json
 from kdc_edge.cli.project import all_bundles
-
-Json = Annotated[bool, Option("--json", help="One JSON document on stdout.")]
 
 
 def verify(
@@ -57,34 +56,6 @@ def info(
         return
     for name, value in facts.items():
         typer.echo(f"{name.replace('_', ' '):>20}  {value}")
-
-
-def devices(as_json: Json = False) -> None:
-    """What this machine can run: the engines and their devices."""
-    from kdc_edge.errors import InputError, MissingPackageError
-    from kdc_edge.runtimes import ENGINES, get_runtime
-
-    found: list[dict[str, Any]] = []
-    for name, engine in ENGINES.items():
-        try:
-            runtime = get_runtime(name)
-            devices = runtime.devices()
-        except MissingPackageError:
-            found.append({"engine": name, "missing": f"not installed; pip install 'kdc-edge[{engine.extra}]'"})
-            continue
-        except InputError as error:  # of another system
-            found.append({"engine": name, "missing": str(error)})
-            continue
-        found.append({"engine": name, "version": runtime.version, "devices": [asdict(d) for d in devices]})
-    if as_json:
-        typer.echo(json.dumps({"engines": found}, indent=2))
-        return
-    for row in found:
-        if "missing" in row:
-            typer.echo(f"{row['engine']}: {row['missing']}")
-        else:
-            listed = "; ".join(f"{d['name']} ({d['description']})" for d in row["devices"])
-            typer.echo(f"{row['engine']} {row['version']}: {listed}")
 
 
 def formats(as_json: Json = False) -> None:

@@ -1,7 +1,8 @@
-"""The options that generate and bench share, and the request they make."""
+"""The options that commands share, and the request that generate and bench make."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,6 +25,7 @@ Device = Annotated[
     str | None, typer.Option(help="One for all, or one a component: unet=GPU,text_encoder=CPU. See kdc-edge devices.")
 ]
 Threads = Annotated[int | None, typer.Option(help="Of the engine.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 LowMemory = Annotated[
     bool, typer.Option("--low-memory", help="One network in memory at a time, guidance sequential: slower, smaller.")
 ]
@@ -46,3 +48,14 @@ def parse_interval(text: str) -> tuple[float, float]:
         return float(begin), float(end)
     except ValueError:
         raise InputError(f"--guidance-interval {text!r} is not understood: use 0.0:0.7 or the like") from None
+
+
+def listed(text: str, option: str, kind: Callable[[str], Any]) -> list[Any]:
+    """'4,20' as numbers; raises InputError."""
+    try:
+        found = [kind(part.strip()) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text!r} is not understood: use 4 or 4,20 or the like") from None
+    if "" in found:
+        raise InputError(f"{option} {text!r} has an empty place: separate values by single commas")
+    return list(dict.fromkeys(found))

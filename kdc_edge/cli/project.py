@@ -18,7 +18,6 @@ SETTINGS = Path("kdc-edge.toml")
 RUNS = Path("runs")
 BUNDLES = Path("bundles")
 LATEST = RUNS / "latest"
-GOOD_PSNR_DB = 30.0  # of a whole picture: what differs is hard to see
 MAX_SETTINGS_BYTES = 2**20
 
 
@@ -110,6 +109,12 @@ def all_bundles() -> list[Path]:
     return found
 
 
+def bundles_in(given: Path) -> list[Path]:
+    """A bundle itself, or every bundle in a folder of them; what is neither is refused when it is opened."""
+    within = sorted(path.parent for path in given.glob("*/kdc-edge.json"))
+    return within if within and not (given / "kdc-edge.json").is_file() else [given]
+
+
 def best_bundle() -> Path:
     """The bundle for this machine: the smallest whose pictures are as good as PyTorch's to the eye.
 
@@ -120,7 +125,7 @@ def best_bundle() -> Path:
 
     from kdc_edge.bench.process import picture_parity
     from kdc_edge.bundle import Bundle
-    from kdc_edge.formats import find_format
+    from kdc_edge.formats import GOOD_PSNR_DB, find_format
     from kdc_edge.runtimes.base import preferred_engine
 
     ranked: list[tuple[bool, bool, int, Path]] = []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kdc_edge.bench.benchmark_page import benchmark_blocks
 from kdc_edge.bench.charts import line_chart
 from kdc_edge.bench.page import (
     Html,
@@ -23,7 +24,6 @@ from kdc_edge.bench.page import (
     tiles,
 )
 from kdc_edge.bench.record import Environment, Row
-from kdc_edge.bench.report import benchmark_blocks
 from kdc_edge.bundle import Bundle
 from kdc_edge.files import write_atomic
 from kdc_edge.train.config import TrainConfig

@@ -3,8 +3,8 @@
     store_half(model)                # float16 behind casts
     store_bits(model, 4)             # matrices in 4 bits, in blocks; convolutions in 8 bits
 
-Nothing here changes what is computed in: 32 bits, but for onnxruntime's product with matrices of 4 and 8 bits, which
-rounds each block of activations to 8 bits on the way (accuracy level 4).
+Nothing here changes what is computed in: 32 bits. (MatMulNBits could round activations to 8 bits on the way, accuracy
+level 4: a U-Net step is then a tenth faster, and a picture of the garden fell from 39 to 26 dB.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kdc_edge.errors import require
 
 HALF_MIN_VALUES = 1024  # biases and norms are a thousandth of the weights: nothing to gain, precision to lose
 BLOCK = 32  # weights of a matrix's column that share a scale
-INT8_PRODUCTS = 4  # MatMulNBits' accuracy_level
+FLOAT_PRODUCTS = 1  # MatMulNBits' accuracy_level
 
 
 def store_half(model: ir.Model) -> None:
@@ -81,7 +81,7 @@ def _store_blocks(model: ir.Model, node: ir.Node, weights: ir.Value, bits: Liter
         add_constant(model, f"{weights.name}.{node.name}.scales", scales.reshape(-1)),
     ]
     attributes = {
-        "K": rows, "N": columns, "bits": bits, "block_size": BLOCK, "accuracy_level": INT8_PRODUCTS
+        "K": rows, "N": columns, "bits": bits, "block_size": BLOCK, "accuracy_level": FLOAT_PRODUCTS
     }  # fmt: skip
     product = ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", name=node.name)
     ir.convenience.replace_nodes_and_values(model.graph, node, [node], [product], node.outputs, product.outputs)

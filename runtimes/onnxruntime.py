@@ -9,7 +9,6 @@ Telemetry is switched off, and the engine's own log goes quiet: what it refuses 
 from __future__ import annotations
 
 import hashlib
-import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import numpy as np
 from kdc_edge.bundle import Bundle, ComponentName
 from kdc_edge.errors import BundleError, InputError, require
 from kdc_edge.files import atomic_folder
+from kdc_edge.machine import Processor, this_processor
 from kdc_edge.pipeline import Choice, Component
 from kdc_edge.runtimes.base import Device, check_device, first_line
 
@@ -135,6 +135,8 @@ class OnnxRuntime:
         chosen = check_device(self, device)
         provider = next(p for p in _PROVIDERS if p.device == chosen)
         options = _options(provider, threads, low_memory=low_memory)
+        if bundle.manifest.precision == "int8" and component == "unet" and _overflows(this_processor()):
+            options.add_session_config_entry("session.x64quantprecision", "1")  # in uint8 alone then: slower, right
         if cache is not None and provider.device == "CPU" and not low_memory:
             made = _cached(cache, bundle, component)
             if made.is_file():
@@ -176,7 +178,9 @@ class OnnxRuntime:
 def _cached(cache: Path, bundle: Bundle, component: str) -> Path:
     """Where the optimized graph of a component is kept: it holds for these files, this engine and this processor."""
     files = bundle.manifest.components[cast(ComponentName, component)].files
-    made_of = [*(bundle.manifest.files[file].sha256 for file in files), OnnxRuntime.version, platform.processor()]
+    processor = this_processor()
+    made_of = [*(bundle.manifest.files[file].sha256 for file in files), OnnxRuntime.version, processor.name]
+    made_of += processor.features or ()
     key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
     return cache / f"onnxruntime-{component}-{key}" / "model.onnx"
 
@@ -200,9 +204,13 @@ def _options(provider: _Provider, threads: int | None, *, low_memory: bool) -> A
     if low_memory:
         entry = "optimization.constant_folding_max_output_size_in_bytes"
         options.add_session_config_entry(entry, str(FOLD_BYTES_LOW_MEMORY))
-    # Without VNNI, products of uint8 and int8 overflow in 16 bits: such processors compute them another way.
-    options.add_session_config_entry("session.x64quantprecision", "0")
     return options
+
+
+def _overflows(processor: Processor) -> bool:
+    """Do products of uint8 and int8 overflow in 16 bits, as they do on x86 without VNNI?"""
+    features = processor.features or ()
+    return "AVX2" in features and "VNNI" not in features
 
 
 RUNTIME = OnnxRuntime()

@@ -22,6 +22,7 @@ from kdc_edge.export.components import ExportComponent, load_component
 from kdc_edge.export.onnx import OnnxOptions, export_onnx, trace
 from kdc_edge.export.onnx_int8 import quantize_int8, uint8_scale
 from kdc_edge.export.onnx_weights import round_channels
+from kdc_edge.machine import Processor
 from kdc_edge.pipeline import Request
 from kdc_edge.runtimes import get_runtime, open_pipeline
 from tests.test_runtimes import some_inputs
@@ -182,6 +183,30 @@ def test_low_memory_and_cache_change_no_number(bundles: dict[str, Path], precisi
     assert len(list(tmp_path.iterdir())) == 1
     # int8 turns a last-bit difference of the float layers into a whole step.
     np.testing.assert_allclose(small, plain, atol=0.1 if precision == "int8" else 1e-3)
+
+
+def test_int8_on_processors_whose_products_overflow(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """There weights become uint8; every other component and precision stays as it is (w8 would not run so)."""
+    from kdc_edge.runtimes import onnxruntime as module
+
+    runtime, inputs = get_runtime("onnxruntime"), some_inputs("unet", 2, 16, 16)
+    expected = runtime.load(bundles["int8"], "unet", threads=1)(**inputs)
+    asked: list[str] = []
+    real = ort.SessionOptions.add_session_config_entry
+    monkeypatch.setattr(
+        ort.SessionOptions, "add_session_config_entry", lambda o, key, value: (asked.append(key), real(o, key, value))
+    )
+    for features, changed in ((("AVX2",), True), (("AVX2", "VNNI"), False), (("NEON",), False), (None, False)):
+        processor = Processor("a processor", "x86_64", features, None)
+        monkeypatch.setattr(module, "this_processor", lambda processor=processor: processor)
+        asked.clear()
+        found = runtime.load(bundles["int8"], "unet", threads=1)(**inputs)
+        assert ("session.x64quantprecision" in asked) is changed
+        np.testing.assert_allclose(found, expected, atol=0.1)
+    monkeypatch.setattr(module, "this_processor", lambda: Processor("old", "x86_64", ("AVX2",), None))
+    asked.clear()
+    open_pipeline(bundles["int8"], threads=1).generate(Request("a red flower", steps=1))
+    assert asked.count("session.x64quantprecision") == 1
 
 
 def test_the_cache_is_used(bundles: dict[str, Path], tmp_path: Path) -> None:

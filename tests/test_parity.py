@@ -84,7 +84,7 @@ def test_a_damaged_weight_fails_the_export(
 ) -> None:
     import onnx_ir as ir
 
-    def trace_wrongly(part: object) -> ir.Model:
+    def trace_wrongly(part: object, _sizes: object) -> ir.Model:
         name = part.name  # type: ignore[attr-defined]
         model = ir.load(bundle_fp32 / name / "model.onnx")
         if name == component:

@@ -32,10 +32,11 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     "torch.onnx as it is": ("plain", {}),
     "onnxslim": ("slim", {}),
     "Attention of the standard (opset 23)": ("opset23", {}),
-    "MultiHeadAttention (fp32)": ("fused", {}),
+    "MultiHeadAttention": ("fused", {}),
     "MultiHeadAttention, with memory pattern": ("fused", {"pattern": "1"}),
     "MultiHeadAttention, without NCHWc layout": ("fused", {"level": "ORT_ENABLE_EXTENDED"}),
     "MultiHeadAttention, without arena": ("fused", {"arena": "0"}),
+    "MultiHeadAttention, upsampling split (fp32)": ("split", {}),
     "weights stored in half, widened at load (fp16)": ("half", {}),
     "weights stored in half, widened at each step (--low-memory)": (
         "half", {"level": "ORT_ENABLE_EXTENDED", "arena": "0", "fold": "65536"}
@@ -65,6 +66,7 @@ def make_graph(checkpoint: Path, graph: str, folder: Path) -> None:
     from kdc_edge.export.calibration import calibrate
     from kdc_edge.export.components import load_component
     from kdc_edge.export.onnx_weights import store_bits, store_half
+    from kdc_edge.export.upsampling import split_upsampling
 
     folder.mkdir(parents=True, exist_ok=True)
     if graph == "slim":
@@ -78,6 +80,8 @@ def make_graph(checkpoint: Path, graph: str, folder: Path) -> None:
     part = load_component(checkpoint, "unet")
     if graph not in ("plain", "opset23"):
         fuse_attention(part.module)
+    if graph.startswith(("split", "half", "int8")):
+        split_upsampling(part.module)
     if graph == "opset23":
         onnx.OPSET = 23
     model: ir.Model = onnx.trace(part)

@@ -31,6 +31,7 @@ from kdc_edge.export.calibration import calibrate
 from kdc_edge.export.components import ExportComponent
 from kdc_edge.export.onnx_int8 import quantize_int8
 from kdc_edge.export.onnx_weights import store_bits, store_half
+from kdc_edge.export.upsampling import split_upsampling
 from kdc_edge.formats import find_format
 
 OPSET = 20  # the first with Gelu, which the U-Net's feed-forward layers use; onnxruntime 1.20 reads it
@@ -75,6 +76,8 @@ def export_onnx(
     def write(part: ExportComponent, folder: Path) -> list[str]:
         if options.attention == "fused":
             fuse_attention(part.module)
+        if not row.for_size:
+            split_upsampling(part.module)
         model = trace(part, sizes)
         if calibration is not None and part.name == "unet":
             with tempfile.TemporaryDirectory(dir=folder) as work:
@@ -87,7 +90,7 @@ def export_onnx(
                 for layer, snr_db in left_out.items():
                     tell(f"{layer} stays in float: its int8 twin is right to {snr_db:.1f} dB")
                 return save_graph(model, folder)
-        if row.bytes_per_weight <= 1:
+        if row.for_size:
             store_bits(model, 4 if precision == "w4" and part.name == "unet" else 8)
         if precision != "fp32":
             store_half(model)  # what is left

@@ -25,6 +25,7 @@ from kdc_edge.errors import require
 from kdc_edge.export.bundle_writer import write_bundle
 from kdc_edge.export.calibration import Calibration, calibrate
 from kdc_edge.export.components import ExportComponent
+from kdc_edge.export.upsampling import split_upsampling
 from kdc_edge.formats import find_format
 from kdc_edge.runtimes.openvino import without_telemetry
 
@@ -54,6 +55,8 @@ def export_openvino(
     calibration = calibrate(checkpoint, calibration_prompts, calibration_samples) if row.calibrated else None
 
     def write(part: ExportComponent, folder: Path) -> list[str]:
+        if not row.for_size:
+            split_upsampling(part.module)
         with _quiet():
             model = compress(convert(part), part.name, precision, calibration)
             _ov.save_model(model, folder / MODEL, compress_to_fp16=precision != "fp32")

@@ -90,7 +90,7 @@ def export_onnx(
                 for layer, snr_db in left_out.items():
                     tell(f"{layer} stays in float: its int8 twin is right to {snr_db:.1f} dB")
                 return save_graph(model, folder)
-        if row.for_size:
+        if row.bytes_per_weight <= 1:
             store_bits(model, 4 if precision == "w4" and part.name == "unet" else 8)
         if precision != "fp32":
             store_half(model)  # what is left

@@ -22,7 +22,7 @@ TAPS = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torc
 
 
 class SubpixelUpsample(nn.Module):
-    """What `interpolate(x, scale_factor=2, mode="nearest")` and a 3x3 convolution give: (B, C, h, w) -> (B, O, 2h, 2w)."""
+    """Nearest pixels at twice the size, and a 3x3 convolution of them: (B, C, h, w) -> (B, O, 2h, 2w)."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()

@@ -1,17 +1,24 @@
 """Fixtures that several rooms' tests stand on: a complete checkpoint in small, and its bundles.
 
-The weights are random and seeded. Tracing the U-Net takes most of an export's time, so it is done once a
-session (`bundle_fp32`); `traced` lets later exports of the same checkpoint start from those graphs.
+The weights are random and seeded. Tracing for ONNX takes most of an export's time, so the same network is traced once
+in a session (`traced_once`), whichever worker or test comes to it first.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.browser import CHROMIUM
+
+if TYPE_CHECKING:
+    from kdc_edge.export.components import ExportComponent
 
 TOKENIZER = Path(__file__).parent.parent / "train" / "assets" / "garden-teacher" / "tokenizer"
 
@@ -61,7 +68,41 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundle_fp32(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """From here on, every export in this process takes the graph of a network that was traced before."""
+    import onnx_ir as ir
+    from filelock import FileLock
+
+    from kdc_edge.export import onnx
+
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "traced"
+    folder.mkdir(exist_ok=True)
+    original = onnx.trace
+
+    def trace(part: ExportComponent, sizes: Mapping[str, int] | None = None) -> ir.Model:
+        kept = folder / f"{_network_hash(part, sizes)}.onnx"
+        with FileLock(f"{kept}.lock"):
+            if not kept.exists():
+                ir.save(ir.external_data.load_to_model(original(part, sizes)), kept)
+        return ir.load(kept)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx, "trace", trace)
+        yield
+
+
+def _network_hash(part: ExportComponent, sizes: Mapping[str, int] | None) -> str:
+    """Of all that a trace depends on: the layers, how their attention is computed, the weights, the fixed sizes."""
+    processors = [type(m.processor).__name__ for m in part.module.modules() if hasattr(m, "processor")]
+    found = hashlib.sha256(repr((part.name, part.module, processors, sizes)).encode())
+    for name, tensor in part.module.state_dict().items():
+        found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+@pytest.fixture(scope="session")
+def bundle_fp32(checkpoint: Path, traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
     from kdc_edge.export.onnx import export_onnx
 
     out = tmp_path_factory.mktemp("bundles") / "onnx-fp32"
@@ -69,19 +110,11 @@ def bundle_fp32(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
-def bundle(checkpoint: Path, bundle_fp32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(checkpoint: Path, traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
     """fp16, the default precision."""
     from kdc_edge.export.onnx import export_onnx
 
-    with pytest.MonkeyPatch.context() as patch:
-        start_from_graphs_of(bundle_fp32, patch)
-        return export_onnx(checkpoint, tmp_path_factory.mktemp("bundles") / "onnx-fp16", precision="fp16").root
-
-
-@pytest.fixture
-def traced(bundle_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports start from graphs that are traced already."""
-    start_from_graphs_of(bundle_fp32, monkeypatch)
+    return export_onnx(checkpoint, tmp_path_factory.mktemp("bundles") / "onnx-fp16", precision="fp16").root
 
 
 @pytest.fixture
@@ -93,12 +126,6 @@ def own_bundle(bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def own_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
-
-
-def start_from_graphs_of(bundle: Path, patch: pytest.MonkeyPatch) -> None:
-    import onnx_ir as ir
-
-    patch.setattr("kdc_edge.export.onnx.trace", lambda part, _sizes=None: ir.load(bundle / part.name / "model.onnx"))
 
 
 @pytest.fixture(scope="session")

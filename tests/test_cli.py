@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 import signal
@@ -14,11 +16,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kdc_edge.cli import main
+
 
 def run(*arguments: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """kdc-edge in a process of its own."""
-    command = [sys.executable, "-c", "from kdc_edge.cli import main; main()", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    """kdc-edge in this process, which has PyTorch in memory already: what users type, hundreds of times over."""
+    command = ["kdc-edge", *map(str, arguments)]
+    out, err = io.StringIO(), io.StringIO()
+    found = 0
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, "argv", command)
+        try:
+            main()
+        except SystemExit as end:
+            found = end.code if isinstance(end.code, int) else int(end.code is not None)
+    done = subprocess.CompletedProcess(command, found, out.getvalue(), err.getvalue())
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

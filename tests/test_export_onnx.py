@@ -106,7 +106,7 @@ def test_dummy_inputs_have_the_described_shapes(checkpoint: Path, framework: str
                 assert given == {"batch_size": 3}.get(str(described), described) or isinstance(described, str)
 
 
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("traced_once")
 def test_large_weights_lie_beside_the_graph(
     checkpoint: Path, tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +126,7 @@ def test_large_weights_lie_beside_the_graph(
     np.testing.assert_array_equal(beside, within)
 
 
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("traced_once")
 def test_a_tokenizer_as_transformers_5_saves_it(own_checkpoint: Path, tmp_path: Path, bundle: Path) -> None:
     for name in ("vocab.json", "merges.txt"):
         (own_checkpoint / "tokenizer" / name).unlink()
@@ -154,7 +154,7 @@ def test_bad_requests_stop_before_the_work(checkpoint: Path, own_checkpoint: Pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
 
 
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("traced_once")
 def test_an_interrupted_export_leaves_what_was_there(
     checkpoint: Path, own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +185,6 @@ onnx.export_onnx(Path(sys.argv[1]), Path(sys.argv[2]), precision="fp16")
 """
 
 
-@pytest.mark.usefixtures("traced")
 def test_a_killed_export_leaves_no_half_bundle(checkpoint: Path, bundle_fp32: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-c", KILLED, str(checkpoint), str(out), str(bundle_fp32)]

@@ -37,15 +37,11 @@ def bundles(
     """Every precision, proved; the graphs are traced once."""
     folder = tmp_path_factory.mktemp("bundles")
     made = {"fp32": bundle_fp32, "fp16": bundle}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "kdc_edge.export.onnx.trace", lambda part, _sizes=None: ir.load(bundle_fp32 / part.name / "model.onnx")
-        )
-        for precision in ("w8", "w4"):
-            made[precision] = export_onnx(checkpoint, folder / precision, precision=precision).root
-        made["int8"] = export_onnx(
-            checkpoint, folder / "int8", precision="int8", calibration_prompts=PROMPTS, calibration_samples=6
-        ).root
+    for precision in ("w8", "w4"):
+        made[precision] = export_onnx(checkpoint, folder / precision, precision=precision).root
+    made["int8"] = export_onnx(
+        checkpoint, folder / "int8", precision="int8", calibration_prompts=PROMPTS, calibration_samples=6
+    ).root
     return made
 
 

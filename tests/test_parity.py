@@ -103,7 +103,7 @@ def test_a_damaged_weight_fails_the_export(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("traced_once")
 def test_a_checkpoint_of_no_numbers_is_told_apart(own_checkpoint: Path, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file

@@ -7,6 +7,8 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
+
 from tests.test_cli import complaint, run
 
 
@@ -30,6 +32,7 @@ class Text(HTMLParser):
             self._heading = False
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_quickstart_goes_from_teacher_to_report(tmp_path: Path) -> None:
     done = run(
         "quickstart", "--out", "demo", "--steps", 2, "--batch-size", 2, "--samples", 8, "--eval-pictures", 2,

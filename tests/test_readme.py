@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from kdc_edge.formats import markdown_table
@@ -37,6 +38,7 @@ warmup = 0
 """
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_the_bare_workflow_and_every_other_command(tmp_path: Path) -> None:
     """Typed one after the other in a folder that was empty but for the settings that shorten them."""
     (tmp_path / "kdc-edge.toml").write_text(SHORT)

@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/kdc-edge quickstart --out demo
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Our bundles in openvino_genai, optimum-intel and optimum-onnx, in an environment that they can live in.
 INTEROP := .venv-interop

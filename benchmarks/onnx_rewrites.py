@@ -80,7 +80,7 @@ def make_graph(checkpoint: Path, graph: str, folder: Path) -> None:
     part = load_component(checkpoint, "unet")
     if graph not in ("plain", "opset23"):
         fuse_attention(part.module)
-    if graph.startswith(("split", "half", "int8")):
+    if graph.startswith(("split", "half", "int8", "w")):
         split_upsampling(part.module)
     if graph == "opset23":
         onnx.OPSET = 23

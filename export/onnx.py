@@ -76,8 +76,7 @@ def export_onnx(
     def write(part: ExportComponent, folder: Path) -> list[str]:
         if options.attention == "fused":
             fuse_attention(part.module)
-        if not row.for_size:
-            split_upsampling(part.module)
+        split_upsampling(part.module)
         model = trace(part, sizes)
         if calibration is not None and part.name == "unet":
             with tempfile.TemporaryDirectory(dir=folder) as work:

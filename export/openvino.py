@@ -55,8 +55,7 @@ def export_openvino(
     calibration = calibrate(checkpoint, calibration_prompts, calibration_samples) if row.calibrated else None
 
     def write(part: ExportComponent, folder: Path) -> list[str]:
-        if not row.for_size:
-            split_upsampling(part.module)
+        split_upsampling(part.module)
         with _quiet():
             model = compress(convert(part), part.name, precision, calibration)
             _ov.save_model(model, folder / MODEL, compress_to_fp16=precision != "fp32")

@@ -27,11 +27,6 @@ class Format:
     def name(self) -> str:
         return f"{self.target}-{self.precision}"
 
-    @property
-    def for_size(self) -> bool:
-        """Are its weights made smaller while the arithmetic stays what it was?"""
-        return self.bytes_per_weight <= 1 and not self.precision.startswith("int8")
-
 
 _ORT, _OPENVINO = ("onnxruntime",), ("openvino",)
 _COREML = ("coreml", "mil")  # mil proves on every machine what coreml runs on Apple's

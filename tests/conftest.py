@@ -75,8 +75,7 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     from kdc_edge.export import onnx
 
-    root = tmp_path_factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "traced"
+    folder = _shared(tmp_path_factory) / "traced"
     folder.mkdir(exist_ok=True)
     original = onnx.trace
 
@@ -90,6 +89,12 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx, "trace", trace)
         yield
+
+
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all workers of this session."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 def _network_hash(part: ExportComponent, sizes: Mapping[str, int] | None) -> str:
@@ -130,8 +135,13 @@ def own_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def coreml_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """fp16, for Core ML, with Resources/."""
+    """fp16, for Core ML, with Resources/; of all workers."""
+    from filelock import FileLock
+
     from kdc_edge.export.coreml import CoreMLOptions, export_coreml
 
-    out = tmp_path_factory.mktemp("bundles") / "coreml-fp16"
-    return export_coreml(checkpoint, out, precision="fp16", options=CoreMLOptions(swift=True)).root
+    out = _shared(tmp_path_factory) / "coreml-fp16"
+    with FileLock(out.with_suffix(".lock")):
+        if not out.exists():
+            export_coreml(checkpoint, out, precision="fp16", options=CoreMLOptions(swift=True))
+    return out

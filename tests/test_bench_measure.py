@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,21 @@ def test_laps_are_what_the_components_take(monkeypatch: pytest.MonkeyPatch) -> N
     assert timings.end_to_end.p90_sec == pytest.approx(57.0)
     assert found.pixels.shape == (64, 64, 3)
     assert (found.pixels == found.pixels[0, 0, 0]).all()
+
+
+@pytest.mark.parametrize(("picture_sec", "counted"), [(10.0, 5), (0.5, 8), (0.01, 50)])
+def test_short_pictures_are_repeated_until_they_fill_four_seconds(
+    picture_sec: float, counted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def work(component: str) -> None:
+        nonlocal now
+        now += picture_sec * (component == "vae_decoder")
+
+    monkeypatch.setattr(stopwatch, "perf_counter", lambda: now)
+    found = measure(partial(make_pipeline, work), Request("a", steps=1, sampler="ddim"), repeats=None, warmup=1)
+    assert len(found.timings.end_to_end.samples_sec) == counted
 
 
 class CompiledUnet:

@@ -27,7 +27,7 @@ class Case:
 
     folder: Path
     request: Request
-    repeats: int = 5
+    repeats: int | None = None
     warmup: int = 1
     engine: str | None = None
     device: str | None = None
@@ -40,7 +40,7 @@ def grid(
     what: Sequence[str | Path],
     request: Request,
     *,
-    repeats: int = 5,
+    repeats: int | None = None,
     warmup: int = 1,
     engine: str | None = None,
     devices: Sequence[str | None] = (None,),

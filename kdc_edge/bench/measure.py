@@ -21,6 +21,8 @@ from kdc_edge.image import encode_png
 from kdc_edge.pipeline import Choice, Explained, Pipeline, Progress, Request
 
 Laps = dict[str, list[float]]  # of one picture, by stage
+MIN_PICTURES, MAX_PICTURES = 5, 50  # that count, where nobody says how many
+FILL_SEC = 4.0  # and as long: what disturbs a machine comes and goes, a picture of 0.2 s may fall between
 ONCE = ("tokenize", "text_encoder", "unet_first_step", "scheduler", "vae_decoder", "png", "end_to_end")
 
 
@@ -42,7 +44,7 @@ def measure(
     open_pipeline: Callable[[], Pipeline],
     request: Request,
     *,
-    repeats: int,
+    repeats: int | None,
     warmup: int,
     low_memory: bool = False,
     started: float | None = None,
@@ -50,6 +52,7 @@ def measure(
 ) -> Measurement:
     """Open, run `warmup` pictures that do not count and `repeats` that do; every sample is kept.
 
+    `repeats` None: 5, and more until they fill four seconds.
     `started` is when the process was (time.perf_counter), the call itself where None. With `low_memory`, where no two
     components are in memory together, they are loaded within each picture. Last, and not timed, come the pictures of
     `prompts`, from seeds that count up.
@@ -66,15 +69,16 @@ def measure(
             loading[progress.stage] = loading.get(progress.stage, 0.0) + now - last
             last = now
     choices: dict[str, Choice] = {}
-    pictures, pixels = [], np.empty(0)
+    pictures: list[Laps] = []
+    pixels = np.empty(0)
     cold_sec = 0.0
-    for number in range(warmup + repeats):
-        if number == warmup:
+    while not _enough(pictures[warmup:], repeats):
+        if len(pictures) == warmup:
             watch = Watch(earlier=whole)
         ready = perf_counter()
         laps, pixels = _time_picture(pipeline, request, choices)
         pictures.append(laps)
-        if number == 0:
+        if len(pictures) == 1:
             cold_sec = ready - (begin if started is None else started) + laps["end_to_end"][0]
         watch.look()
     laps = {stage: [s for p in pictures[warmup:] for s in p[stage]] for stage in pictures[0]}
@@ -90,13 +94,21 @@ def measure(
     return Measurement(
         timings=timings,
         peak_rss_bytes=peak,
-        energy_joules=None if joules is None else joules / repeats,
+        energy_joules=None if joules is None else joules / len(laps["end_to_end"]),
         disturbance=watch.disturbance(laps["end_to_end"]),
         provider=_provider(choices),
         arithmetic=choices["unet"].arithmetic if "unet" in choices else None,
         pixels=pixels,
         prompt_pictures=np.array([pipeline.generate(r) for r in asked], np.uint8).reshape(-1, *pixels.shape),
     )
+
+
+def _enough(pictures: Sequence[Laps], repeats: int | None) -> bool:
+    """Do these pictures tell how long one takes?"""
+    if repeats is not None:
+        return len(pictures) >= repeats
+    filled = sum(laps["end_to_end"][0] for laps in pictures) >= FILL_SEC
+    return len(pictures) >= (MIN_PICTURES if filled else MAX_PICTURES)
 
 
 def _time_picture(pipeline: Pipeline, request: Request, choices: dict[str, Choice]) -> tuple[Laps, np.ndarray]:
@@ -144,9 +156,9 @@ def _provider(choices: dict[str, Choice]) -> str | None:
     return ", ".join(f"{name} {choice.provider}" for name, choice in choices.items()) or None
 
 
-def check_counts(repeats: int, warmup: int) -> None:
+def check_counts(repeats: int | None, warmup: int) -> None:
     """Raise InputError for counts that measure nothing."""
-    if repeats < 1:
+    if repeats is not None and repeats < 1:
         raise InputError(f"--repeats {repeats} measures nothing: use 1 or more")
     if warmup < 0:
         raise InputError(f"--warmup {warmup} is negative: use 0 or more")

@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from kdc_edge.bench.machine import peak_rss_of, pss_of
-from kdc_edge.bench.measure import check_counts
+from kdc_edge.bench.measure import MIN_PICTURES, check_counts
 from kdc_edge.bench.record import Disturbance, Row, Timings, text_sha256
 from kdc_edge.bundle import MANIFEST, Bundle, Check, Manifest
 from kdc_edge.checkpoint import read_model
@@ -56,7 +56,7 @@ class Job:
     threads: int | None
     low_memory: bool
     request: dict[str, Any]  # the Request's fields but `latents`
-    repeats: int
+    repeats: int | None
     warmup: int
     prompts: tuple[str, ...]
     started: float  # time.perf_counter(), one clock for all processes
@@ -85,7 +85,7 @@ def measure_in_fresh_process(
     folder: Path,
     request: Request,
     *,
-    repeats: int,
+    repeats: int | None,
     warmup: int,
     engine: str | None = None,
     device: str | None = None,
@@ -117,6 +117,8 @@ def measure_in_fresh_process(
         row = replace(row, **vars(outcome))
         if outcome.failure is not None:
             return Measured(row)
+        assert outcome.timings is not None
+        row = replace(row, repeats=len(outcome.timings.end_to_end.samples_sec))
         with np.load(Path(out) / "pictures.npz", allow_pickle=False) as found:
             pixels, prompt_pictures = found["pixels"], found["prompt_pictures"]
     return Measured(replace(row, width=pixels.shape[1], height=pixels.shape[0]), pixels, prompt_pictures)
@@ -126,7 +128,7 @@ def describe(
     folder: Path,
     request: Request,
     *,
-    repeats: int,
+    repeats: int | None,
     warmup: int,
     engine: str | None = None,
     device: str | None = None,
@@ -150,7 +152,7 @@ def describe(
         threads=threads,
         low_memory=low_memory,
         prompt_sha256=text_sha256(request.prompt, request.negative_prompt),
-        repeats=repeats,
+        repeats=MIN_PICTURES if repeats is None else repeats,
         warmup=warmup,
         **fields,
     )

@@ -42,7 +42,9 @@ def bench(
     seed: Annotated[int, Option(help="Of the initial noise.")] = 0,
     width: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
-    repeats: Annotated[int, Option(help="Pictures that count.")] = 5,
+    repeats: Annotated[
+        int | None, Option(help="Pictures that count; 5, and more until they fill four seconds, when not given.")
+    ] = None,
     warmup: Annotated[int, Option(help="Pictures before that, which do not count.")] = 1,
     engine: Engine = None,
     device: Annotated[

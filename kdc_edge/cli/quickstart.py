@@ -17,7 +17,7 @@ def quickstart(
     batch_size: Annotated[int, Option(help="Samples a step.")] = 16,
     samples: Annotated[int, Option(help="Pictures of each task.")] = 1200,
     eval_pictures: Annotated[int, Option(help="Pictures of each task, after each task.")] = 48,
-    repeats: Annotated[int, Option(help="Of each benchmark.")] = 3,
+    repeats: Annotated[int | None, Option(help="Of each benchmark; as in kdc-edge bench.")] = None,
     seed: Annotated[int, Option(help="Of everything random.")] = 0,
 ) -> None:
     """Train two tasks with and without replay, export, prove, generate, bench: one HTML report."""

@@ -31,6 +31,7 @@ class Format:
 _ORT, _OPENVINO = ("onnxruntime",), ("openvino",)
 _COREML = ("coreml", "mil")  # mil proves on every machine what coreml runs on Apple's
 _BF16 = "arithmetic in bfloat16 where the processor has it"
+_VNNI = "matrix products too on a CPU that multiplies such"
 _FP16 = "arithmetic in 16 bits"
 
 # fmt: off
@@ -51,12 +52,12 @@ FORMATS: tuple[Format, ...] = (
            True, _COREML, 15.0, 10.0),
     Format("openvino", "fp32", "weights and arithmetic in 32 bits", 4.0, False, _OPENVINO, 60.0, 50.0),
     Format("openvino", "fp16", f"weights stored in 16 bits, {_BF16}", 2.0, False, _OPENVINO, 40.0, 35.0),
-    Format("openvino", "w8", f"weights stored in 8 bits, {_BF16}", 1.0, False, _OPENVINO, 35.0, 30.0),
+    Format("openvino", "w8", f"weights stored in 8 bits, {_VNNI}, other {_BF16}", 1.0, False, _OPENVINO, 35.0, 30.0),
     Format("openvino", "w4", f"the U-Net's matrices stored in 4 bits, the rest in 8, {_BF16}", 0.7, False, _OPENVINO,
            28.0, 25.0),
     Format("openvino", "int8", "weights and the U-Net's arithmetic in 8 bits", 1.0, True, _OPENVINO, 20.0, 20.0),
-    Format("openvino", "int8-hybrid", "weights, and the U-Net's convolutions, in 8 bits", 1.0, True, _OPENVINO,
-           20.0, 20.0),
+    Format("openvino", "int8-hybrid", f"weights, and the U-Net's convolutions, in 8 bits, {_VNNI}", 1.0, True,
+           _OPENVINO, 20.0, 20.0),
 )
 # fmt: on
 

@@ -66,6 +66,13 @@ def test_a_noisy_machine_is_told_by_what_shows_it(
         assert words in found
 
 
+def test_a_process_that_is_slow_all_its_life_shows_beside_others() -> None:
+    fast, slow = [1.0] * 8, [1.3] * 2
+    assert verdict(None, [], fast + slow, [fast, fast]) is None
+    found = verdict(None, [], fast + slow, [fast, fast, slow])
+    assert found == "the machine was noisy: medians of 3 processes lie 30 % apart"
+
+
 @pytest.fixture
 def burners() -> Iterator[None]:
     """Other processes, one a processor, that compute all the time."""

@@ -69,8 +69,8 @@ def test_laps_are_what_the_components_take(monkeypatch: pytest.MonkeyPatch) -> N
     assert (found.pixels == found.pixels[0, 0, 0]).all()
 
 
-@pytest.mark.parametrize(("picture_sec", "counted"), [(10.0, 5), (0.5, 8), (0.01, 50)])
-def test_short_pictures_are_repeated_until_they_fill_four_seconds(
+@pytest.mark.parametrize(("picture_sec", "counted"), [(10.0, 5), (0.25, 8), (0.01, 50)])
+def test_short_pictures_are_repeated_until_they_fill_two_seconds(
     picture_sec: float, counted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
@@ -258,6 +258,27 @@ def test_a_bundle_in_its_own_process(tmp_path: Path) -> None:
     assert pixels is not None
     assert pixels.shape == (64, 96, 3)
     np.testing.assert_array_equal(pixels, make_pipeline().generate(Request("a", steps=2, width=96)))
+
+
+def test_what_is_over_soon_is_measured_in_three_processes(tmp_path: Path) -> None:
+    opener = f"{OPENERS}:open_fake"
+    row = measure_in_fresh_process(
+        make_bundle(tmp_path / "b"), Request("a", steps=1, sampler="ddim"), repeats=None, warmup=0, opener=opener
+    ).row
+    assert row.timings is not None
+    assert len(row.timings.cold.samples_sec) == len(row.timings.load.samples_sec) == 3
+    assert row.repeats == len(row.timings.end_to_end.samples_sec) == 3 * 50
+    assert row.timings.unet_step is None
+
+
+def test_without_time_for_another_process_one_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdc_edge.bench.process.SHORT_SEC", 0.0)
+    request = Request("a", steps=1, sampler="ddim")
+    row = measure_in_fresh_process(
+        make_bundle(tmp_path / "b"), request, repeats=None, warmup=0, opener=f"{OPENERS}:open_fake"
+    ).row
+    assert row.timings is not None
+    assert len(row.timings.cold.samples_sec) == 1
 
 
 @pytest.mark.parametrize(

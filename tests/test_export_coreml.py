@@ -25,6 +25,7 @@ from kdc_edge.runtimes import get_runtime, open_for_bench, open_pipeline
 from kdc_edge.runtimes.coreml_layout import PROGRAM
 from kdc_edge.runtimes.coreml_tools import load_coremltools
 from kdc_edge.runtimes.mil_file import read_program
+from kdc_edge.train.folders import GARDEN_TEACHER
 from tests.test_cli import complaint, run
 
 # FACTS of Apple's Swift package: names and shapes, in the garden's sizes.
@@ -198,6 +199,17 @@ def test_attention_layouts_through_core_ml(kind: str, target: str) -> None:
     found = Evaluator(program)(**{name: value.numpy() for name, value in inputs.items()})["y"]
     error = np.mean((found - expected) ** 2)
     assert 10 * np.log10(np.abs(expected).max() ** 2 / error) > 55
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("kind", "target"), [("original", "iOS17"), ("split-einsum", "iOS17"), ("sdpa", "iOS18")])
+def test_whole_pictures_with_each_attention_layout(kind: str, target: str, tmp_path: Path) -> None:
+    options = CoreMLOptions(attention=kind, deployment_target=target)
+    made = export_coreml(GARDEN_TEACHER, tmp_path / kind, precision="fp16", options=options)
+    parity = made.manifest.parity
+    assert parity is not None
+    assert {"unet", "picture"} <= {c.what for c in parity.checks}
+    assert all(c.passed and (c.psnr_db or 99) >= 35 for c in parity.checks)
 
 
 def test_resources_for_swift(coreml_bundle: Path, tmp_path: Path) -> None:

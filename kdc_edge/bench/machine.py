@@ -5,7 +5,7 @@
     watch.energy_joules, watch.disturbance(samples_sec)
 
 Whatever the system does not tell is None. A machine counts as noisy by what can be seen: other processes' share of the
-processors, a frequency that falls, or times of the same picture that lie far apart.
+processors, a frequency that falls, or times of the same picture that lie far apart, within or between processes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from kdc_edge.bench.record import Disturbance
+from kdc_edge.bench.record import Disturbance, Timing
 
 POWERCAP = Path("/sys/class/powercap")
 OTHERS_SHARE = 0.10  # of the processors, from which on the machine is noisy
@@ -70,18 +70,43 @@ class Watch:
         )
 
 
-def verdict(others_share: float | None, frequency_mhz: Sequence[float], samples_sec: Sequence[float]) -> str | None:
-    """Why the machine counts as noisy, in words; None where nothing shows it."""
+def verdict(
+    others_share: float | None,
+    frequency_mhz: Sequence[float],
+    samples_sec: Sequence[float],
+    processes: Sequence[Sequence[float]] = (),
+) -> str | None:
+    """Why the machine counts as noisy, in words; None where nothing shows it. `processes`: the samples, one by one."""
     reasons = []
     if others_share is not None and others_share > OTHERS_SHARE:
-        reasons.append(f"other processes used {others_share:.0%} of the processor".replace("%", " %"))
+        reasons.append(f"other processes used {_percent(others_share)} of the processor")
     if frequency_mhz and min(frequency_mhz) < (1 - FREQUENCY_LOSS) * max(frequency_mhz):
         reasons.append(f"its frequency went between {max(frequency_mhz):.0f} and {min(frequency_mhz):.0f} MHz")
     low, median, high = np.percentile(samples_sec, [25, 50, 75])
     if median > 0 and (high - low) / median > SPREAD:
-        spread = f"{(high - low) / median:.0%}".replace("%", " %")
-        reasons.append(f"times of the same picture lie {spread} apart (between quartiles)")
+        reasons.append(f"times of the same picture lie {_percent((high - low) / median)} apart (between quartiles)")
+    medians = [float(np.median(samples)) for samples in processes]
+    if medians and (apart := (max(medians) - min(medians)) / float(np.median(medians))) > SPREAD:
+        reasons.append(f"medians of {len(medians)} processes lie {_percent(apart)} apart")
     return f"the machine was noisy: {'; '.join(reasons)}" if reasons else None
+
+
+def disturbances(each: Sequence[Disturbance], times: Sequence[Timing]) -> Disturbance:
+    """What several processes of the same measurement saw, as one; `times` are their pictures'."""
+    others = max((d.others_share for d in each if d.others_share is not None), default=None)
+    frequency = [f for d in each for f in d.frequency_mhz or ()]
+    temperature = [t for d in each for t in d.temperature_celsius or ()]
+    samples = [s for t in times for s in t.samples_sec]
+    return Disturbance(
+        others_share=others,
+        frequency_mhz=tuple(frequency) or None,
+        temperature_celsius=tuple(temperature) or None,
+        verdict=verdict(others, frequency, samples, [t.samples_sec for t in times]),
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.0f} %"
 
 
 class Energy:

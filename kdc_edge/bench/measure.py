@@ -22,7 +22,7 @@ from kdc_edge.pipeline import Choice, Explained, Pipeline, Progress, Request
 
 Laps = dict[str, list[float]]  # of one picture, by stage
 MIN_PICTURES, MAX_PICTURES = 5, 50  # that count, where nobody says how many
-FILL_SEC = 4.0  # and as long: what disturbs a machine comes and goes, a picture of 0.2 s may fall between
+FILL_SEC = 2.0  # and as long: what disturbs a machine comes and goes, a picture of 0.2 s may fall between
 ONCE = ("tokenize", "text_encoder", "unet_first_step", "scheduler", "vae_decoder", "png", "end_to_end")
 
 
@@ -52,7 +52,7 @@ def measure(
 ) -> Measurement:
     """Open, run `warmup` pictures that do not count and `repeats` that do; every sample is kept.
 
-    `repeats` None: 5, and more until they fill four seconds.
+    `repeats` None: 5, and more until they fill two seconds.
     `started` is when the process was (time.perf_counter), the call itself where None. With `low_memory`, where no two
     components are in memory together, they are loaded within each picture. Last, and not timed, come the pictures of
     `prompts`, from seeds that count up.

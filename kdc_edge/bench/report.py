@@ -96,6 +96,8 @@ def conditions(rows: Sequence[Row], environment: Environment) -> list[str]:
     """What a reader needs to know to compare the numbers, line by line."""
     if not rows:
         return []
+    processes = _values(len(row.timings.cold.samples_sec) for row in rows if row.timings) or "1"
+    fresh = "a fresh process" if processes == "1" else f"{processes} fresh processes"
     size = _values(f"{row.width} × {row.height}" for row in rows if row.width and row.height) or "unknown size"
     lines = [
         f"Picture: {size} pixels, {_values(row.steps for row in rows)} steps, "
@@ -103,10 +105,10 @@ def conditions(rows: Sequence[Row], environment: Environment) -> list[str]:
         f"sampler {_values(row.sampler for row in rows)}, "
         f"seed {_values(row.seed for row in rows)}.",
         f"Times are medians of {_values(row.repeats for row in rows)} pictures after "
-        f"{_values(row.warmup for row in rows)} for warm-up, each row in a fresh process, from the prompt to the PNG; "
+        f"{_values(row.warmup for row in rows)} for warm-up, each row in {fresh}, from the prompt to the PNG; "
         "p90 is the 90th percentile; the step column leaves each picture's first step out. Cold is the first picture "
         "from the start of the process, with everything that it loads.",
-        "Peak memory is the most resident memory of that process, loading included. Parity is the PSNR of "
+        "Peak memory is the most resident memory of a process, loading included. Parity is the PSNR of "
         "whole pictures against PyTorch in 32 bits as the export proved it; “exact” where they were equal.",
     ]
     if references := _values(row.psnr.reference for row in rows if row.psnr):

@@ -43,7 +43,10 @@ def bench(
     width: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     repeats: Annotated[
-        int | None, Option(help="Pictures that count; 5, and more until they fill four seconds, when not given.")
+        int | None,
+        Option(
+            help="Pictures that count, in one process. Not given: 5 or more, in three processes when they are short."
+        ),
     ] = None,
     warmup: Annotated[int, Option(help="Pictures before that, which do not count.")] = 1,
     engine: Engine = None,

@@ -146,7 +146,7 @@ class Trainer:
         if config.compile:
             for network in (student, self.teacher):
                 for block in (*network.down_blocks, *network.up_blocks):
-                    block.compile()
+                    block.compile(dynamic=False)  # a shape each: inductor fails on the sizes it would leave free
         student.to(self.device).train()
         self.net, self.optimizer = self.accelerator.prepare(student, make_optimizer(config, student, self.device))
         self.ema = self.new_average()

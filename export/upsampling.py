@@ -1,4 +1,4 @@
-"""Upsampling in a third of the arithmetic: four small convolutions instead of one on a picture of repeated pixels.
+"""Upsampling in less than half the arithmetic: four small convolutions instead of one on a picture of repeated pixels.
 
     split_upsampling(module)        # in place, before it is traced; the answers stay the same
 

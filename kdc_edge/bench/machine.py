@@ -86,7 +86,7 @@ def verdict(
     if median > 0 and (high - low) / median > SPREAD:
         reasons.append(f"times of the same picture lie {_percent((high - low) / median)} apart (between quartiles)")
     medians = [float(np.median(samples)) for samples in processes]
-    if medians and (apart := (max(medians) - min(medians)) / float(np.median(medians))) > SPREAD:
+    if median > 0 and medians and (apart := (max(medians) - min(medians)) / median) > SPREAD:
         reasons.append(f"medians of {len(medians)} processes lie {_percent(apart)} apart")
     return f"the machine was noisy: {'; '.join(reasons)}" if reasons else None
 

@@ -28,10 +28,11 @@ from kdc_edge.image import grid, save_png
 from kdc_edge.runtimes.torch import load_network
 from kdc_edge.schedule import NoiseSchedule
 from kdc_edge.tokenizer import Tokenizer
-from kdc_edge.train.data import GardenSource, TextEmbedder
+from kdc_edge.train.cache import TextEmbedder
 from kdc_edge.train.evaluate import Generator, evaluation_scenes
+from kdc_edge.train.folders import GARDEN_TEACHER
 from kdc_edge.train.judge import LABELS, load_judge
-from kdc_edge.train.student import GARDEN_TEACHER
+from kdc_edge.train.sources import GardenSource
 
 SUBJECTS = ("flower", "butterfly")
 SHOWN = ((0, 0), (0, 30), (1, 1), (1, 31))  # (subject, prompt): two seen in training, two held out
@@ -66,14 +67,14 @@ class Measure:
         self.reference: np.ndarray | None = None
 
     def _scenes(self, seed: int) -> list[Any]:
-        return [s for subject in SUBJECTS for s in GardenSource(subject).scenes(40, seed=seed, split="train")]
+        return [s for subject in SUBJECTS for s in GardenSource((subject,)).scenes(40, seed=seed, split="train")]
 
     def __call__(self, bits: Mapping[str, int] | None) -> tuple[dict[str, Any], list[np.ndarray]]:
         """A row of the table, and the pictures that are shown; None is the U-Net as it is."""
         row: dict[str, Any] = {"size_bytes": bits and self.search.size_bytes(bits)}
         row["psnr_db"] = bits and self.heldout.psnr_db(bits)
         self.search.set_weights(bits or {})
-        scenes = [evaluation_scenes(GardenSource(subject), 48) for subject in SUBJECTS]
+        scenes = [evaluation_scenes(GardenSource((subject,)), 48) for subject in SUBJECTS]
         pictures = [self.generate([s.caption for s in chosen], seed=7) for chosen in scenes]
         self.search.restore(list(bits or {}))
         found = [self.judge.agreement(p, s) for p, s in zip(pictures, scenes, strict=True)]

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from kdc_edge.bench.measure import peak_rss_bytes
+from kdc_edge.bench.machine import peak_rss_bytes
 from kdc_edge.bench.record import here
 
 CALIBRATION_SAMPLES = 4

@@ -178,7 +178,7 @@ def open_for_bench(folder: Path, *, engine: str | None = None, **options: Any) -
     """The same, but for engines that only prove: what they take says nothing about the artifact."""
     _, chosen = _choose(folder, engine)
     if chosen.reference:
-        raise InputError(f"{chosen.name} proves this bundle and is not for measuring: bench it where its engine runs")
+        raise InputError(f"{chosen.name} only proves this bundle: measure it where its engine runs")
     return open_pipeline(folder, engine=engine, **options)
 
 

@@ -82,7 +82,14 @@ def test_markdown_has_one_unit_a_column_and_its_conditions() -> None:
     assert columns["Picture, s"][1:] == ["0.375", "1.50", "–"]
     assert columns["Parity, dB"][1:] == ["51.7", "exact", "–"]
     assert columns["Peak, MB"][1:] == ["262", "262", "–"]
-    for condition in ("64 × 64", "20 / 8 steps", "guidance 7.5", "ddim", "seed 1", "coreml failed: needs macOS"):
+    for condition in (
+        "64 × 64",
+        "20 / 8 steps",
+        "guidance 7.5",
+        "ddim",
+        "seed 1",
+        "coreml was not measured: needs macOS",
+    ):
         assert condition in text
     assert "A \\<fast\\> processor, 2 cores, 24.0 GiB" in text
 
@@ -90,7 +97,7 @@ def test_markdown_has_one_unit_a_column_and_its_conditions() -> None:
 def test_the_terminal_table_shows_every_column() -> None:
     text = render(Report(MACHINE, (make_row("[bold]x"), FAILED)), "table")
     assert "[bold]x" in text
-    assert "coreml failed: needs macOS" in text
+    assert "coreml was not measured: needs macOS" in text
     line = next(line for line in text.splitlines() if "[bold]x" in line)
     assert line.split() == ["[bold]x", "3.15", *["375"] * 6, "475", "262", "–", "51.7"]
 

@@ -48,7 +48,7 @@ def test_a_verdict_without_a_choice_says_what_is_nearest_or_that_all_failed() ->
     assert sentence == "The nearest on this machine: onnx-fp16, 24.0 dB where at least 30 dB are asked."
     assert verdict([FAILED], Budget())[0] == "Nothing could be measured"
     page = benchmark_page(Report(MACHINE, (FAILED,)))
-    assert "coreml failed: needs macOS" in page
+    assert "coreml was not measured: needs macOS" in page
     assert "Where the time goes" not in page
 
 
@@ -90,9 +90,19 @@ def test_an_option_stays_with_its_value() -> None:
 def test_blocks_for_other_reports_hold_charts_table_and_conditions() -> None:
     html = "".join(benchmark_blocks([FAST, GOOD, FAILED], MACHINE))
     assert html.count("<figure") == 4
-    assert "coreml failed: needs macOS" in html
+    assert "coreml was not measured: needs macOS" in html
     assert "How it was measured" in html
     assert "".join(benchmark_blocks([], MACHINE)).count("<figure") == 0
+
+
+def test_what_cannot_run_here_stands_in_the_chart_of_quality_by_its_proof() -> None:
+    elsewhere = make_row("coreml-w8", target="coreml", timings=None, peak_rss_bytes=None, failure="needs macOS")
+    speed, quality = benchmark_blocks([FAST, elsewhere], MACHINE)[0].split("<figure")[1:]
+    assert ">fp16<" in speed
+    assert ">w8<" not in speed
+    assert ">fp16<" in quality
+    assert ">w8<" in quality
+    assert "51.7" in quality  # its parity
 
 
 # the charts

@@ -332,7 +332,7 @@ def test_a_picture_on_any_machine_and_no_benchmark(coreml_bundle: Path, tmp_path
     done = run("generate", "a red flower", "--bundle", coreml_bundle, "--steps", 1, "--out", "a.png", cwd=tmp_path)
     assert (tmp_path / "a.png").is_file()
     assert "coremltools" not in done.stderr
-    with pytest.raises(InputError, match="mil proves this bundle and is not for measuring"):
+    with pytest.raises(InputError, match="mil only proves this bundle: measure it where its engine runs"):
         open_for_bench(coreml_bundle)
     with pytest.raises(InputError, match="coreml needs Apple's frameworks, which only macOS has: use --engine mil"):
         open_pipeline(coreml_bundle, engine="coreml")

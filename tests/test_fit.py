@@ -264,6 +264,23 @@ def test_fit_names_a_bundle_and_writes_the_page(
     assert "low memory" in text.stdout  # it was tried
 
 
+def test_a_bundle_for_another_machine_is_a_row_when_all_formats_are_asked_for(
+    checkpoint: Path, bundle: Path, coreml_bundle: Path, tmp_path: Path
+) -> None:
+    for root in (bundle, coreml_bundle):
+        shutil.copytree(root, tmp_path / "bundles" / root.name)
+    common = ("fit", checkpoint, "--no-export", "--repeats", 1, "--warmup", 0, "--steps", 1, "--json")
+    names = [row["name"] for row in json.loads(run(*common, cwd=tmp_path).stdout)["report"]["rows"]]
+    assert names[1:] == [bundle.name]
+    rows = json.loads(run(*common, "--formats", "all", cwd=tmp_path).stdout)["report"]["rows"]
+    found = {row["name"]: row for row in rows[1:]}
+    assert set(found) == {bundle.name, coreml_bundle.name}
+    row = found[coreml_bundle.name]
+    assert row["timings"] is None
+    assert row["size_bytes"] > 0
+    assert "measure it where its engine runs" in row["failure"]
+
+
 def test_budgets_that_cannot_be_read_or_met_by_nothing(checkpoint: Path, tmp_path: Path) -> None:
     assert "--max-size 'much' is no size" in complaint("fit", checkpoint, "--max-size", "much", cwd=tmp_path)
     assert "--max-sec 0 is no time" in complaint("fit", checkpoint, "--max-sec", 0, cwd=tmp_path)

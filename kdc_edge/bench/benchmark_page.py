@@ -117,7 +117,7 @@ def _warnings(rows: Sequence[Row]) -> list[str]:
     """In a line each what `notes` tells row by row."""
     failed = sum(row.failure is not None for row in rows)
     noisy = sum(bool(row.disturbance and row.disturbance.verdict) for row in rows)
-    lines = [f"{failed} of {len(rows)} rows failed: see every row."] if failed else []
+    lines = [f"{failed} of {len(rows)} rows could not be measured: see every row."] if failed else []
     return lines + ([f"The machine was noisy in {noisy} of {len(rows)} rows: see every row."] if noisy else [])
 
 
@@ -141,24 +141,24 @@ def _superlatives(rows: Sequence[Row]) -> list[str]:
 def _scatters(rows: Sequence[Row], budget: Budget) -> list[Html]:
     """Memory over time, and quality over size."""
     chosen = choose(rows, budget)
-    measured = [(label, row, values(row)) for label, row in zip(labels(rows), rows, strict=True) if row.timings]
-    if not measured:
+    named = [(label, row, values(row)) for label, row in zip(labels(rows), rows, strict=True)]
+    if not any(row.timings for row in rows):
         return []
-    time_unit, sec = unit_of(found["end_to_end_sec"] or 0.0 for _, _, found in measured)
-    memory_unit, memory = byte_unit_of(found["peak_rss_bytes"] for _, _, found in measured)
-    size_unit, size = byte_unit_of(found["size_bytes"] for _, _, found in measured)
+    time_unit, sec = unit_of(found["end_to_end_sec"] or 0.0 for _, _, found in named)
+    memory_unit, memory = byte_unit_of(found["peak_rss_bytes"] for _, _, found in named)
+    size_unit, size = byte_unit_of(found["size_bytes"] for _, _, found in named)
     speed, quality = [], []
-    for label, row, found in measured:
+    for label, row, found in named:
         # The colour says the target, so that the name need not.
         group, label = row.target or row.engine or "", label.removeprefix(f"{row.target}-")
         stands_out = row is chosen
         if found["end_to_end_sec"] is not None and found["peak_rss_bytes"] is not None:
             x, y = found["end_to_end_sec"] * sec, found["peak_rss_bytes"] * memory
             speed.append(Point(label, x, y, group, stands_out))
-        db = quality_db(row)
+        db = quality_db(row)  # of what cannot run here, too: its export has proved it
         if row.target is not None and found["size_bytes"] is not None and db is not None and math.isfinite(db):
             quality.append(Point(label, found["size_bytes"] * size, db, group, stands_out))
-    groups = list(dict.fromkeys(row.target or row.engine or "" for _, row, _ in measured))
+    groups = list(dict.fromkeys(row.target or row.engine or "" for row in rows))
     charts = [
         scatter_chart(
             speed,
@@ -175,7 +175,7 @@ def _scatters(rows: Sequence[Row], budget: Budget) -> list[Html]:
             groups=groups,
         ),
     ]
-    equal = [label for label, row, _ in measured if row.target is not None and quality_db(row) == math.inf]
+    equal = [label for label, row, _ in named if row.target is not None and quality_db(row) == math.inf]
     blocks = [side_by_side(*charts)]
     if equal:
         line = f"Equal to the reference to the last bit, so not in the chart of quality: {', '.join(equal)}."

@@ -87,7 +87,7 @@ def table(rows: Sequence[Row]) -> Table:
 def notes(rows: Sequence[Row]) -> list[str]:
     """What a reader has to know of single rows: why they failed, and where the machine was noisy."""
     named = list(zip(labels(rows), rows, strict=True))
-    return [f"{label} failed: {row.failure}" for label, row in named if row.failure] + [
+    return [f"{label} was not measured: {row.failure}" for label, row in named if row.failure] + [
         f"{label}: {row.disturbance.verdict}." for label, row in named if row.disturbance and row.disturbance.verdict
     ]
 

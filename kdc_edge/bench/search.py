@@ -41,7 +41,7 @@ def search(
     samplers: Sequence[str] = (),
     modes: Sequence[Mode] = MODES,
     reference: Path | None = None,
-    repeats: int = 3,
+    repeats: int | None = None,
     warmup: int = 1,
     device: str | None = None,
     threads: int | None = None,

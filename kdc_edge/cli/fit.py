@@ -44,7 +44,11 @@ def fit(
     max_memory: Annotated[str | None, Option(metavar="SIZE", help="At the peak, such as 1GB.")] = None,
     min_psnr: Annotated[float, Option(help="Of the picture against PyTorch's, in dB.")] = GOOD_PSNR_DB,
     formats: Annotated[
-        str | None, Option(metavar="NAME[,NAME]", help="Such as onnx-fp16,openvino-int8; all that run here.")
+        str | None,
+        Option(
+            metavar="NAME[,NAME]",
+            help="Such as onnx-fp16,openvino-int8; those that run here. `all`: what does not, too.",
+        ),
     ] = None,
     bundles: Annotated[Path, Option(metavar="DIR", help="Where they are, and where exports go.")] = BUNDLES,
     export: Annotated[bool, Option("--export/--no-export", help="Make the bundles that are missing.")] = True,
@@ -58,7 +62,12 @@ def fit(
     device: Annotated[str | None, Option(help="See kdc-edge devices.")] = None,
     threads: Annotated[int | None, Option(help="Of the engine.")] = None,
     seed: Annotated[int, Option(help="Of the initial noise.")] = 0,
-    repeats: Annotated[int, Option(help="Pictures that count.")] = 3,
+    repeats: Annotated[
+        int | None,
+        Option(
+            help="Pictures that count, in one process. Not given: 5 or more, in three processes when they are short."
+        ),
+    ] = None,
     warmup: Annotated[int, Option(help="Pictures before that, which do not count.")] = 1,
     budget_sec: Annotated[float | None, Option(help="For all measuring; then the best so far is named.")] = None,
     out: Annotated[
@@ -124,12 +133,14 @@ def _bytes(option: str, text: str | None) -> int | None:
 
 
 def _wanted(names: str | None) -> list[Format]:
-    """The formats asked for; all whose engine runs and measures here, and which need no budget of their own."""
+    """The formats asked for; else those whose engine runs and measures here, and which need no budget of their own."""
+    if names == "all":  # what runs elsewhere alone gets a row of its size and its proof
+        return list(FORMATS)
     if names is not None:
         known = {row.name: row for row in FORMATS}
         asked = listed(names, "--formats", str)
         if unknown := [name for name in asked if name not in known]:
-            raise InputError(f"--formats {unknown[0]!r} is unknown: choose from {', '.join(known)}")
+            raise InputError(f"--formats {unknown[0]!r} is unknown: choose from {', '.join(known)}, or all")
         return [known[name] for name in asked]
     return [row for row in FORMATS if row.precision != "mixed" and _measurable(row)]
 

@@ -278,6 +278,7 @@ def test_a_bundle_for_another_machine_is_a_row_when_all_formats_are_asked_for(
     row = found[coreml_bundle.name]
     assert row["timings"] is None
     assert row["size_bytes"] > 0
+    assert row["peak_rss_bytes"] is None
     assert "measure it where its engine runs" in row["failure"]
 
 

@@ -37,6 +37,7 @@ from kdc_edge.pipeline import Request
 OPENER = "kdc_edge.runtimes:open_for_bench"  # a name, because the runtimes stand on a higher floor than this one
 PROCESSES = 3
 SHORT_SEC = 20.0  # of a process: what takes longer is measured in one
+OUT_OF_MEMORY = "out of memory"
 LOOK_SEC = 0.05  # between two looks at the child's memory
 LOOK_SHARE = 0.02  # of the time may go into looking, which holds the child up
 
@@ -258,6 +259,8 @@ def _run_child(job: Job, timeout_sec: float | None) -> Outcome:
     result = Path(job.out) / "result.json"
     if status == 0 and result.is_file():
         outcome = OUTCOME.validate_json(result.read_bytes())
+        if outcome.failure not in (None, OUT_OF_MEMORY):
+            return outcome  # the memory of a process that refused says nothing about the bundle
         peak = memory.peak_rss_bytes if outcome.peak_rss_bytes is None else outcome.peak_rss_bytes
         return replace(outcome, peak_rss_bytes=peak, peak_pss_bytes=memory.peak_pss_bytes)
     if status < 0:

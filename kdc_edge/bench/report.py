@@ -96,7 +96,8 @@ def conditions(rows: Sequence[Row], environment: Environment) -> list[str]:
     """What a reader needs to know to compare the numbers, line by line."""
     if not rows:
         return []
-    processes = _values(len(row.timings.cold.samples_sec) for row in rows if row.timings) or "1"
+    timed = [row for row in rows if row.timings] or rows
+    processes = _span(len(row.timings.cold.samples_sec) for row in rows if row.timings) or "1"
     fresh = "a fresh process" if processes == "1" else f"{processes} fresh processes"
     size = _values(f"{row.width} × {row.height}" for row in rows if row.width and row.height) or "unknown size"
     lines = [
@@ -104,8 +105,8 @@ def conditions(rows: Sequence[Row], environment: Environment) -> list[str]:
         f"guidance {_values(f'{row.guidance:g}' for row in rows)}, "
         f"sampler {_values(row.sampler for row in rows)}, "
         f"seed {_values(row.seed for row in rows)}.",
-        f"Times are medians of {_values(row.repeats for row in rows)} pictures after "
-        f"{_values(row.warmup for row in rows)} for warm-up, each row in {fresh}, from the prompt to the PNG; "
+        f"Times are medians of {_span(row.repeats for row in timed)} pictures after "
+        f"{_span(row.warmup for row in timed)} for warm-up, each row in {fresh}, from the prompt to the PNG; "
         "p90 is the 90th percentile; the step column leaves each picture's first step out. Cold is the first picture "
         "from the start of the process, with everything that it loads.",
         "Peak memory is the most resident memory of a process, loading included. Parity is the PSNR of "
@@ -232,6 +233,12 @@ def _does(target: str, precision: str) -> str | None:
 def _values(found: Iterable[object]) -> str:
     """The distinct values in order: "20", or "20 / 8" where rows differ."""
     return " / ".join(dict.fromkeys(str(value) for value in found))
+
+
+def _span(found: Iterable[int]) -> str:
+    """From the least to the most: "20", or "5 to 28" where rows differ; empty for none."""
+    counts = sorted(set(found))
+    return " to ".join(str(count) for count in dict.fromkeys([*counts[:1], *counts[-1:]]))
 
 
 def rows_as_csv(rows: Sequence[Row]) -> str:

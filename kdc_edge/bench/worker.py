@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from kdc_edge.bench.measure import measure
-from kdc_edge.bench.process import JOB, OUTCOME, Job, Outcome
+from kdc_edge.bench.process import JOB, OUT_OF_MEMORY, OUTCOME, Job, Outcome
 from kdc_edge.errors import KdcError
 from kdc_edge.pipeline import Request
 
@@ -44,7 +44,7 @@ def work(job: Job) -> Outcome:
     except KdcError as error:
         return Outcome(failure=_one_line(error))
     except MemoryError:
-        return Outcome(failure="out of memory")
+        return Outcome(failure=OUT_OF_MEMORY)
     except Exception as error:
         return Outcome(failure=f"{type(error).__name__}: {_one_line(error)}")
     np.savez(Path(job.out) / "pictures.npz", pixels=found.pixels, prompt_pictures=found.prompt_pictures)

@@ -97,7 +97,9 @@ def test_blocks_for_other_reports_hold_charts_table_and_conditions() -> None:
 
 def test_what_cannot_run_here_stands_in_the_chart_of_quality_by_its_proof() -> None:
     elsewhere = make_row("coreml-w8", target="coreml", timings=None, peak_rss_bytes=None, failure="needs macOS")
-    speed, quality = benchmark_blocks([FAST, elsewhere], MACHINE)[0].split("<figure")[1:]
+    charts, note, *_ = benchmark_blocks([FAST, elsewhere], MACHINE)
+    assert "by the proof of their export, which made other pictures: coreml-w8." in note
+    speed, quality = charts.split("<figure")[1:]
     assert ">fp16<" in speed
     assert ">w8<" not in speed
     assert ">fp16<" in quality

@@ -180,6 +180,9 @@ def _scatters(rows: Sequence[Row], budget: Budget) -> list[Html]:
     if equal:
         line = f"Equal to the reference to the last bit, so not in the chart of quality: {', '.join(equal)}."
         blocks.append(paragraph(line, small=True))
+    if proved := [label for label, row, found in named if row.target and found["psnr"] is None and row.parity]:
+        line = f"In the chart of quality by the proof of their export, which made other pictures: {', '.join(proved)}."
+        blocks.append(paragraph(line, small=True))
     return blocks
 
 

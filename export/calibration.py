@@ -22,7 +22,7 @@ from kdc_edge.errors import InputError
 from kdc_edge.export.parity import Recorder
 from kdc_edge.export.prompts import own_prompts
 from kdc_edge.pipeline import Pipeline, Request
-from kdc_edge.runtimes.base import COMPONENTS, LoadedComponents, get_runtime
+from kdc_edge.runtimes.base import COMPONENTS, LoadedComponents, LoadOptions, get_runtime
 from kdc_edge.tokenizer import Tokenizer
 
 SAMPLES = 64
@@ -59,7 +59,7 @@ def calibrate(
         raise InputError("there are no prompts to calibrate on: give --calibration-prompts a file with one a line")
     rng = np.random.default_rng(seed)
     runtime = get_runtime("torch")
-    loaded = LoadedComponents(lambda name: runtime.load(checkpoint, name, device="CPU"))
+    loaded = LoadedComponents(lambda name: runtime.load(checkpoint, name, LoadOptions(device="CPU")))
     unet = Recorder(loaded["unet"])
     components = {name: unet if name == "unet" else loaded[name] for name in COMPONENTS if name != "vae_decoder"}
     pipeline = Pipeline(read_model(checkpoint), Tokenizer.from_folder(checkpoint / "tokenizer"), components)

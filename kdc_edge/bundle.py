@@ -11,6 +11,7 @@ name a path outside its folder.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -195,6 +196,12 @@ class Bundle:
             if known == name:
                 return info, inside(self.root, info.files[0], BundleError)
         raise BundleError(f"{self.root} has no {name}: export it again")
+
+    def fingerprint(self, component: str, *also: str) -> str:
+        """16 hex digits of a component's files, and of what else decides what an engine makes of them."""
+        info, _ = self.component(component)
+        parts = [*(self.manifest.files[name].sha256 for name in info.files), *also]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     @property
     def size_bytes(self) -> int:

@@ -4,6 +4,6 @@ from kdc_edge.runtimes import open_pipeline
 picture = open_pipeline(Path("bundles/onnx-fp16")).generate(Request("a red flower"))
 """
 
-from kdc_edge.runtimes.base import ENGINES, Device, Runtime, get_runtime, open_for_bench, open_pipeline
+from kdc_edge.runtimes.base import ENGINES, Device, LoadOptions, Runtime, get_runtime, open_for_bench, open_pipeline
 
-__all__ = ["ENGINES", "Device", "Runtime", "get_runtime", "open_for_bench", "open_pipeline"]
+__all__ = ["ENGINES", "Device", "LoadOptions", "Runtime", "get_runtime", "open_for_bench", "open_pipeline"]

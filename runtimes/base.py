@@ -4,7 +4,7 @@ A runtime opens one component of a bundle (or, for torch, of a checkpoint) and g
 named numpy inputs, one numpy output. Engines are imported when they are asked for, never before.
 
     runtime = get_runtime("onnxruntime")            # MissingPackageError names the extra to install
-    unet = runtime.load(bundle.root, "unet", device="CPU", threads=2)
+    unet = runtime.load(bundle.root, "unet", LoadOptions(device="CPU", threads=2))
 """
 
 from __future__ import annotations
@@ -35,6 +35,20 @@ class Device:
     description: str
 
 
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a component is opened. An engine leaves what it can do nothing with."""
+
+    device: str | None = None  # the engine's default when None
+    threads: int | None = None
+    low_memory: bool = False  # save memory where that costs speed
+    cache: Path | None = None  # a folder for what the engine compiles
+    exact: bool = False  # 32-bit arithmetic where the engine would take fewer bits of its own choice
+
+
+DEFAULTS = LoadOptions()
+
+
 class Runtime(Protocol):
     """An engine."""
 
@@ -45,21 +59,8 @@ class Runtime(Protocol):
         """What this machine has for it, the default first."""
         ...
 
-    def load(
-        self,
-        folder: Path,
-        component: str,
-        *,
-        device: str | None = None,
-        threads: int | None = None,
-        low_memory: bool = False,
-        cache: Path | None = None,
-    ) -> Component:
-        """Open a component ("text_encoder", "unet", "vae_decoder"); None means the engine's default.
-
-        `low_memory` saves memory where that costs speed; `cache` is a folder for what the engine compiles.
-        Engines that can do nothing with one of them leave it.
-        """
+    def load(self, folder: Path, component: str, options: LoadOptions = DEFAULTS) -> Component:
+        """Open a component ("text_encoder", "unet", "vae_decoder")."""
         ...
 
 
@@ -73,13 +74,14 @@ class Engine:
     extra: str
     platform: str | None = None  # sys.platform where it runs; anywhere when None
     reference: bool = False  # proves artifacts; too slow to be chosen or measured where another engine runs
+    narrows: bool = False  # takes fewer than 32 bits of its own choice where the processor has them
 
 
 ENGINES: dict[str, Engine] = {
     e.name: e
     for e in (
         Engine("onnxruntime", "kdc_edge.runtimes.onnxruntime", "onnxruntime", "onnx"),
-        Engine("openvino", "kdc_edge.runtimes.openvino", "openvino", "openvino"),
+        Engine("openvino", "kdc_edge.runtimes.openvino", "openvino", "openvino", narrows=True),
         Engine("coreml", "kdc_edge.runtimes.coreml", "coremltools", "coreml", platform="darwin"),
         Engine("mil", "kdc_edge.runtimes.mil", "numpy", "coreml", reference=True),
         Engine("torch", "kdc_edge.runtimes.torch", "torch", "train"),
@@ -137,12 +139,14 @@ def open_pipeline(
     threads: int | None = None,
     low_memory: bool = False,
     cache: Path | None = None,
+    exact: bool = False,
 ) -> Pipeline:
     """A pipeline from a bundle, or through torch from a checkpoint folder; components are loaded when needed.
 
     `device` names one for all ("CPU"), or one a component ("unet=GPU,text_encoder=CPU"). `low_memory` trades
     speed for memory: one component at a time, and the engine's savings. `cache` is a folder for what the
-    engine compiles, where it can keep that. Raises a KdcError for what can be seen before anything is loaded.
+    engine compiles, where it can keep that. `exact` is 32-bit arithmetic where the engine would choose fewer bits.
+    Raises a KdcError for what can be seen before anything is loaded.
     """
     model, chosen = _choose(folder, engine)
     if threads is not None and threads < 1:
@@ -150,14 +154,12 @@ def open_pipeline(
     tokenizer = Tokenizer.from_folder(folder / "tokenizer")
     runtime = get_runtime(chosen.name)
     named = split_devices(device)
-    devices = {c: check_device(runtime, named.get(c, named.get(""))) for c in COMPONENTS}
-
-    def load(component: str) -> Component:
-        return runtime.load(
-            folder, component, device=devices[component], threads=threads, low_memory=low_memory, cache=cache
-        )
-
-    return Pipeline(model, tokenizer, LoadedComponents(load, low_memory=low_memory))
+    options = {
+        c: LoadOptions(check_device(runtime, named.get(c, named.get(""))), threads, low_memory, cache, exact)
+        for c in COMPONENTS
+    }
+    load = LoadedComponents(lambda c: runtime.load(folder, c, options[c]), low_memory=low_memory)
+    return Pipeline(model, tokenizer, load)
 
 
 def split_devices(device: str | None) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Core ML on a Mac: Apple's own engine, on the processor, the GPU and the Neural Engine.
 
-    unet = get_runtime("coreml").load(Path("bundles/coreml-palette6"), "unet", device="CPU_AND_NE", threads=None)
+    unet = get_runtime("coreml").load(Path("bundles/coreml-palette6"), "unet", LoadOptions(device="CPU_AND_NE"))
 
 A package has to be compiled for the machine before it runs, which takes a while for a large U-Net. The compiled
 model is kept beside the bundle (`.NAME.compiled/`, safe to delete) under the hashes of what it was made from and
@@ -9,7 +9,6 @@ the system's version. Elsewhere the registry refuses this engine; `mil` computes
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ import numpy as np
 from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError
 from kdc_edge.pipeline import Component
-from kdc_edge.runtimes.base import Device, check_device, first_line
+from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, first_line
 from kdc_edge.runtimes.coreml_layout import PROGRAM, Predict, Stage, adapt, in_turn, packages_of
 from kdc_edge.runtimes.coreml_tools import load_coremltools
 from kdc_edge.runtimes.mil_file import read_program
@@ -44,25 +43,14 @@ class CoreMLRuntime:
     def devices(self) -> list[Device]:
         return [Device(name, does) for name, does in _UNITS]
 
-    def load(
-        self,
-        folder: Path,
-        component: str,
-        *,
-        device: str | None = None,
-        threads: int | None = None,
-        low_memory: bool = False,
-        cache: Path | None = None,
-    ) -> Component:
+    def load(self, folder: Path, component: str, options: LoadOptions = DEFAULTS) -> Component:
         """Open a component of a bundle; Core ML sets the number of its threads itself. Raises BundleError."""
-        del threads, low_memory
-        units = _ct.ComputeUnit[check_device(self, device)]
+        units = _ct.ComputeUnit[check_device(self, options.device)]
         bundle = Bundle.open(folder)
         info, _ = bundle.component(component)
         root = bundle.root.resolve()
-        cache = cache or root.parent / f".{root.name}.compiled"
-        hashes = [bundle.manifest.files[name].sha256 for name in info.files]
-        key = hashlib.sha256(" ".join([*hashes, platform.platform()]).encode()).hexdigest()[:16]
+        cache = options.cache or root.parent / f".{root.name}.compiled"
+        key = bundle.fingerprint(component, platform.platform())
         stages = [
             _open(package, cache / f"{package.stem}-{key}.mlmodelc", units) for package in packages_of(bundle, info)
         ]

@@ -1,6 +1,6 @@
 """The reference evaluator: Core ML bundles computed in numpy, on any machine, without Core ML.
 
-    unet = get_runtime("mil").load(Path("bundles/coreml-fp16"), "unet", device=None, threads=None)
+    unet = get_runtime("mil").load(Path("bundles/coreml-fp16"), "unet")
     program = Evaluator(read_program(path)); program(sample=..., timestep=..., encoder_hidden_states=...)
 
 It exists to prove artifacts, not to be fast: each operation is computed in fp32 and rounded to the type that the
@@ -20,7 +20,7 @@ from kdc_edge import __version__
 from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError, KdcError
 from kdc_edge.pipeline import Component
-from kdc_edge.runtimes.base import Device, check_device, first_line
+from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, first_line
 from kdc_edge.runtimes.coreml_layout import PROGRAM, adapt, in_turn, packages_of
 from kdc_edge.runtimes.mil_file import NUMPY, Operation, Program, TensorType, Value, read_program
 from kdc_edge.runtimes.mil_ops import KERNELS
@@ -138,19 +138,9 @@ class MilRuntime:
     def devices(self) -> list[Device]:
         return [Device("CPU", "reference evaluator in numpy: exact, and slow")]
 
-    def load(
-        self,
-        folder: Path,
-        component: str,
-        *,
-        device: str | None = None,
-        threads: int | None = None,
-        low_memory: bool = False,
-        cache: Path | None = None,
-    ) -> Component:
-        """Open a component of a Core ML bundle. `threads` is numpy's own affair (OMP_NUM_THREADS)."""
-        del threads, low_memory, cache
-        check_device(self, device)
+    def load(self, folder: Path, component: str, options: LoadOptions = DEFAULTS) -> Component:
+        """Open a component of a Core ML bundle. Threads are numpy's own affair (OMP_NUM_THREADS)."""
+        check_device(self, options.device)
         bundle = Bundle.open(folder)
         info, _ = bundle.component(component)
         found = [Evaluator(read_program(package / PROGRAM)) for package in packages_of(bundle, info)]

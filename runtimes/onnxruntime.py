@@ -1,6 +1,6 @@
 """ONNX Runtime: any bundle whose components are .onnx files, on the CPU and on what else this build offers.
 
-    unet = get_runtime("onnxruntime").load(Path("bundles/onnx-fp16"), "unet", device="CPU", threads=2)
+    unet = get_runtime("onnxruntime").load(Path("bundles/onnx-fp16"), "unet", LoadOptions(device="CPU", threads=2))
     noise_pred = unet(sample=sample, timestep=timestep, encoder_hidden_states=hidden)
 
 Telemetry is switched off, and the engine's own log goes quiet: what it refuses becomes one BundleError.
@@ -8,21 +8,20 @@ Telemetry is switched off, and the engine's own log goes quiet: what it refuses 
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from kdc_edge.bundle import Bundle, ComponentName
+from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError, InputError, require
 from kdc_edge.files import atomic_folder
 from kdc_edge.machine import Processor, this_processor
 from kdc_edge.pipeline import Choice, Component
-from kdc_edge.runtimes.base import Device, check_device, first_line
+from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, first_line
 
 _ort: Any = require("onnxruntime", extra="onnx", purpose="running an ONNX bundle")
 _ort.disable_telemetry_events()
@@ -115,41 +114,33 @@ class OnnxRuntime:
         there = set(_ort.get_available_providers())
         return [Device(p.device, p.description) for p in _PROVIDERS if p.name in there]
 
-    def load(
-        self,
-        folder: Path,
-        component: str,
-        *,
-        device: str | None = None,
-        threads: int | None = None,
-        low_memory: bool = False,
-        cache: Path | None = None,
-    ) -> Component:
+    def load(self, folder: Path, component: str, options: LoadOptions = DEFAULTS) -> Component:
         """Open a component of a bundle. Raises BundleError for a file that the engine refuses.
 
-        With `low_memory` the weights stay as they are stored, mapped from the file, and are widened at every call.
-        With `cache`, the graph as this machine wants it is kept there: the next load has less to do.
+        With low memory the weights stay as they are stored, mapped from the file, and are widened at every call.
+        With a cache, the graph as this machine wants it is kept there: the next load has less to do.
         """
         bundle = Bundle.open(folder)
         _, path = bundle.component(component)
-        chosen = check_device(self, device)
+        chosen = check_device(self, options.device)
         provider = next(p for p in _PROVIDERS if p.device == chosen)
-        options = _options(provider, threads, low_memory=low_memory)
+        threads, cache = options.threads, options.cache
+        session = _session_options(provider, threads, low_memory=options.low_memory)
         if bundle.manifest.precision == "int8" and component == "unet" and _overflows(this_processor()):
-            options.add_session_config_entry("session.x64quantprecision", "1")  # in uint8 alone then: slower, right
-        if cache is not None and provider.device == "CPU" and not low_memory:
+            session.add_session_config_entry("session.x64quantprecision", "1")  # in uint8 alone then: slower, right
+        if cache is not None and provider.device == "CPU" and not options.low_memory:
             made = _cached(cache, bundle, component)
             if made.is_file():
-                options.graph_optimization_level = _ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it has been done
-                return OnnxComponent(path, self._open(made, options, provider, threads))
+                session.graph_optimization_level = _ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it has been done
+                return OnnxComponent(path, self._open(made, session, provider, threads))
             with atomic_folder(made.parent, marker=made.name) as new:
-                options.optimized_model_filepath = str(new / made.name)
+                session.optimized_model_filepath = str(new / made.name)
                 beside = "session.optimized_model_external_initializers"
-                options.add_session_config_entry(f"{beside}_file_name", f"{made.name}_data")
-                options.add_session_config_entry(f"{beside}_min_size_in_bytes", str(WEIGHTS_BESIDE_BYTES))
-                self._open(path, options, provider, threads)
-            return self.load(folder, component, device=device, threads=threads, cache=cache)
-        return OnnxComponent(path, self._open(path, options, provider, threads))
+                session.add_session_config_entry(f"{beside}_file_name", f"{made.name}_data")
+                session.add_session_config_entry(f"{beside}_min_size_in_bytes", str(WEIGHTS_BESIDE_BYTES))
+                self._open(path, session, provider, threads)
+            return self.load(folder, component, options)
+        return OnnxComponent(path, self._open(path, session, provider, threads))
 
     def _open(self, path: Path, options: Any, provider: _Provider, threads: int | None) -> Any:
         given = dict(provider.options)
@@ -177,15 +168,12 @@ class OnnxRuntime:
 
 def _cached(cache: Path, bundle: Bundle, component: str) -> Path:
     """Where the optimized graph of a component is kept: it holds for these files, this engine and this processor."""
-    files = bundle.manifest.components[cast(ComponentName, component)].files
     processor = this_processor()
-    made_of = [*(bundle.manifest.files[file].sha256 for file in files), OnnxRuntime.version, processor.name]
-    made_of += processor.features or ()
-    key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
+    key = bundle.fingerprint(component, OnnxRuntime.version, processor.name, *(processor.features or ()))
     return cache / f"onnxruntime-{component}-{key}" / "model.onnx"
 
 
-def _options(provider: _Provider, threads: int | None, *, low_memory: bool) -> Any:
+def _session_options(provider: _Provider, threads: int | None, *, low_memory: bool) -> Any:
     """For one picture's latency: operators one by one on all threads.
 
     The arena keeps what it once had, and a memory pattern takes a second block of the same size at the second call,

@@ -1,6 +1,6 @@
 """OpenVINO: any bundle whose components are OpenVINO IR, on Intel (and other x86 and Arm) CPUs, GPUs and NPUs.
 
-    unet = get_runtime("openvino").load(Path("bundles/openvino-int8"), "unet", device="CPU", threads=2)
+    unet = get_runtime("openvino").load(Path("bundles/openvino-int8"), "unet", LoadOptions(device="CPU", threads=2))
     noise_pred = unet(sample=sample, timestep=timestep, encoder_hidden_states=hidden)
 
 The network is compiled for the exact shapes of its first call (`prepare` does it before), which is faster than
@@ -25,8 +25,9 @@ import psutil
 
 from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError, InputError, KdcError, require
+from kdc_edge.machine import this_processor
 from kdc_edge.pipeline import Choice, Component
-from kdc_edge.runtimes.base import Device, check_device, first_line
+from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, first_line
 
 
 def without_telemetry() -> None:
@@ -42,7 +43,9 @@ WORKING_BYTES = 300 * 2**20  # of one component beside its weights, about
 
 # Layers that multiply matrices, in the plugins' words, and the names that formats.py has for their numbers.
 PRODUCTS = ("convolution", "fullyconnected", "matmul", "gemm")
-ARITHMETIC = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
+ARITHMETIC = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "u8": "int8", "i8": "int8"}
+WHOLE_NUMBERS = ("u8", "i8", "u4", "i4")
+DYNAMIC = "DYNAMIC_QUANTIZATION_GROUP_SIZE"  # activations that share a scale, where they are quantized at run time
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -76,15 +79,20 @@ class OpenVinoComponent:
     def explain(self) -> Choice:
         """The device, and the numbers that the compiled graph's matrix products really take.
 
-        The hint alone does not tell: on a CPU, weights of 8 bits make the plugin quantize activations as it runs.
+        The hint alone does not tell: where a CPU multiplies bytes, weights of 8 and 4 bits make the plugin quantize
+        activations as it runs, unless it was told not to.
         """
+        quantizes = DYNAMIC not in self._settings and "VNNI" in (this_processor().features or ())
         compiled = next(iter(self._requests.values())).get_compiled_model()
         found: Counter[str] = Counter()
         for layer in compiled.get_runtime_model().get_ops():
             info = layer.get_rt_info()
-            kind, numbers = (info[key].astype(str) for key in ("layerType", "runtimePrecision"))
+            kind, numbers, kernel = (info[k].astype(str) for k in ("layerType", "runtimePrecision", "primitiveType"))
             if any(word in kind.lower() for word in PRODUCTS):
-                found[ARITHMETIC.get(numbers, numbers)] += 1
+                computed = kernel.lower().rpartition("_")[2]  # "brgemm_avx512_f32"; `numbers` may be its weights' only
+                if numbers in WHOLE_NUMBERS and quantizes:
+                    computed = "i8"
+                found[ARITHMETIC.get(computed) or ARITHMETIC.get(numbers, numbers)] += 1
         devices = ", ".join(compiled.get_property("EXECUTION_DEVICES"))
         return Choice(devices, ", ".join(name for name, _ in found.most_common()) or None)
 
@@ -130,20 +138,11 @@ class OpenVinoRuntime:
         found.sort(key=lambda device: device.name != "CPU")  # the one that is always there comes first
         return [*found, Device("AUTO", "OpenVINO's own choice among these")]
 
-    def load(
-        self,
-        folder: Path,
-        component: str,
-        *,
-        device: str | None = None,
-        threads: int | None = None,
-        low_memory: bool = False,  # noqa: ARG002  # weights are never held twice here
-        cache: Path | None = None,
-    ) -> Component:
+    def load(self, folder: Path, component: str, options: LoadOptions = DEFAULTS) -> Component:
         """Open a component of a bundle. Raises BundleError for a file that the engine refuses."""
         bundle = Bundle.open(folder)
         _, path = bundle.component(component)
-        chosen = check_device(self, device)
+        chosen = check_device(self, options.device)
         if not path.with_suffix(".bin").is_file():
             raise BundleError(
                 f"{path.with_suffix('.bin')} is missing: the bundle is incomplete; copy or export it again"
@@ -154,21 +153,27 @@ class OpenVinoRuntime:
             raise BundleError(
                 f"{path} is refused by openvino {self.version}: {first_line(error)}; copy or export it again"
             ) from None
-        return OpenVinoComponent(path, model, chosen, _settings(chosen, bundle.manifest.precision, threads, cache))
+        settings = _settings(chosen, options.threads, exact=options.exact or bundle.manifest.precision == "fp32")
+        if options.cache is not None:
+            settings |= _cache_settings(options.cache / f"openvino-{component}-{bundle.fingerprint(component)}", path)
+        return OpenVinoComponent(path, model, chosen, settings)
 
 
-def _settings(device: str, precision: str, threads: int | None, cache: Path | None) -> dict[str, Any]:
+def _cache_settings(folder: Path, path: Path) -> dict[str, Any]:
+    """Keep the compiled graph there; its weights stay in the bundle's file, which is mapped again."""
+    return {"CACHE_DIR": str(folder), "CACHE_MODE": "OPTIMIZE_SIZE", "WEIGHTS_PATH": str(path.with_suffix(".bin"))}
+
+
+def _settings(device: str, threads: int | None, *, exact: bool) -> dict[str, Any]:
     """For one picture's latency."""
     found: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-    if precision == "fp32":
-        found["INFERENCE_PRECISION_HINT"] = "f32"
+    if exact:
+        found |= {"INFERENCE_PRECISION_HINT": "f32"} | ({DYNAMIC: 0} if device == "CPU" else {})
     elif device == "CPU":
         able = _CORE.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         found["INFERENCE_PRECISION_HINT"] = "bf16" if "BF16" in able else "f32"
     if device == "CPU" and threads is not None:
         found["INFERENCE_NUM_THREADS"] = threads
-    if cache is not None:
-        found["CACHE_DIR"] = str(cache)
     return found
 
 

@@ -1,6 +1,6 @@
 """PyTorch, the reference: opens the components of a *checkpoint* by diffusers and transformers, in fp32.
 
-    unet = get_runtime("torch").load(Path("runs/latest/checkpoint"), "unet", device="CPU")
+    unet = get_runtime("torch").load(Path("runs/latest/checkpoint"), "unet", LoadOptions(device="CPU"))
     network = load_network(Path("runs/latest/checkpoint"), "vae_decoder")      # the module, for exporters
 
 The components take and give the same named arrays as an exported bundle's (DESIGN: contracts). Only local
@@ -19,7 +19,7 @@ import numpy as np
 from kdc_edge.checkpoint import check_weights
 from kdc_edge.errors import CheckpointError, InputError, require
 from kdc_edge.pipeline import Choice, Component
-from kdc_edge.runtimes.base import Device, check_device, first_line
+from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, first_line
 
 _torch: Any = require("torch", extra="train", purpose="running a checkpoint")
 
@@ -93,20 +93,11 @@ class TorchRuntime:
             found.append(Device("MPS", "Apple GPU"))
         return found
 
-    def load(
-        self,
-        folder: Path,
-        component: str,
-        *,
-        device: str | None = None,
-        threads: int | None = None,
-        low_memory: bool = False,  # noqa: ARG002  # it has no such savings
-        cache: Path | None = None,  # noqa: ARG002
-    ) -> Component:
-        """Open a component of a checkpoint folder; `threads` holds for all of torch."""
-        chosen = check_device(self, device)
-        if threads is not None:
-            _torch.set_num_threads(threads)
+    def load(self, folder: Path, component: str, options: LoadOptions = DEFAULTS) -> Component:
+        """Open a component of a checkpoint folder; the threads hold for all of torch."""
+        chosen = check_device(self, options.device)
+        if options.threads is not None:
+            _torch.set_num_threads(options.threads)
         return TorchComponent(component, load_network(folder, component), chosen)
 
 

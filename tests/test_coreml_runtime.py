@@ -13,7 +13,7 @@ import pytest
 
 from kdc_edge.errors import BundleError, InputError
 from kdc_edge.pipeline import Request
-from kdc_edge.runtimes import base, get_runtime, open_pipeline
+from kdc_edge.runtimes import LoadOptions, base, get_runtime, open_pipeline
 from kdc_edge.runtimes.coreml_layout import PROGRAM
 from kdc_edge.runtimes.mil import Evaluator
 from kdc_edge.runtimes.mil_file import read_program
@@ -88,13 +88,13 @@ def test_compiled_models_are_kept_beside_the_bundle(
 ) -> None:
     runtime = get_runtime("coreml")
     for _ in range(2):
-        runtime.load(own_coreml_bundle, "text_encoder", device="cpu_and_ne")
+        runtime.load(own_coreml_bundle, "text_encoder", LoadOptions(device="cpu_and_ne"))
     assert len(fake.compiled) == 1
     assert FakeModel.opened[0][1] is Unit.CPU_AND_NE
     (kept,) = (tmp_path / ".coreml-fp16.compiled").iterdir()
     assert kept.name == FakeModel.opened[0][0]
     assert kept.name.startswith("TextEncoder-")
-    runtime.load(own_coreml_bundle, "text_encoder", cache=tmp_path / "elsewhere")
+    runtime.load(own_coreml_bundle, "text_encoder", LoadOptions(cache=tmp_path / "elsewhere"))
     assert (tmp_path / "elsewhere" / kept.name).is_dir()
     # Another system, or another bundle in its place, is compiled anew.
     with pytest.MonkeyPatch.context() as patch:
@@ -131,7 +131,7 @@ def test_devices_are_compute_units(own_coreml_bundle: Path) -> None:
     runtime = get_runtime("coreml")
     assert [d.name for d in runtime.devices()] == ["ALL", "CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY"]
     with pytest.raises(InputError, match="coreml has no device 'GPU' here: choose from ALL"):
-        runtime.load(own_coreml_bundle, "unet", device="GPU")
+        runtime.load(own_coreml_bundle, "unet", LoadOptions(device="GPU"))
 
 
 @pytest.mark.macos

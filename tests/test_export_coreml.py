@@ -21,7 +21,7 @@ from kdc_edge.export.attention import set_attention
 from kdc_edge.export.components import load_component
 from kdc_edge.export.coreml import CoreMLOptions, export_coreml
 from kdc_edge.pipeline import Request
-from kdc_edge.runtimes import get_runtime, open_for_bench, open_pipeline
+from kdc_edge.runtimes import LoadOptions, get_runtime, open_for_bench, open_pipeline
 from kdc_edge.runtimes.coreml_layout import PROGRAM
 from kdc_edge.runtimes.coreml_tools import load_coremltools
 from kdc_edge.runtimes.mil_file import read_program
@@ -130,7 +130,7 @@ def test_a_large_unet_lies_in_two_packages(
         "UnetChunk1.mlpackage", "UnetChunk2.mlpackage", "config.json",
     ]  # fmt: skip
     inputs = some_inputs(2)
-    whole, chunked = (get_runtime("mil").load(b, "unet", device=None, threads=None) for b in (coreml_bundle, made.root))
+    whole, chunked = (get_runtime("mil").load(b, "unet") for b in (coreml_bundle, made.root))
     np.testing.assert_allclose(chunked(**inputs), whole(**inputs), atol=2e-3)
 
 
@@ -146,8 +146,8 @@ def some_inputs(batch: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_any_batch_goes_through_a_fixed_one(coreml_bundle: Path, checkpoint: Path, batch: int) -> None:
     inputs = some_inputs(batch)
-    found = get_runtime("mil").load(coreml_bundle, "unet", device="cpu", threads=None)(**inputs)
-    expected = get_runtime("torch").load(checkpoint, "unet", device=None, threads=None)(**inputs)
+    found = get_runtime("mil").load(coreml_bundle, "unet", LoadOptions(device="cpu"))(**inputs)
+    expected = get_runtime("torch").load(checkpoint, "unet")(**inputs)
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, atol=0.02)
 

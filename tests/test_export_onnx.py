@@ -18,7 +18,7 @@ from kdc_edge.checkpoint import hash_checkpoint
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.export.components import load_component
 from kdc_edge.export.onnx import export_onnx, trace
-from kdc_edge.runtimes import get_runtime
+from kdc_edge.runtimes import LoadOptions, get_runtime
 
 NAMES = {
     "text_encoder": (["input_ids"], ["last_hidden_state", "pooler_output"]),
@@ -122,7 +122,7 @@ def test_large_weights_lie_beside_the_graph(
         "encoder_hidden_states": np.ones((1, 77, 128), np.float32),
     }
     runtime = get_runtime("onnxruntime")
-    beside, within = (runtime.load(b, "unet", device=None, threads=1)(**inputs) for b in (made.root, bundle))
+    beside, within = (runtime.load(b, "unet", LoadOptions(threads=1))(**inputs) for b in (made.root, bundle))
     np.testing.assert_array_equal(beside, within)
 
 

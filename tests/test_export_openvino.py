@@ -19,7 +19,7 @@ from kdc_edge.export.calibration import calibrate
 from kdc_edge.export.openvino import export_openvino
 from kdc_edge.export.prompts import own_prompts, read_prompts
 from kdc_edge.pipeline import Request
-from kdc_edge.runtimes import get_runtime, open_pipeline
+from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline
 from tests.test_runtimes import some_inputs
 
 NAMES = {
@@ -153,7 +153,7 @@ def test_prompts_to_calibrate_on(own_checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("component", NAMES)
 def test_openvino_equals_torch_at_any_size(checkpoint: Path, fp32: Path, component: str) -> None:
     torch = get_runtime("torch").load(checkpoint, component)
-    openvino = get_runtime("openvino").load(fp32, component, device="cpu", threads=1)
+    openvino = get_runtime("openvino").load(fp32, component, LoadOptions(device="cpu", threads=1))
     for batch, height, width in ((1, 16, 16), (2, 8, 24)):
         inputs = some_inputs(component, batch, height, width)
         found = openvino(**inputs)
@@ -163,18 +163,19 @@ def test_openvino_equals_torch_at_any_size(checkpoint: Path, fp32: Path, compone
 
 def test_the_numbers_that_are_really_computed_with(bundles: dict[str, Path]) -> None:
     found = {}
-    for precision in ("fp32", "int8"):
-        unet: Any = get_runtime("openvino").load(bundles[precision], "unet", device="CPU", threads=1)
+    for precision, exact in (("fp32", False), ("fp16", True), ("w8", True), ("int8", False)):
+        options = LoadOptions(device="CPU", threads=1, exact=exact)
+        unet: Any = get_runtime("openvino").load(bundles[precision], "unet", options)
         unet.prepare({name: value.shape for name, value in some_inputs("unet", 1, 8, 8).items()})
         choice = unet.explain()
         assert choice.provider == "CPU"
         found[precision] = choice.arithmetic.split(", ")
-    assert found["fp32"] == ["fp32"]
+    assert found["fp32"] == found["fp16"] == found["w8"] == ["fp32"]
     assert found["int8"][0] == "int8"
 
 
 def test_an_answer_is_not_overwritten_by_the_next(fp32: Path) -> None:
-    unet = get_runtime("openvino").load(fp32, "unet", threads=1)
+    unet = get_runtime("openvino").load(fp32, "unet", LoadOptions(threads=1))
     inputs = some_inputs("unet", 1, 8, 8)
     first = unet(**inputs)
     kept = first.copy()
@@ -237,7 +238,7 @@ def test_damaged_files_are_refused_in_one_line(fp32: Path, tmp_path: Path, capfd
 
 
 def test_inputs_that_do_not_fit(fp32: Path) -> None:
-    unet = get_runtime("openvino").load(fp32, "unet", threads=1)
+    unet = get_runtime("openvino").load(fp32, "unet", LoadOptions(threads=1))
     inputs = some_inputs("unet", 1, 8, 8)
     with pytest.raises(BundleError, match="takes sample, timestep, encoder_hidden_states where sample are given"):
         unet(sample=inputs["sample"])
@@ -260,7 +261,7 @@ def test_too_little_memory_is_said_before_the_work(fp32: Path, monkeypatch: pyte
 def test_the_mapped_weights_are_given_back(fp32: Path) -> None:
     """After compiling, next to nothing of the file is resident: the engine has its own copy."""
     weights = (fp32 / "unet" / "openvino_model.bin").resolve()
-    unet: Any = get_runtime("openvino").load(fp32, "unet", threads=1)
+    unet: Any = get_runtime("openvino").load(fp32, "unet", LoadOptions(threads=1))
     unet.prepare({"sample": (1, 4, 8, 8), "timestep": (1,), "encoder_hidden_states": (1, 77, 128)})
     resident = [m.rss for m in psutil.Process().memory_maps() if m.path == str(weights)]
     assert resident
@@ -271,6 +272,8 @@ def test_the_cache_is_opt_in(fp32: Path, tmp_path: Path) -> None:
     request = Request("a red flower", steps=1)
     usual = open_pipeline(fp32, threads=1).generate(request)
     cached = [open_pipeline(fp32, threads=1, cache=tmp_path / "cache").generate(request) for _ in range(2)]
-    assert list((tmp_path / "cache").iterdir())
+    kept = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    assert len(kept) == 3
+    assert sum(p.stat().st_size for p in kept) < 0.2 * Bundle.open(fp32).size_bytes  # the weights are not kept twice
     for picture in cached:
         assert np.abs(picture.astype(int) - usual).max() <= 1

@@ -24,7 +24,7 @@ from kdc_edge.export.onnx_int8 import quantize_int8, uint8_scale
 from kdc_edge.export.onnx_weights import round_channels
 from kdc_edge.machine import Processor
 from kdc_edge.pipeline import Request
-from kdc_edge.runtimes import get_runtime, open_pipeline
+from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline
 from tests.test_runtimes import some_inputs
 
 PROMPTS = ["a red flower", "a blue fish"]
@@ -171,7 +171,7 @@ def test_low_memory_and_cache_change_no_number(bundles: dict[str, Path], precisi
     runtime = get_runtime("onnxruntime")
     inputs = some_inputs("unet", 2, 16, 16)
     plain, small, first, second = (
-        runtime.load(bundles[precision], "unet", threads=1, low_memory=low_memory, cache=cache)(**inputs)
+        runtime.load(bundles[precision], "unet", LoadOptions(threads=1, low_memory=low_memory, cache=cache))(**inputs)
         for low_memory, cache in ((False, None), (True, None), (False, tmp_path), (False, tmp_path))
     )
     np.testing.assert_array_equal(first, plain)
@@ -186,7 +186,7 @@ def test_int8_on_processors_whose_products_overflow(bundles: dict[str, Path], mo
     from kdc_edge.runtimes import onnxruntime as module
 
     runtime, inputs = get_runtime("onnxruntime"), some_inputs("unet", 2, 16, 16)
-    expected = runtime.load(bundles["int8"], "unet", threads=1)(**inputs)
+    expected = runtime.load(bundles["int8"], "unet", LoadOptions(threads=1))(**inputs)
     asked: list[str] = []
     real = ort.SessionOptions.add_session_config_entry
     monkeypatch.setattr(
@@ -196,7 +196,7 @@ def test_int8_on_processors_whose_products_overflow(bundles: dict[str, Path], mo
         processor = Processor("a processor", "x86_64", features, None)
         monkeypatch.setattr(module, "this_processor", lambda processor=processor: processor)
         asked.clear()
-        found = runtime.load(bundles["int8"], "unet", threads=1)(**inputs)
+        found = runtime.load(bundles["int8"], "unet", LoadOptions(threads=1))(**inputs)
         assert ("session.x64quantprecision" in asked) is changed
         np.testing.assert_allclose(found, expected, atol=0.1)
     monkeypatch.setattr(module, "this_processor", lambda: Processor("old", "x86_64", ("AVX2",), None))
@@ -208,15 +208,15 @@ def test_int8_on_processors_whose_products_overflow(bundles: dict[str, Path], mo
 def test_the_cache_is_used(bundles: dict[str, Path], tmp_path: Path) -> None:
     runtime = get_runtime("onnxruntime")
     inputs = some_inputs("unet", 1, 16, 16)
-    runtime.load(bundles["fp16"], "unet", cache=tmp_path)
+    runtime.load(bundles["fp16"], "unet", LoadOptions(cache=tmp_path))
     (kept,) = tmp_path.iterdir()
     made = onnx.load(kept / "model.onnx")
     assert Counter(node.op_type for node in made.graph.node)["Cast"] < 5  # the stored halves are widened in it
     kept.joinpath("model.onnx").write_bytes(b"damaged")
     with pytest.raises(BundleError, match="refused by onnxruntime"):
-        runtime.load(bundles["fp16"], "unet", cache=tmp_path)
+        runtime.load(bundles["fp16"], "unet", LoadOptions(cache=tmp_path))
     shutil.rmtree(kept)
-    assert runtime.load(bundles["fp16"], "unet", cache=tmp_path)(**inputs).shape == (1, 4, 16, 16)
+    assert runtime.load(bundles["fp16"], "unet", LoadOptions(cache=tmp_path))(**inputs).shape == (1, 4, 16, 16)
 
 
 def test_a_weight_file_that_is_missing_or_shorter(
@@ -255,7 +255,7 @@ def test_providers(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kdc_edge.runtimes import onnxruntime as module
 
     with pytest.raises(InputError, match="has no device 'cuda' here: choose from CPU; cuda needs onnxruntime-gpu"):
-        get_runtime("onnxruntime").load(bundle, "unet", device="cuda")
+        get_runtime("onnxruntime").load(bundle, "unet", LoadOptions(device="cuda"))
     # A build with CUDA whose driver is not there: onnxruntime itself would go on, on the processor.
     there = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(module._ort, "get_available_providers", lambda: there)
@@ -267,7 +267,7 @@ def test_providers(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module._ort, "InferenceSession", session)
     with pytest.raises(InputError, match="cannot start CUDA here, a driver or library of it is missing"):
-        get_runtime("onnxruntime").load(bundle, "unet", device="cuda")
+        get_runtime("onnxruntime").load(bundle, "unet", LoadOptions(device="cuda"))
 
 
 def test_sizes_fixed_while_tracing(checkpoint: Path) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdc_edge.bundle import Bundle
+from kdc_edge.bundle import Bundle, Check
 from kdc_edge.errors import CheckpointError, ParityError
 from kdc_edge.export.onnx import export_onnx
-from kdc_edge.export.parity import Call, compare, record
+from kdc_edge.export.parity import Call, check_pictures, compare, record
+from kdc_edge.formats import find_format
 from kdc_edge.pipeline import Request
 from kdc_edge.runtimes.base import COMPONENTS
 
@@ -58,6 +59,36 @@ def test_what_was_recorded(checkpoint: Path) -> None:
     }
     assert reference.calls["unet"][0][0]["sample"].shape == (2, 4, 16, 16)
     assert reference.pictures[0].shape == (64, 64, 3)
+
+
+class Painter:
+    """A pipeline that paints one grey, or a tenth of the picture another."""
+
+    def __init__(self, *, detail: int) -> None:
+        self.pixels = np.full((20, 20, 3), 100, np.uint8)
+        self.pixels[:2] += np.uint8(detail)
+
+    def generate(self, _request: Request) -> np.ndarray:
+        return self.pixels
+
+
+@pytest.mark.parametrize(
+    ("detail", "detail_in_32_bits", "passed"), [(1, 9, [True]), (60, 0, [True, True]), (60, 60, [False, True]),
+                                                (155, 0, [True, False])],
+)  # fmt: skip
+def test_arithmetic_in_fewer_bits_is_not_held_against_the_artifact(
+    detail: int, detail_in_32_bits: int, passed: list[bool]
+) -> None:
+    def check(name: str) -> list[Check]:
+        candidate, exact = (Painter(detail=d) for d in (detail, detail_in_32_bits))
+        expected = [Painter(detail=0).pixels]
+        return check_pictures(expected, candidate, lambda: exact, [Request("x")], find_format(name, "fp16"))  # type: ignore[arg-type, return-value]
+
+    found = check("openvino")
+    assert [c.passed for c in found] == passed
+    assert found[-1].what == "picture"
+    assert len(check("onnx")) == 1  # which computes in 32 bits anyway
+    assert check("onnx")[0].passed == (detail == 1)
 
 
 @pytest.mark.parametrize(("precision", "least"), [("fp32", 100.0), ("fp16", 60.0)])

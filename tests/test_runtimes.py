@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kdc_edge.bundle import MANIFEST, Bundle, list_files
 from kdc_edge.errors import BundleError, CheckpointError, InputError, MissingPackageError
 from kdc_edge.pipeline import Choice, Explained, Request
-from kdc_edge.runtimes import get_runtime, open_pipeline
+from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline
 from kdc_edge.runtimes.base import COMPONENTS
 
 Floats = NDArray[np.float32]
@@ -40,15 +40,15 @@ def test_onnxruntime_equals_torch_at_any_size(
     checkpoint: Path, bundle_fp32: Path, component: str, batch: int, height: int, width: int
 ) -> None:
     inputs = some_inputs(component, batch, height, width)
-    expected = get_runtime("torch").load(checkpoint, component, device=None, threads=None)(**inputs)
-    found = get_runtime("onnxruntime").load(bundle_fp32, component, device="cpu", threads=1)(**inputs)
+    expected = get_runtime("torch").load(checkpoint, component)(**inputs)
+    found = get_runtime("onnxruntime").load(bundle_fp32, component, LoadOptions(device="cpu", threads=1))(**inputs)
     assert found.dtype == expected.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
 def test_inputs_are_cast(bundle: Path) -> None:
     runtime = get_runtime("onnxruntime")
-    unet = runtime.load(bundle, "unet", device=None, threads=None)
+    unet = runtime.load(bundle, "unet")
     inputs = some_inputs("unet", 1, 8, 8)
     expected = unet(**inputs)
     loose = {name: value.astype(np.float64) for name, value in inputs.items()}
@@ -96,13 +96,13 @@ def test_devices(bundle: Path, checkpoint: Path) -> None:
         assert runtime.version
         assert runtime.devices()[0].name == "CPU"
         with pytest.raises(InputError, match="has no device 'abacus' here: choose from CPU"):
-            runtime.load(folder, "unet", device="abacus", threads=None)
+            runtime.load(folder, "unet", LoadOptions(device="abacus"))
 
 
 def test_what_the_engine_chose_is_told(bundle: Path, checkpoint: Path) -> None:
     found = {}
     for name, folder in (("onnxruntime", bundle), ("torch", checkpoint)):
-        unet = get_runtime(name).load(folder, "unet", device="CPU")
+        unet = get_runtime(name).load(folder, "unet", LoadOptions(device="CPU"))
         assert isinstance(unet, Explained)
         found[name] = unet.explain()
     assert found == {"onnxruntime": Choice("CPUExecutionProvider", None), "torch": Choice("CPU", "fp32")}
@@ -132,7 +132,7 @@ def test_a_damaged_graph_is_refused_in_one_line(own_bundle: Path, capfd: pytest.
     path = own_bundle / "unet" / "model.onnx"
     path.write_bytes(b"\x00" * path.stat().st_size)
     with pytest.raises(BundleError, match=r"unet/model\.onnx is refused by onnxruntime") as caught:
-        get_runtime("onnxruntime").load(own_bundle, "unet", device=None, threads=None)
+        get_runtime("onnxruntime").load(own_bundle, "unet")
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
 
@@ -150,11 +150,11 @@ def test_weights_out_of_the_folder_are_refused(own_bundle: Path) -> None:
     manifest["files"] = {name: info.model_dump() for name, info in list_files(own_bundle).items()}
     (own_bundle / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match="is refused by onnxruntime"):
-        get_runtime("onnxruntime").load(own_bundle, "text_encoder", device=None, threads=None)
+        get_runtime("onnxruntime").load(own_bundle, "text_encoder")
 
 
 def test_wrong_inputs_are_refused(bundle: Path) -> None:
-    unet = get_runtime("onnxruntime").load(bundle, "unet", device=None, threads=None)
+    unet = get_runtime("onnxruntime").load(bundle, "unet")
     inputs = some_inputs("unet", 1, 8, 8)
     with pytest.raises(BundleError, match="takes sample, timestep, encoder_hidden_states where sample"):
         unet(sample=inputs["sample"])
@@ -167,18 +167,18 @@ def test_checkpoints_that_torch_cannot_read(own_checkpoint: Path, checkpoint: Pa
 
     runtime = get_runtime("torch")
     with pytest.raises(InputError, match="no component 'vae_encoder'"):
-        runtime.load(checkpoint, "vae_encoder", device=None, threads=None)
+        runtime.load(checkpoint, "vae_encoder")
     weights = own_checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     save_file({k: v for k, v in tensors.items() if k != "conv_in.weight"}, weights, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lacks 1 weights of UNet2DConditionModel, such as conv_in\.weight"):
-        runtime.load(own_checkpoint, "unet", device=None, threads=None)
+        runtime.load(own_checkpoint, "unet")
     weights.write_bytes(b"\x00" * 100)
     with pytest.raises(CheckpointError, match="cannot be read as UNet2DConditionModel"):
-        runtime.load(own_checkpoint, "unet", device=None, threads=None)
+        runtime.load(own_checkpoint, "unet")
     shutil.rmtree(own_checkpoint / "unet")
     with pytest.raises(CheckpointError, match="incomplete"):
-        runtime.load(own_checkpoint, "unet", device=None, threads=None)
+        runtime.load(own_checkpoint, "unet")
 
 
 def test_the_manifest_describes_the_graph(bundle: Path) -> None:

@@ -12,6 +12,7 @@ from typer import Argument, Option
 from kdc_edge.cli.options import (
     Device,
     Engine,
+    Exact,
     Guidance,
     GuidanceInterval,
     GuidanceModeOption,
@@ -45,6 +46,7 @@ def generate(
     cache: Annotated[
         Path | None, Option(help="A folder where the engine keeps what it compiles; none by default.")
     ] = None,
+    exact: Exact = False,
     config: Config = None,
 ) -> None:
     """Generate a picture, without PyTorch where a bundle is given."""
@@ -66,7 +68,9 @@ def generate(
         guidance_interval=guidance_interval, seed=seed, sampler=scheduler, width=width, height=height,
         low_memory=low_memory,
     )  # fmt: skip
-    pipeline = open_pipeline(bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, cache=cache)
+    pipeline = open_pipeline(
+        bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, cache=cache, exact=exact
+    )
     pipeline.check(request)
     if cut := pipeline.tokenizer.overflow(prompt):
         say(f"the prompt is longer than the model reads: left out is {cut[:80]!r}")

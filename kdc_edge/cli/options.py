@@ -26,6 +26,9 @@ Device = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(help="Of the engine.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="32-bit arithmetic where the engine would take fewer: slower, nearer PyTorch.")
+]
 LowMemory = Annotated[
     bool, typer.Option("--low-memory", help="One network in memory at a time, guidance sequential: slower, smaller.")
 ]

@@ -28,6 +28,9 @@ GuidanceMode = Literal["batched", "sequential"]
 MAX_SIDE = 4096  # pixels
 
 
+Shapes = Mapping[str, tuple[int, ...]]  # of a network's inputs, by name
+
+
 class Component(Protocol):
     """A network with named numpy inputs and one numpy output (DESIGN: contracts)."""
 
@@ -38,9 +41,16 @@ class Component(Protocol):
 class Compiled(Protocol):
     """A component whose engine compiles it anew for each set of input shapes."""
 
-    def prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Compile for these shapes now, so that the first call need not."""
+    def prepare(self, shapes: Shapes) -> None:
+        """Compile for these shapes now, so that the first call need not; -1 is a size that the network has fixed."""
         ...
+
+
+@runtime_checkable
+class Early(Protocol):
+    """Components that can be loaded, and compiled for some shapes, while others compute."""
+
+    def start(self, name: str, shapes: Sequence[Shapes]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -145,24 +155,26 @@ class Pipeline:
         A pipeline that was not prepared does the same while it makes its first picture.
         """
         self.check(request)
-        shape = self.latent_shape(request)
-        tokens = self._tokenize(request)  # (1 or 2, 77)
-        batches = {2 if request.batched and request.guided(i, request.steps) else 1 for i in range(request.steps)}
-        wanted = {"text_encoder": [{"input_ids": tokens.shape}], "vae_decoder": [{"latent_sample": shape}]}
+        wanted = self._shapes(request, self._tokenize(request))
         for i, name in enumerate(("text_encoder", "unet", "vae_decoder"), 1):
             component = self.components[name]
             yield Progress("load", i, 3)
             if not isinstance(component, Compiled):
                 continue
-            if name == "unet":
-                hidden = self.components["text_encoder"](input_ids=tokens)  # (1 or 2, 77, D), for its width
-                wanted[name] = [
-                    {"sample": (b, *shape[1:]), "timestep": (1,), "encoder_hidden_states": (b, *hidden.shape[1:])}
-                    for b in sorted(batches)
-                ]
             for inputs in wanted[name]:
                 component.prepare(inputs)
             yield Progress("compile", i, 3)
+
+    def _shapes(self, request: Request, input_ids: np.ndarray) -> dict[str, list[Shapes]]:
+        """What each component will be called with."""
+        shape = self.latent_shape(request)
+        batches = {2 if request.batched and request.guided(i, request.steps) else 1 for i in range(request.steps)}
+        unet: list[Shapes] = [
+            {"sample": (b, *shape[1:]), "timestep": (1,), "encoder_hidden_states": (b, input_ids.shape[1], -1)}
+            for b in sorted(batches)
+        ]
+        text, decoder = {"input_ids": input_ids.shape}, {"latent_sample": shape}
+        return {"text_encoder": [text], "unet": unet, "vae_decoder": [decoder]}
 
     def run(self, request: Request) -> Iterator[Progress]:
         """Make the picture, yielding after each stage; at each step after the U-Net and after the scheduler."""
@@ -178,6 +190,8 @@ class Pipeline:
 
         input_ids = self._tokenize(request)  # (1 or 2, 77)
         yield Progress("tokenize", 1, 1)
+        if isinstance(self.components, Early):
+            self.components.start("unet", self._shapes(request, input_ids)["unet"])
         hidden = self.components["text_encoder"](input_ids=input_ids)  # (1 or 2, 77, D)
         yield Progress("text_encoder", 1, 1)
 

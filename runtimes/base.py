@@ -12,7 +12,8 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -21,7 +22,7 @@ from kdc_edge.bundle import Bundle, Model
 from kdc_edge.checkpoint import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.formats import Format, find_format
-from kdc_edge.pipeline import Component, Pipeline
+from kdc_edge.pipeline import Compiled, Component, Pipeline, Shapes
 from kdc_edge.tokenizer import Tokenizer
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
@@ -75,13 +76,14 @@ class Engine:
     platform: str | None = None  # sys.platform where it runs; anywhere when None
     reference: bool = False  # proves artifacts; too slow to be chosen or measured where another engine runs
     narrows: bool = False  # takes fewer than 32 bits of its own choice where the processor has them
+    early: bool = False  # compiles one network on one core, and holds no more memory if another computes meanwhile
 
 
 ENGINES: dict[str, Engine] = {
     e.name: e
     for e in (
         Engine("onnxruntime", "kdc_edge.runtimes.onnxruntime", "onnxruntime", "onnx"),
-        Engine("openvino", "kdc_edge.runtimes.openvino", "openvino", "openvino", narrows=True),
+        Engine("openvino", "kdc_edge.runtimes.openvino", "openvino", "openvino", narrows=True, early=True),
         Engine("coreml", "kdc_edge.runtimes.coreml", "coremltools", "coreml", platform="darwin"),
         Engine("mil", "kdc_edge.runtimes.mil", "numpy", "coreml", reference=True),
         Engine("torch", "kdc_edge.runtimes.torch", "torch", "train"),
@@ -108,15 +110,36 @@ class LoadedComponents(Mapping[str, Component]):
     """The three components, each loaded when it is first asked for.
 
     So the decoder is not yet in memory while the first picture's U-Net runs. With `low_memory` no two are ever
-    there together: asking for one drops the other, which is loaded again for the next picture.
+    there together: asking for one drops the other, which is loaded again for the next picture. With `early`, one
+    is compiled while another computes, where memory is not short.
     """
 
-    def __init__(self, load: Callable[[str], Component], *, low_memory: bool = False) -> None:
+    def __init__(self, load: Callable[[str], Component], *, low_memory: bool = False, early: bool = False) -> None:
         self._load = load
         self._low_memory = low_memory
+        self._early = early and not low_memory
         self._loaded: dict[str, Component] = {}
+        self._coming: dict[str, Future[Component]] = {}
+
+    def start(self, name: str, shapes: Sequence[Shapes]) -> None:
+        """Begin to load and compile a component; what goes wrong is raised where it is asked for."""
+        if not self._early or name in self._loaded or name in self._coming:
+            return
+
+        def make() -> Component:
+            component = self._load(name)
+            if isinstance(component, Compiled):
+                for inputs in shapes:
+                    component.prepare(inputs)
+            return component
+
+        pool = ThreadPoolExecutor(1)
+        self._coming[name] = pool.submit(make)
+        pool.shutdown(wait=False)
 
     def __getitem__(self, name: str) -> Component:
+        if name in self._coming:
+            self._loaded[name] = self._coming.pop(name).result()
         if self._low_memory and name not in self._loaded:
             self._loaded.clear()
             gc.collect()  # before the next one takes its memory, not after
@@ -158,7 +181,7 @@ def open_pipeline(
         c: LoadOptions(check_device(runtime, named.get(c, named.get(""))), threads, low_memory, cache, exact)
         for c in COMPONENTS
     }
-    load = LoadedComponents(lambda c: runtime.load(folder, c, options[c]), low_memory=low_memory)
+    load = LoadedComponents(lambda c: runtime.load(folder, c, options[c]), low_memory=low_memory, early=chosen.early)
     return Pipeline(model, tokenizer, load)
 
 

@@ -26,7 +26,7 @@ import psutil
 from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError, InputError, KdcError, require
 from kdc_edge.machine import this_processor
-from kdc_edge.pipeline import Choice, Component
+from kdc_edge.pipeline import Choice, Component, Shapes
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, first_line
 
 
@@ -46,8 +46,6 @@ PRODUCTS = ("convolution", "fullyconnected", "matmul", "gemm")
 ARITHMETIC = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "u8": "int8", "i8": "int8"}
 WHOLE_NUMBERS = ("u8", "i8", "u4", "i4")
 DYNAMIC = "DYNAMIC_QUANTIZATION_GROUP_SIZE"  # activations that share a scale, where they are quantized at run time
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 class OpenVinoComponent:
@@ -102,10 +100,15 @@ class OpenVinoComponent:
             raise BundleError(
                 f"{self._path} takes {', '.join(names)} where {', '.join(shapes)} are given: export it again"
             )
+        shapes = {name: self._fixed(name, shape) for name, shape in shapes.items()}
         key = tuple(sorted(shapes.items()))
         if key not in self._requests:
             self._requests[key] = self._compile(shapes).create_infer_request()
         return self._requests[key]
+
+    def _fixed(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape with the network's own sizes in place of -1."""
+        return tuple(self._model.input(name).partial_shape[i].get_length() if n < 0 else n for i, n in enumerate(shape))
 
     def _compile(self, shapes: Shapes) -> Any:
         weights = self._path.with_suffix(".bin")

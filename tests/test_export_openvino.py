@@ -16,7 +16,7 @@ import pytest
 from kdc_edge.bundle import Bundle, list_files
 from kdc_edge.errors import BundleError, InputError, KdcError
 from kdc_edge.export.calibration import calibrate
-from kdc_edge.export.openvino import export_openvino
+from kdc_edge.export.openvino import export_openvino, one_by_one
 from kdc_edge.export.prompts import own_prompts, read_prompts
 from kdc_edge.pipeline import Request
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline
@@ -113,6 +113,14 @@ def test_the_hybrid_computes_less_in_integers(bundles: dict[str, Path], checkpoi
     assert hybrid.manifest.parity is not None
     assert all(c.passed for c in hybrid.manifest.parity.checks)
     assert 0 < operations(hybrid.root)["FakeQuantize"] < operations(bundles["int8"])["FakeQuantize"]
+
+
+def test_a_batch_is_calibrated_on_one_by_one() -> None:
+    batch = some_inputs("unet", 2, 8, 8)
+    first, second = one_by_one([batch])
+    np.testing.assert_array_equal(np.concatenate([first["sample"], second["sample"]]), batch["sample"])
+    assert second["encoder_hidden_states"].shape == (1, 77, 128)
+    assert first["timestep"] is second["timestep"] is batch["timestep"]
 
 
 def test_the_calibration_is_on_record(bundles: dict[str, Path]) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
-from kdc_edge.errors import InputError
-from kdc_edge.pipeline import Component, Pipeline, Request
+from kdc_edge.errors import BundleError, InputError
+from kdc_edge.pipeline import Component, Pipeline, Request, Shapes
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.base import COMPONENTS, LoadedComponents, split_devices
 from kdc_edge.tokenizer import Tokenizer
 from tests.bench_rows import MODEL
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Unet:
@@ -75,7 +74,7 @@ def test_the_calls_of_a_request(pipeline: Pipeline, unet: Unet, request_: Reques
     pipeline.generate(request_)
     assert unet.batches == batches
     assert [shapes["sample"][0] for shapes in unet.prepared] == sorted(set(batches))
-    assert unet.prepared[0]["encoder_hidden_states"][1:] == (77, 8)
+    assert unet.prepared[0]["encoder_hidden_states"][1:] == (77, -1)  # the width is the network's own
 
 
 def latents(pipeline: Pipeline, request: Request) -> np.ndarray:
@@ -176,3 +175,44 @@ def test_low_memory_makes_the_same_picture(bundle: Path) -> None:
     request = Request("a red flower", steps=2, seed=3)
     usual, frugal = (open_pipeline(bundle, threads=1, low_memory=low).generate(request) for low in (False, True))
     assert np.abs(usual.astype(int) - frugal).max() <= 1  # sums in another order
+
+
+class Slow:
+    """A component that is compiled in the background: it notes for what, and in which thread."""
+
+    made: ClassVar[list[tuple[str, object, str]]] = []
+
+    def __init__(self, name: str) -> None:
+        if name == "broken":
+            raise BundleError("it is broken")
+        self.name = name
+
+    def prepare(self, shapes: Shapes) -> None:
+        Slow.made.append((self.name, dict(shapes), threading.current_thread().name))
+
+    def __call__(self, **_inputs: np.ndarray) -> np.ndarray:
+        return np.zeros((2, 77, 5), np.float32)
+
+
+def test_a_component_may_be_compiled_while_another_computes() -> None:
+    Slow.made.clear()
+    components = LoadedComponents(Slow, early=True)
+    components.start("unet", [{"sample": (2, 4, 8, 8)}])
+    components.start("unet", [{"sample": (1, 4, 8, 8)}])  # it is on its way already
+    unet = components["unet"]
+    assert components["unet"] is unet
+    (name, shapes, thread), *more = Slow.made
+    assert (name, shapes, more) == ("unet", {"sample": (2, 4, 8, 8)}, [])
+    assert thread != threading.current_thread().name
+    components.start("broken", [])
+    with pytest.raises(BundleError, match="it is broken"):
+        components["broken"]
+
+
+@pytest.mark.parametrize("options", [{}, {"early": True, "low_memory": True}])
+def test_nothing_is_compiled_early_where_memory_is_short_or_the_engine_gains_nothing(options: dict[str, bool]) -> None:
+    Slow.made.clear()
+    components = LoadedComponents(Slow, **options)
+    components.start("unet", [{"sample": (2, 4, 8, 8)}])
+    assert isinstance(components["unet"], Slow)
+    assert Slow.made == []

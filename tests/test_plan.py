@@ -15,7 +15,7 @@ from PIL import Image
 
 from kdc_edge.errors import InputError, MissingPackageError
 from kdc_edge.presets import find_preset
-from kdc_edge.train.benchmark import measure_plain, measure_run
+from kdc_edge.train.benchmark import OURS, PLAIN_FP32, measure, measure_run
 from kdc_edge.train.folders import init_checkpoint
 from kdc_edge.train.loop import StepDone, Trainer
 from kdc_edge.train.plan import _activations, make_plan
@@ -81,8 +81,8 @@ def test_activations_are_what_backward_keeps() -> None:
 
 def test_the_benchmark_measures_both_recipes_and_where_time_goes(tmp_path: Path) -> None:
     small = config(tasks=TASKS[:1], batch_size=2)
-    for measure, encodes in ((measure_run, True), (measure_plain, False)):
-        speed = measure(small, tmp_path / measure.__name__, 3)
+    for recipe, encodes in ((OURS, True), (PLAIN_FP32, False)):
+        speed = measure(recipe, small, 3)
         assert set(speed.shares) == {"data", "teacher", "student", "optimizer"}
         assert 0.8 < sum(speed.shares.values()) <= 1.01
         assert json.loads(speed.lines()[-1])["images_per_sec"] == pytest.approx(2000 / speed.step_ms, rel=1e-3)

@@ -108,7 +108,13 @@ class OpenVinoComponent:
 
     def _fixed(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape with the network's own sizes in place of -1."""
-        return tuple(self._model.input(name).partial_shape[i].get_length() if n < 0 else n for i, n in enumerate(shape))
+        own = self._model.input(name).partial_shape
+        try:
+            return tuple(own[i].get_length() if n < 0 else n for i, n in enumerate(shape))
+        except RuntimeError:
+            raise BundleError(
+                f"{self._path} takes {name} of {own}, which leaves open what must be fixed: export it again"
+            ) from None
 
     def _compile(self, shapes: Shapes) -> Any:
         weights = self._path.with_suffix(".bin")

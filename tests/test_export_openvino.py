@@ -246,12 +246,16 @@ def test_damaged_files_are_refused_in_one_line(fp32: Path, tmp_path: Path, capfd
 
 
 def test_inputs_that_do_not_fit(fp32: Path) -> None:
-    unet = get_runtime("openvino").load(fp32, "unet", LoadOptions(threads=1))
+    unet: Any = get_runtime("openvino").load(fp32, "unet", LoadOptions(threads=1))
     inputs = some_inputs("unet", 1, 8, 8)
     with pytest.raises(BundleError, match="takes sample, timestep, encoder_hidden_states where sample are given"):
         unet(sample=inputs["sample"])
     with pytest.raises(InputError, match="was not made for this size") as caught:
         unet(**inputs | {"encoder_hidden_states": np.zeros((1, 77, 5), np.float32)})
+    assert one_line(caught)
+    shapes = {name: value.shape for name, value in inputs.items()}
+    with pytest.raises(BundleError, match=r"takes sample of .* leaves open what must be fixed") as caught:
+        unet.prepare(shapes | {"sample": (1, 4, -1, 8)})
     assert one_line(caught)
 
 

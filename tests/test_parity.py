@@ -13,7 +13,7 @@ from kdc_edge.errors import CheckpointError, ParityError
 from kdc_edge.export.onnx import export_onnx
 from kdc_edge.export.parity import Call, check_pictures, compare, record
 from kdc_edge.formats import find_format
-from kdc_edge.pipeline import Request
+from kdc_edge.pipeline import Pipeline, Request
 from kdc_edge.runtimes.base import COMPONENTS
 
 CALLS: list[Call] = [
@@ -61,14 +61,15 @@ def test_what_was_recorded(checkpoint: Path) -> None:
     assert reference.pictures[0].shape == (64, 64, 3)
 
 
-class Painter:
-    """A pipeline that paints one grey, or a tenth of the picture another."""
+class Painter(Pipeline):
+    """Paints one grey, or a tenth of the picture another."""
 
-    def __init__(self, *, detail: int) -> None:
+    def __init__(self, *, detail: int) -> None:  # it has no networks
         self.pixels = np.full((20, 20, 3), 100, np.uint8)
         self.pixels[:2] += np.uint8(detail)
 
-    def generate(self, _request: Request) -> np.ndarray:
+    def generate(self, request: Request) -> np.ndarray:
+        assert request.prompt == "a flower"
         return self.pixels
 
 
@@ -82,7 +83,7 @@ def test_arithmetic_in_fewer_bits_is_not_held_against_the_artifact(
     def check(name: str) -> list[Check]:
         candidate, exact = (Painter(detail=d) for d in (detail, detail_in_32_bits))
         expected = [Painter(detail=0).pixels]
-        return check_pictures(expected, candidate, lambda: exact, [Request("x")], find_format(name, "fp16"))  # type: ignore[arg-type, return-value]
+        return check_pictures(expected, candidate, lambda: exact, [Request("a flower")], find_format(name, "fp16"))
 
     found = check("openvino")
     assert [c.passed for c in found] == passed

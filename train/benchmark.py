@@ -1,7 +1,7 @@
 """How fast a run trains, and what its time goes into; beside it, the plain recipe, for comparison.
 
     kdc-edge train --benchmark 20                                    # this run's settings
-    python -m kdc_edge.train.benchmark --batch-size 1 4 16           # ours against the plain recipe, one process
+    python -m kdc_edge.train.benchmark --batch-size 1 4 16           # ours against the plain recipe, in turns
 
 The plain recipe is what most scripts do: pictures and captions are encoded at every step, all weights are kept in 32
 bits and run under fp16 autocast, nothing is compiled and the memory layout is torch's default. A CPU computes fp16

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,7 +40,9 @@ CANDIDATES: dict[str, tuple[str, str, bool]] = {
     "kdc-edge, ONNX fp16": ("kdc-edge", "onnx-fp16", False),
 }
 
-Steps = Iterator[float | None]  # yields once loaded, then after each U-Net step (its time, or None for now)
+# Yields once loaded, then after each U-Net step (its time, or None for now), and DONE after each picture, endlessly.
+Steps = Iterator[float | None]
+DONE = -1.0
 
 
 def run_diffusers(checkpoint: Path, dtype: str, steps: int, threads: int) -> Steps:
@@ -51,12 +54,13 @@ def run_diffusers(checkpoint: Path, dtype: str, steps: int, threads: int) -> Ste
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     yield None
-    yield from _as_steps(
-        lambda tick: pipeline(
-            PROMPT, num_inference_steps=steps, guidance_scale=GUIDANCE, height=SIZE, width=SIZE,
-            callback_on_step_end=lambda _p, _i, _t, kwargs: tick() or kwargs,
-        )
-    )  # fmt: skip
+    while True:
+        yield from _as_steps(
+            lambda tick: pipeline(
+                PROMPT, num_inference_steps=steps, guidance_scale=GUIDANCE, height=SIZE, width=SIZE,
+                callback_on_step_end=lambda _p, _i, _t, kwargs: tick() or kwargs,
+            )
+        )  # fmt: skip
 
 
 def run_genai(folder: Path, steps: int, threads: int) -> Steps:
@@ -64,12 +68,13 @@ def run_genai(folder: Path, steps: int, threads: int) -> Steps:
 
     pipeline = openvino_genai.Text2ImagePipeline(folder, "CPU", INFERENCE_NUM_THREADS=threads)
     yield None
-    yield from _as_steps(
-        lambda tick: pipeline.generate(
-            PROMPT, num_inference_steps=steps, guidance_scale=GUIDANCE, height=SIZE, width=SIZE,
-            callback=lambda _i, _n, _latents: bool(tick()),  # True would stop it
-        )
-    )  # fmt: skip
+    while True:
+        yield from _as_steps(
+            lambda tick: pipeline.generate(
+                PROMPT, num_inference_steps=steps, guidance_scale=GUIDANCE, height=SIZE, width=SIZE,
+                callback=lambda _i, _n, _latents: bool(tick()),  # True would stop it
+            )
+        )  # fmt: skip
 
 
 def run_ours(folder: Path, steps: int, threads: int, *, low_memory: bool) -> Steps:
@@ -80,9 +85,11 @@ def run_ours(folder: Path, steps: int, threads: int, *, low_memory: bool) -> Ste
     yield None
     mode: GuidanceMode = "sequential" if low_memory else "batched"
     request = Request(PROMPT, steps=steps, guidance=GUIDANCE, width=SIZE, height=SIZE, guidance_mode=mode)
-    for progress in pipeline.run(request):
-        if progress.stage == "unet":
-            yield None
+    while True:
+        for progress in pipeline.run(request):
+            if progress.stage == "unet":
+                yield None
+        yield DONE
 
 
 def _as_steps(call: Callable[[Callable[[], object]], object]) -> Steps:
@@ -90,6 +97,7 @@ def _as_steps(call: Callable[[Callable[[], object]], object]) -> Steps:
     ticks: list[float] = []
     call(lambda: ticks.append(time.time()))
     yield from ticks
+    yield DONE
 
 
 def process_age_sec() -> float:
@@ -98,8 +106,8 @@ def process_age_sec() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks / os.sysconf("SC_CLK_TCK")
 
 
-def work(name: str, checkpoint: Path, bundles: Path, steps: int, threads: int) -> dict[str, Any]:
-    """In a process of its own: one picture, and what it took."""
+def work(name: str, checkpoint: Path, bundles: Path, steps: int, threads: int, *, again: bool) -> dict[str, Any]:
+    """In a process of its own: one picture, and what it took; with `again` a second one, when all is loaded."""
     started = time.time() - process_age_sec()
     kind, what, low_memory = CANDIDATES[name]
     if kind == "diffusers":
@@ -110,12 +118,12 @@ def work(name: str, checkpoint: Path, bundles: Path, steps: int, threads: int) -
         generator = run_ours(bundles / what, steps, threads, low_memory=low_memory)
     next(generator)
     loaded = time.time()
-    ends = [tick or time.time() for tick in generator]
+    ends = [tick or time.time() for tick in itertools.takewhile(lambda tick: tick != DONE, generator)]
     done = time.time()
     assert len(ends) == steps, f"{name}: {len(ends)} steps were seen where {steps} were asked for"
     status = Path("/proc/self/status").read_text().splitlines()
     peak_kib = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
-    return {
+    report = {
         "load_sec": loaded - started,
         "first_step_sec": ends[0] - started,
         "step_sec": [b - a for a, b in itertools.pairwise(ends)],
@@ -123,6 +131,11 @@ def work(name: str, checkpoint: Path, bundles: Path, steps: int, threads: int) -
         "total_sec": done - started,
         "peak_rss_bytes": peak_kib * 1024,
     }
+    if again:
+        begin = time.time()
+        assert sum(1 for _ in itertools.takewhile(lambda tick: tick != DONE, generator)) == steps
+        report["again_sec"] = time.time() - begin
+    return report
 
 
 def size_bytes(name: str, checkpoint: Path, bundles: Path) -> int:
@@ -144,16 +157,18 @@ def export(checkpoint: Path, bundles: Path) -> None:
 def table(report: dict[str, Any]) -> str:
     """The report as markdown: medians over the rounds."""
     lines = [
-        "| | a U-Net step | a picture, all in all | process start to first step done | peak RSS | on disk |",
-        "|---|---|---|---|---|---|",
+        "| | a U-Net step | a picture, all in all | once loaded | process start to first step | peak RSS | on disk |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in report["rows"].items():
         step = median(s for run in row["runs"] for s in run["step_sec"])
         total, first, peak = (
             median(run[key] for run in row["runs"]) for key in ("total_sec", "first_step_sec", "peak_rss_bytes")
         )
+        again = [run["again_sec"] for run in row["runs"] if "again_sec" in run]
+        loaded = f"{median(again):.1f} s" if again else ""
         lines.append(
-            f"| {name} | {step:.2f} s | {total:.1f} s | {first:.1f} s | {peak / 1e9:.2f} GB"
+            f"| {name} | {step:.2f} s | {total:.1f} s | {loaded} | {first:.1f} s | {peak / 1e9:.2f} GB"
             f" | {row['size_bytes'] / 1e9:.2f} GB |"
         )
     return "\n".join(lines) + "\n"
@@ -166,18 +181,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="*", help="parts of the names of the candidates to run")
+    parser.add_argument("--only", nargs="*", help="patterns of names to run: '*genai*' '*fp16'")
+    parser.add_argument("--again", action="store_true", help="a second picture in each process, all being loaded")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     bundles: Path = args.work / "bundles"
     if args.worker:
-        print(json.dumps(work(args.worker, args.checkpoint, bundles, args.steps, args.threads)))
+        print(json.dumps(work(args.worker, args.checkpoint, bundles, args.steps, args.threads, again=args.again)))
         return
     from dataclasses import asdict
 
     from kdc_edge.bench.record import here
 
-    names = [n for n in CANDIDATES if not args.only or any(part in n for part in args.only)]
+    names = [n for n in CANDIDATES if any(fnmatch(n, pattern) for pattern in args.only or ["*"])]
     export(args.checkpoint, bundles)
     out = args.work / "peers.json"
     report = json.loads(out.read_text()) if out.exists() else {"rows": {}}  # rounds add up over calls
@@ -191,6 +207,7 @@ def main() -> None:
         for name in names if round_ % 2 == 0 else reversed(names):
             command = [sys.executable, __file__, str(args.checkpoint), "--work", str(args.work)]
             command += ["--steps", str(args.steps), "--threads", str(args.threads), "--worker", name]
+            command += ["--again"] if args.again else []
             found = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True)
             run = json.loads(found.stdout.splitlines()[-1])
             row = report["rows"].setdefault(name, {"runs": []})

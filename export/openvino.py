@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from kdc_edge.export.calibration import Calibration, calibrate
 from kdc_edge.export.components import ExportComponent
 from kdc_edge.export.upsampling import split_upsampling
 from kdc_edge.formats import find_format
-from kdc_edge.runtimes.openvino import without_telemetry
+from kdc_edge.runtimes.openvino import trimmed, without_telemetry
 
 without_telemetry()
 _ov: Any = require("openvino", extra="export", purpose="an export to OpenVINO")
@@ -58,8 +59,9 @@ def export_openvino(
 
     def write(part: ExportComponent, folder: Path) -> list[str]:
         split_upsampling(part.module)
-        with _quiet():
-            model = compress(convert(part), part.name, precision, calibration)
+        opened = in_a_file if calibration and part.name == "unet" else converted
+        with _quiet(), opened(part, folder) as model:
+            model = compress(model, part.name, precision, calibration)
             _ov.save_model(model, folder / MODEL, compress_to_fp16=precision != "fp32")
         return [MODEL, "openvino_model.bin"]
 
@@ -91,6 +93,27 @@ def convert(part: ExportComponent) -> Any:
     for node, name in zip(model.get_parameters(), shapes, strict=True):
         node.set_friendly_name(name)
     return model
+
+
+@contextmanager
+def converted(part: ExportComponent, _: Path) -> Iterator[Any]:
+    yield convert(part)
+
+
+@contextmanager
+def in_a_file(part: ExportComponent, folder: Path) -> Iterator[Any]:
+    """The same, but with weights mapped from a file, for as long as this lasts, and none of the module's left.
+
+    Quantization compiles the network, and the engine has a copy of the weights of its own: the file's pages can be
+    given back then, a module's memory cannot.
+    """
+    with TemporaryDirectory(dir=folder) as spare:
+        path = Path(spare) / MODEL
+        _ov.save_model(convert(part), path, compress_to_fp16=False)
+        part.module.to("meta")
+        model = _ov.Core().read_model(path)
+        with trimmed(path.with_suffix(".bin")):
+            yield model
 
 
 def compress(model: Any, component: str, precision: str, calibration: Calibration | None) -> Any:

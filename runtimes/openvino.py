@@ -128,7 +128,7 @@ class OpenVinoComponent:
             ) from None
         _demand_memory(weights)
         try:
-            with _trimmed(weights):
+            with trimmed(weights):
                 return _CORE.compile_model(model, self._device, self._settings)
         except (RuntimeError, MemoryError) as error:
             if "bad_alloc" in str(error) or isinstance(error, MemoryError):
@@ -204,7 +204,7 @@ def _too_little_memory(weights: Path, free: int | None) -> KdcError:
 
 
 @contextmanager
-def _trimmed(weights: Path) -> Iterator[None]:
+def trimmed(weights: Path) -> Iterator[None]:
     """Give the mapped weights' pages back, while the engine repacks them and once more when it has.
 
     The engine reads the file through a mapping and keeps its own copy in the layout of its kernels; the pages it

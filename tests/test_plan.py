@@ -129,7 +129,6 @@ def test_a_constant_rate_and_a_smaller_picture(tmp_path: Path) -> None:
     [
         ({"resolution": 60}, InputError, "--resolution 60 does not fit this teacher: use a multiple of 32"),
         ({"mixed_precision": "fp16", "device": "cpu"}, InputError, "--mixed-precision fp16 needs a CUDA device"),
-        ({"optimizer": "adamw8bit", "device": "cpu"}, InputError, "--optimizer adamw8bit needs a CUDA device"),
         ({"log_with": "wandb"}, MissingPackageError, r"--log-with wandb needs wandb, .* 'kdc-edge\[wandb\]'"),
         ({"device": "cuda"}, InputError, "--device cuda is not here"),
     ],

@@ -76,6 +76,22 @@ def test_resumed_runs_end_with_the_same_weights_to_the_last_bit(
         assert len({text.count("\n") for text in lines}) == 1, drop
 
 
+def test_eight_bit_adam_resumes_with_the_same_weights_to_the_last_bit(tmp_path: Path) -> None:
+    eight_bit = config(optimizer="adamw8bit", tasks=TASKS[:1], save_every=2)
+    trainer = Trainer(eight_bit, tmp_path / "cut")
+    for event in trainer.run():
+        if isinstance(event, StepDone) and event.total == 3:
+            break
+    moments = {t.dtype for state in trainer.optimizer.state.values() for n, t in state.items() if n == "state1"}
+    assert torch.uint8 in moments
+    with trainer.averaged():
+        expected = {n: t.clone() for n, t in trainer.student.state_dict().items()}
+    for _ in Trainer(eight_bit, tmp_path / "cut", resume=True).run():
+        pass
+    found = weights(tmp_path / "cut")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_the_second_task_replays_the_first_and_the_branch_without_replay_does_not(tmp_path: Path) -> None:
     trainer = Trainer(config(), tmp_path / "kept")
     events = trainer.run()

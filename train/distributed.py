@@ -15,19 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kdc_edge.errors import InputError, require
 from kdc_edge.train.config import TrainConfig
-
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
-_SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=False, flatten_optimizer_state_dict=True)
 
 
 def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
@@ -46,6 +38,8 @@ def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
     )  # fmt: skip
     if config.device not in ("auto", accelerator.device.type):
         raise InputError(f"--device {config.device} is not here: this machine has {accelerator.device.type}")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise InputError("FSDP of the first version is not supported: set fsdp_version 2 in accelerate's configuration")
     parts = accelerator.num_processes * config.accumulate
     if config.batch_size % parts:
         raise InputError(
@@ -55,11 +49,9 @@ def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(config: TrainConfig, student: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainConfig, student: nn.Module) -> torch.optim.Optimizer:
     """AdamW, fused, or its 8-bit form."""
     if config.optimizer == "adamw8bit":
-        if device.type != "cuda":
-            raise InputError("--optimizer adamw8bit needs a CUDA device: use adamw")
         bitsandbytes = require("bitsandbytes", extra="adam8bit", purpose="--optimizer adamw8bit")
         eight_bit: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
             student.parameters(), lr=config.learning_rate, weight_decay=0.01
@@ -70,59 +62,64 @@ def make_optimizer(config: TrainConfig, student: nn.Module, device: torch.device
 
 def whole_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
     """Every weight in full, by the network's own names; all processes must ask together."""
-    if accelerator.distributed_type == DistributedType.FSDP:
-        whole: dict[str, Any] = get_model_state_dict(model, options=_WHOLE)
-        return whole
     found: nn.Module = accelerator.unwrap_model(model)
-    return dict(found.state_dict())
+    return {n: _whole(t) for n, t in found.state_dict().items()}
 
 
 def whole_average(accelerator: Accelerator, model: nn.Module, ema: EMAModel) -> dict[str, Tensor]:
-    """The moving average in full, by the network's own names."""
-    if accelerator.distributed_type != DistributedType.FSDP:
-        names = (n for n, _ in accelerator.unwrap_model(model).named_parameters())
-        return dict(zip(names, ema.shadow_params, strict=True))
-    parameters = list(model.parameters())
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        return {n: t.clone() for n, t in whole_weights(accelerator, model).items()}
-    finally:
-        ema.restore(parameters)
+    """The moving average in full, by the network's own names; all processes must ask together."""
+    names = (n for n, _ in accelerator.unwrap_model(model).named_parameters())
+    return {n: _whole(t) for n, t in zip(names, ema.shadow_params, strict=True)}
 
 
 def load_weights(accelerator: Accelerator, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    if accelerator.distributed_type == DistributedType.FSDP:
-        set_model_state_dict(model, dict(tensors), options=_SPREAD)
-    else:
-        accelerator.unwrap_model(model).load_state_dict(tensors)
+    """Whole tensors into a network, each process its part of them."""
+    found: nn.Module = accelerator.unwrap_model(model)
+    found.load_state_dict({n: _part_like(own, tensors[n]) for n, own in found.state_dict().items()})
 
 
 def whole_moments(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """The optimizer's state in full: `WEIGHT/MOMENT` -> tensor."""
-    if accelerator.distributed_type == DistributedType.FSDP:
-        flat: dict[str, Any] = get_optimizer_state_dict(model, _inner(optimizer), options=_WHOLE)
-        split = (n.removeprefix("state.").rsplit(".", 1) for n in flat if n.startswith("state."))
-        return {f"{weight}/{moment}": flat[f"state.{weight}.{moment}"] for weight, moment in split}
+    """The optimizer's state in full: `WEIGHT/MOMENT` -> tensor; all processes must ask together."""
     names = {p: n for n, p in accelerator.unwrap_model(model).named_parameters()}
+    states = _inner(optimizer).state.items()
+    # bitsandbytes counts its steps in an int, torch in a float tensor; its code books are shared by all weights
     return {
-        f"{names[p]}/{moment}": value for p, state in _inner(optimizer).state.items() for moment, value in state.items()
+        f"{names[p]}/{moment}": value.clone() if moment.startswith("qmap") else _whole(torch.as_tensor(value))
+        for p, state in states
+        for moment, value in state.items()
     }
 
 
 def load_moments(accelerator: Accelerator, model: nn.Module, optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
-    inner = _inner(optimizer)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        flat: dict[str, Any] = get_optimizer_state_dict(model, inner, options=_WHOLE)
-        flat |= {f"state.{name.replace('/', '.')}": tensor for name, tensor in tensors.items()}
-        set_optimizer_state_dict(model, inner, flat, options=_SPREAD)
-        return
-    numbers = {n: i for i, (n, _) in enumerate(accelerator.unwrap_model(model).named_parameters())}
-    state: dict[int, dict[str, Tensor]] = {}
+    """The other way round."""
+    weights = list(accelerator.unwrap_model(model).named_parameters())
+    numbers = {n: i for i, (n, _) in enumerate(weights)}
+    state: dict[int, dict[str, Tensor | int]] = {}
     for name, tensor in tensors.items():
         weight, moment = name.split("/")
-        state.setdefault(numbers[weight], {})[moment] = tensor
+        number = numbers[weight]
+        count = tensor.ndim == 0 and not tensor.is_floating_point()
+        state.setdefault(number, {})[moment] = int(tensor) if count else _part_like(weights[number][1], tensor)
+    inner = _inner(optimizer)
     inner.load_state_dict(inner.state_dict() | {"state": state})
+
+
+def shard_again(model: nn.Module) -> None:
+    """Give back what a forward pass without a backward pass left whole; nothing to do where nothing is sharded."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _part_like(own: Tensor, whole: Tensor) -> Tensor:
+    """This process's part of a whole tensor that is split as `own` is; a step count is not split."""
+    if not isinstance(own, DTensor) or whole.shape != own.shape:
+        return whole
+    return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

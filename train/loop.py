@@ -35,7 +35,7 @@ from kdc_edge.train.cache import Latents, TextEmbedder, cache_latents
 from kdc_edge.train.checkpoint import Position, list_states, load_state, save_state
 from kdc_edge.train.config import TrainConfig, check_same, learning_rate
 from kdc_edge.train.data import Task
-from kdc_edge.train.distributed import make_accelerator, make_optimizer, whole_weights
+from kdc_edge.train.distributed import make_accelerator, make_optimizer, shard_again, whole_weights
 from kdc_edge.train.evaluate import Generator, Score
 from kdc_edge.train.folders import write_checkpoint
 from kdc_edge.train.metrics import PictureMetrics
@@ -148,7 +148,7 @@ class Trainer:
                 for block in (*network.down_blocks, *network.up_blocks):
                     block.compile(dynamic=False)  # a shape each: inductor fails on the sizes it would leave free
         student.to(self.device).train()
-        self.net, self.optimizer = self.accelerator.prepare(student, make_optimizer(config, student, self.device))
+        self.net, self.optimizer = self.accelerator.prepare(student, make_optimizer(config, student))
         self.ema = self.new_average()
 
     def twin(self, weights: dict[str, Tensor]) -> UNet2DConditionModel:
@@ -318,6 +318,7 @@ class Trainer:
         try:
             yield self.generator_of(self.student)
         finally:
+            shard_again(self.net)
             self.ema.restore(self.student.parameters())
             self.student.train()
 

@@ -97,12 +97,13 @@ def convert(part: ExportComponent) -> Any:
 
 @contextmanager
 def converted(part: ExportComponent, _: Path) -> Iterator[Any]:
+    """The component's model, on the module's own weights."""
     yield convert(part)
 
 
 @contextmanager
 def in_a_file(part: ExportComponent, folder: Path) -> Iterator[Any]:
-    """The same, but with weights mapped from a file, for as long as this lasts, and none of the module's left.
+    """The model on weights mapped from a file, which is there as long as this lasts; the module loses its own.
 
     Quantization compiles the network, and the engine has a copy of the weights of its own: the file's pages can be
     given back then, a module's memory cannot.

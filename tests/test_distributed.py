@@ -53,7 +53,7 @@ for event in trainer.run():
         break  # one step after the state that was saved
 with trainer.averaged():
     expected = loop.whole_weights(trainer.accelerator, trainer.net)
-if expected:  # in the first process
+if trainer.accelerator.is_main_process:
     save_file(expected, run / "expected.safetensors")
 for _ in loop.Trainer(settings(), run, resume=True).run():
     pass

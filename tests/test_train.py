@@ -9,6 +9,7 @@ import types
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ class EightBitAdam(torch.optim.AdamW):
 
     TABLE = torch.linspace(-1, 1, 256)
 
-    def step(self, closure=None):  # type: ignore[no-untyped-def]
+    def step(self, closure: Any = None) -> Any:
         found = super().step(closure)
         for p, state in self.state.items():
             state["count"] = state.get("count", 0) + 1
@@ -99,7 +100,7 @@ def test_eight_bit_adam_resumes_with_the_same_weights_to_the_last_bit(
 ) -> None:
     stand_in = types.ModuleType("bitsandbytes")
     stand_in.__spec__ = ModuleSpec("bitsandbytes", None)
-    stand_in.optim = types.SimpleNamespace(AdamW8bit=EightBitAdam)  # type: ignore[attr-defined]
+    vars(stand_in)["optim"] = types.SimpleNamespace(AdamW8bit=EightBitAdam)
     monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
     eight_bit = config(optimizer="adamw8bit", tasks=TASKS[:1], save_every=2)
     trainer = Trainer(eight_bit, tmp_path / "cut")

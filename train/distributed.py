@@ -91,7 +91,7 @@ def whole_moments(accelerator: Accelerator, model: nn.Module, optimizer: Any) ->
 
 
 def load_moments(accelerator: Accelerator, model: nn.Module, optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
-    """The other way round."""
+    """What `whole_moments` gave into an optimizer, each process its part of it."""
     weights = list(accelerator.unwrap_model(model).named_parameters())
     numbers = {n: i for i, (n, _) in enumerate(weights)}
     state: dict[int, dict[str, Tensor | int]] = {}
@@ -112,7 +112,8 @@ def shard_again(model: nn.Module) -> None:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """All of a tensor; what was shared out is put together in the CPU's memory, because no device may hold it all."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
 def _part_like(own: Tensor, whole: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from kdc_edge.errors import require
 from kdc_edge.export.bundle_writer import write_bundle
 from kdc_edge.export.calibration import Calibration, calibrate
 from kdc_edge.export.components import ExportComponent
+from kdc_edge.export.gates import split_gates
 from kdc_edge.export.upsampling import split_upsampling
 from kdc_edge.formats import find_format
 from kdc_edge.runtimes.openvino import trimmed, without_telemetry
@@ -59,6 +60,7 @@ def export_openvino(
 
     def write(part: ExportComponent, folder: Path) -> list[str]:
         split_upsampling(part.module)
+        split_gates(part.module)
         opened = in_a_file if calibration and part.name == "unet" else converted
         with _quiet(), opened(part, folder) as model:
             model = compress(model, part.name, precision, calibration)

@@ -29,7 +29,6 @@ from kdc_edge.export.attention import fuse_attention
 from kdc_edge.export.bundle_writer import Interface, optimum_interface, write_bundle
 from kdc_edge.export.calibration import calibrate
 from kdc_edge.export.components import ExportComponent
-from kdc_edge.export.gates import split_gates
 from kdc_edge.export.onnx_int8 import quantize_int8
 from kdc_edge.export.onnx_weights import store_bits, store_half
 from kdc_edge.export.upsampling import split_upsampling
@@ -78,7 +77,6 @@ def export_onnx(
         if options.attention == "fused":
             fuse_attention(part.module)
         split_upsampling(part.module)
-        split_gates(part.module)
         model = trace(part, sizes)
         if calibration is not None and part.name == "unet":
             with tempfile.TemporaryDirectory(dir=folder) as work:

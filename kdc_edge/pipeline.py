@@ -190,13 +190,9 @@ class Pipeline:
 
         input_ids = self._tokenize(request)  # (1 or 2, 77)
         yield Progress("tokenize", 1, 1)
-        early = self.components if isinstance(self.components, Early) else None
-        wanted = self._shapes(request, input_ids)
-        if early:
-            early.start("unet", wanted["unet"])
+        if isinstance(self.components, Early):
+            self.components.start("unet", self._shapes(request, input_ids)["unet"])
         hidden = self.components["text_encoder"](input_ids=input_ids)  # (1 or 2, 77, D)
-        if early:  # while the U-Net, which takes longest, is not done; later the steps need every core
-            early.start("vae_decoder", wanted["vae_decoder"])
         yield Progress("text_encoder", 1, 1)
 
         latents = latents * np.float32(sampler.init_noise_sigma)

@@ -109,9 +109,9 @@ def preferred_engine(row: Format) -> Engine:
 class LoadedComponents(Mapping[str, Component]):
     """The three components, each loaded when it is first asked for.
 
-    So the decoder is not yet in memory while the first picture's U-Net runs. With `early`, which starts sooner, one
-    is compiled while another computes. With `low_memory` no two are ever there together: asking for one drops the
-    other, which is loaded again for the next picture.
+    So the decoder is not yet in memory while the first picture's U-Net runs. With `low_memory` no two are ever
+    there together: asking for one drops the other, which is loaded again for the next picture. With `early`, one
+    is compiled while another computes, where memory is not short.
     """
 
     def __init__(self, load: Callable[[str], Component], *, low_memory: bool = False, early: bool = False) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -208,28 +207,6 @@ def test_a_component_may_be_compiled_while_another_computes() -> None:
     components.start("broken", [])
     with pytest.raises(BundleError, match="it is broken"):
         components["broken"]
-
-
-class Noting(dict[str, Component]):
-    """Components that note when each is asked to begin."""
-
-    def __init__(self, components: Mapping[str, Component], seen: list[str]) -> None:
-        super().__init__(components)
-        self.seen = seen
-
-    def start(self, name: str, shapes: Sequence[Shapes]) -> None:
-        assert shapes, "nothing to compile it for"
-        self.seen.append(name)
-
-
-def test_unet_and_decoder_are_begun_before_the_first_step(pipeline: Pipeline) -> None:
-    seen: list[str] = []
-    pipeline.components = Noting(pipeline.components, seen)
-    for progress in pipeline.run(Request("a red flower", steps=1)):
-        seen.append(f"{progress.stage} done")
-        if progress.stage == "unet":
-            break
-    assert seen == ["tokenize done", "unet", "vae_decoder", "text_encoder done", "unet done"]
 
 
 @pytest.mark.parametrize("options", [{}, {"early": True, "low_memory": True}])

@@ -17,22 +17,22 @@ from typing import Any
 
 import numpy as np
 
-from kdc_edge.bench.charts import line_chart
-from kdc_edge.checkpoint import read_model
+from kdc_edge.diffusers_folder import read_model
 from kdc_edge.export.calibration import calibrate
 from kdc_edge.export.components import load_component
-from kdc_edge.export.coreml import convert
-from kdc_edge.export.coreml_modules import apple_network
-from kdc_edge.export.mixed import BITS, Search
+from kdc_edge.export.coreml.apple_modules import apple_network
+from kdc_edge.export.coreml.export import convert
+from kdc_edge.export.coreml.mixed import BITS, Search
 from kdc_edge.image import grid, save_png
+from kdc_edge.noise_schedule import NoiseSchedule
+from kdc_edge.report.charts import line_chart
 from kdc_edge.runtimes.torch import load_network
-from kdc_edge.schedule import NoiseSchedule
 from kdc_edge.tokenizer import Tokenizer
-from kdc_edge.train.cache import TextEmbedder
-from kdc_edge.train.evaluate import Generator, evaluation_scenes
-from kdc_edge.train.folders import GARDEN_TEACHER
-from kdc_edge.train.judge import LABELS, load_judge
-from kdc_edge.train.sources import GardenSource
+from kdc_edge.train.checkpoint import GARDEN_TEACHER
+from kdc_edge.train.data.cache import TextEmbedder
+from kdc_edge.train.data.sources import GardenSource
+from kdc_edge.train.garden.judge import LABELS, load_judge
+from kdc_edge.train.quality.evaluate import Generator, evaluation_scenes
 
 SUBJECTS = ("flower", "butterfly")
 SHOWN = ((0, 0), (0, 30), (1, 1), (1, 31))  # (subject, prompt): two seen in training, two held out

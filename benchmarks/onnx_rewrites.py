@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from kdc_edge.bench.machine import peak_rss_bytes
 from kdc_edge.bench.record import here
+from kdc_edge.bench.sensors import peak_rss_bytes
 
 CALIBRATION_SAMPLES = 4
 # name -> (graph, options of the session)
@@ -61,12 +61,13 @@ def make_graphs(checkpoint: Path, work: Path) -> None:
 def make_graph(checkpoint: Path, graph: str, folder: Path) -> None:
     import onnx_ir as ir
 
-    from kdc_edge.export import onnx, onnx_int8
-    from kdc_edge.export.attention import fuse_attention
     from kdc_edge.export.calibration import calibrate
     from kdc_edge.export.components import load_component
-    from kdc_edge.export.onnx_weights import store_bits, store_half
-    from kdc_edge.export.upsampling import split_upsampling
+    from kdc_edge.export.onnx import export as onnx
+    from kdc_edge.export.onnx import int8 as onnx_int8
+    from kdc_edge.export.onnx.weights import store_bits, store_half
+    from kdc_edge.export.rewrites.attention import fuse_attention
+    from kdc_edge.export.rewrites.upsampling import split_upsampling
 
     folder.mkdir(parents=True, exist_ok=True)
     if graph == "slim":

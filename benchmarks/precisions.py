@@ -21,8 +21,8 @@ from PIL import Image
 from kdc_edge.image import grid
 from kdc_edge.pipeline import Request
 from kdc_edge.runtimes import open_pipeline
-from kdc_edge.train.garden import Scene, draw_scenes
-from kdc_edge.train.judge import load_judge
+from kdc_edge.train.garden.judge import load_judge
+from kdc_edge.train.garden.scenes import Scene, draw_scenes
 
 STEPS, GUIDANCE = 20, 4.0
 REFERENCE = "PyTorch fp32"

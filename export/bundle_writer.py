@@ -33,14 +33,14 @@ from kdc_edge.bundle import (
     list_files,
     write_manifest,
 )
-from kdc_edge.checkpoint import hash_checkpoint, read_model
+from kdc_edge.diffusers_folder import hash_checkpoint, read_model
 from kdc_edge.errors import BundleError, CheckpointError, ParityError
 from kdc_edge.export.components import ExportComponent, describe, load_component
 from kdc_edge.export.parity import PICTURES, check_parity
-from kdc_edge.export.prompts import own_prompts
 from kdc_edge.files import atomic_folder, inside, read_json
 from kdc_edge.formats import Format
-from kdc_edge.schedule import NoiseSchedule
+from kdc_edge.noise_schedule import NoiseSchedule
+from kdc_edge.prompts import own_prompts
 from kdc_edge.tokenizer import write_vocabulary
 
 Write = Callable[[ExportComponent, Path], list[str]]

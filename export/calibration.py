@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from kdc_edge.bundle import CalibrationInfo
-from kdc_edge.checkpoint import read_model
+from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.export.parity import Recorder
-from kdc_edge.export.prompts import own_prompts
 from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.prompts import own_prompts
 from kdc_edge.runtimes.base import COMPONENTS, LoadedComponents, LoadOptions, get_runtime
 from kdc_edge.tokenizer import Tokenizer
 

@@ -28,8 +28,8 @@ from kdc_edge.errors import require
 from kdc_edge.export.bundle_writer import write_bundle
 from kdc_edge.export.calibration import Calibration, calibrate
 from kdc_edge.export.components import ExportComponent
-from kdc_edge.export.gates import split_gates
-from kdc_edge.export.upsampling import split_upsampling
+from kdc_edge.export.rewrites.gates import split_gates
+from kdc_edge.export.rewrites.upsampling import split_upsampling
 from kdc_edge.formats import find_format
 from kdc_edge.runtimes.openvino import trimmed, without_telemetry
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from kdc_edge.bundle import Check, Parity
-from kdc_edge.checkpoint import read_model
+from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError, KdcError
 from kdc_edge.formats import Format
 from kdc_edge.pipeline import Component, Pipeline, Request

@@ -20,7 +20,7 @@ from kdc_edge.bundle import Model
 from kdc_edge.errors import InputError, KdcError
 from kdc_edge.image import to_pixels
 from kdc_edge.noise import NormalStream
-from kdc_edge.schedulers import DEFAULT_SAMPLER, SAMPLERS, NoiseSchedule, make_sampler
+from kdc_edge.samplers import DEFAULT_SAMPLER, SAMPLERS, NoiseSchedule, make_sampler
 from kdc_edge.tokenizer import Tokenizer
 
 Stage = Literal["load", "compile", "tokenize", "text_encoder", "unet", "scheduler", "vae_decoder"]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from kdc_edge.bundle import Bundle, Model
-from kdc_edge.checkpoint import read_model
+from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.formats import Format, find_format
 from kdc_edge.pipeline import Compiled, Component, Pipeline, Shapes
@@ -85,7 +85,7 @@ ENGINES: dict[str, Engine] = {
         Engine("onnxruntime", "kdc_edge.runtimes.onnxruntime", "onnxruntime", "onnx"),
         Engine("openvino", "kdc_edge.runtimes.openvino", "openvino", "openvino", narrows=True, early=True),
         Engine("coreml", "kdc_edge.runtimes.coreml", "coremltools", "coreml", platform="darwin"),
-        Engine("mil", "kdc_edge.runtimes.mil", "numpy", "coreml", reference=True),
+        Engine("mil", "kdc_edge.runtimes.mil.evaluator", "numpy", "coreml", reference=True),
         Engine("torch", "kdc_edge.runtimes.torch", "torch", "train"),
     )
 }

@@ -21,10 +21,10 @@ import numpy as np
 from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError
 from kdc_edge.pipeline import Component
+from kdc_edge.runtimes.apple_layout import PROGRAM, Predict, Stage, adapt, in_turn, packages_of
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, first_line
-from kdc_edge.runtimes.coreml_layout import PROGRAM, Predict, Stage, adapt, in_turn, packages_of
 from kdc_edge.runtimes.coreml_tools import load_coremltools
-from kdc_edge.runtimes.mil_file import read_program
+from kdc_edge.runtimes.mil.program import read_program
 
 _ct: Any = load_coremltools("running a Core ML bundle")
 

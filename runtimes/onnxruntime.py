@@ -19,7 +19,7 @@ import numpy as np
 from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError, InputError, require
 from kdc_edge.files import atomic_folder
-from kdc_edge.machine import Processor, this_processor
+from kdc_edge.hardware import Processor, this_processor
 from kdc_edge.pipeline import Choice, Component
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, first_line
 

@@ -25,7 +25,7 @@ import psutil
 
 from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError, InputError, KdcError, require
-from kdc_edge.machine import this_processor
+from kdc_edge.hardware import this_processor
 from kdc_edge.pipeline import Choice, Component, Shapes
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, first_line
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kdc_edge.checkpoint import check_weights
+from kdc_edge.diffusers_folder import check_weights
 from kdc_edge.errors import CheckpointError, InputError, require
 from kdc_edge.pipeline import Choice, Component
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, first_line

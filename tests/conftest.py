@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.browser import CHROMIUM
+from tests.report.browser import CHROMIUM
 
 if TYPE_CHECKING:
     from kdc_edge.export.components import ExportComponent
@@ -43,7 +43,7 @@ def make_checkpoint(folder: Path) -> Path:
     from transformers.utils.logging import disable_progress_bar
 
     from kdc_edge.presets import find_preset
-    from kdc_edge.train.garden_teacher import make_scheduler, make_text_encoder, make_vae
+    from kdc_edge.train.garden.teacher import make_scheduler, make_text_encoder, make_vae
 
     disable_progress_bar()
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import onnx_ir as ir
     from filelock import FileLock
 
-    from kdc_edge.export import onnx
+    from kdc_edge.export.onnx import export as onnx
 
     folder = _shared(tmp_path_factory) / "traced"
     folder.mkdir(exist_ok=True)
@@ -108,7 +108,7 @@ def _network_hash(part: ExportComponent, sizes: Mapping[str, int] | None) -> str
 
 @pytest.fixture(scope="session")
 def bundle_fp32(checkpoint: Path, traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
-    from kdc_edge.export.onnx import export_onnx
+    from kdc_edge.export.onnx.export import export_onnx
 
     out = tmp_path_factory.mktemp("bundles") / "onnx-fp32"
     return export_onnx(checkpoint, out, precision="fp32", command="a test").root
@@ -117,7 +117,7 @@ def bundle_fp32(checkpoint: Path, traced_once: None, tmp_path_factory: pytest.Te
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Path, traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
     """fp16, the default precision."""
-    from kdc_edge.export.onnx import export_onnx
+    from kdc_edge.export.onnx.export import export_onnx
 
     return export_onnx(checkpoint, tmp_path_factory.mktemp("bundles") / "onnx-fp16", precision="fp16").root
 
@@ -138,7 +138,7 @@ def coreml_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """fp16, for Core ML, with Resources/; of all workers."""
     from filelock import FileLock
 
-    from kdc_edge.export.coreml import CoreMLOptions, export_coreml
+    from kdc_edge.export.coreml.export import CoreMLOptions, export_coreml
 
     out = _shared(tmp_path_factory) / "coreml-fp16"
     with FileLock(out.with_suffix(".lock")):

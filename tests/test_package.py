@@ -85,8 +85,8 @@ def test_help_imports_neither_engine_nor_numpy() -> None:
 
 def test_the_device_path_imports_no_training_library() -> None:
     code = (
-        "import sys, json\nimport kdc_edge.pipeline, kdc_edge.bench.report, kdc_edge.bench.measure\n"
-        "import kdc_edge.runtimes.onnxruntime, kdc_edge.runtimes.mil, kdc_edge.cli.generate\n"
+        "import sys, json\nimport kdc_edge.pipeline, kdc_edge.bench.tables, kdc_edge.bench.measure\n"
+        "import kdc_edge.runtimes.onnxruntime, kdc_edge.runtimes.mil.evaluator, kdc_edge.cli.generate\n"
         "print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
     )
     assert set(json.loads(python(code))).isdisjoint({"torch", "diffusers", "transformers", "coremltools"})

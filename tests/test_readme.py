@@ -13,7 +13,7 @@ from PIL import Image
 
 from kdc_edge.formats import markdown_table
 from kdc_edge.image import read_parameters
-from tests.test_cli import run
+from tests.cli.test_commands import run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")

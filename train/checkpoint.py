@@ -1,77 +1,140 @@
-"""A training run's saved states: everything that a resumed run needs to end with the uninterrupted one's weights.
+"""Teachers found, checkpoints written: complete diffusers folders that `StableDiffusionPipeline.from_pretrained` opens.
 
-    RUN/state/00000120-0/  state.json (position, scores), tensors.safetensors (weights, moving average, optimizer,
-                           random state), replay.safetensors (the buffer)
-
-A state is written beside its place and renamed in; older ones are removed after that, so a kill at any moment
-leaves at least one whole state.
+teacher = find_teacher("garden")                     # or a folder, or a hub id such as "owner/name"
+init_checkpoint(Path("student"), find_preset("kdc-482m"), teacher, seed=0)
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from kdc_edge.errors import CheckpointError
+from kdc_edge.diffusers_folder import PROMPTS_FILE, check_weights
+from kdc_edge.errors import CheckpointError, InputError, require
 from kdc_edge.files import atomic_folder, read_json, write_atomic
-from kdc_edge.train.replay import ReplayBuffer
+from kdc_edge.presets import SCHEDULER, TEXT_ENCODERS, VAES, Preset
+from kdc_edge.runtimes.torch import load_network, quiet
+from kdc_edge.tokenizer import CLIP_FOLDER, write_vocabulary
+from kdc_edge.train.student import Account, make_student
+
+GARDEN_TEACHER = Path(__file__).parent / "assets" / "garden-teacher"
+
+PARTS = ("text_encoder", "tokenizer", "vae", "scheduler")  # of a checkpoint, besides the U-Net
+NOT_KEPT = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a teacher that no student has
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILES = (
+    "model_index.json",
+    "tokenizer/*",
+    "scheduler/*.json",
+    *(f"{n}/*" for n in ("text_encoder", "unet", "vae")),
+)
+HUB_LEFT = ("*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.fp16.*", "*.non_ema.*")
 
 
-@dataclass
-class Position:
-    """Where a run stands. `total` counts the steps of all tasks, `step` those of task number `task`."""
-
-    task: int = 0
-    step: int = 0
-    total: int = 0
-    metric: str = ""  # what R[i][j] is; higher is better
-    matrix: list[list[float | None]] = field(default_factory=list)  # R[i][j]; None where task j was not known yet
-    values: list[list[dict[str, float] | None]] = field(default_factory=list)  # everything measured, in the same places
+def find_teacher(name: str) -> Path:
+    """`garden` is the teacher that ships; else a diffusers folder, or a hub id. Raises CheckpointError."""
+    folder = GARDEN_TEACHER if name == "garden" else Path(name)
+    if not folder.exists() and HUB_ID.fullmatch(name) and not folder.parent.exists():
+        folder = _fetch(name)
+    check_weights(folder)
+    return folder
 
 
-def save_state(run: Path, position: Position, tensors: dict[str, Tensor], replay: ReplayBuffer, *, keep: int) -> None:
-    """Write the state of a run, then drop all but the newest `keep`. A task's end and the step before it are two.
-
-    The same position twice is the same state: it is not written again, so that no moment is without it.
-    """
-    states = run / "state"
-    out = states / f"{position.total:08d}-{position.task}"
-    if not (out / "state.json").is_file():
-        with atomic_folder(out, marker="state.json") as folder:
-            save_file(
-                {name: t.detach().contiguous().cpu() for name, t in tensors.items()},
-                folder / "tensors.safetensors",
-            )
-            replay.save(folder / "replay.safetensors")
-            write_atomic(folder / "state.json", json.dumps(asdict(position), indent=2))
-    for old in list_states(run)[keep:]:
-        shutil.rmtree(old)
-    for half in states.glob(".*"):  # left by a kill in the middle of a write
-        shutil.rmtree(half)
-
-
-def list_states(run: Path) -> list[Path]:
-    """Whole states, the newest first."""
-    found = (p for p in (run / "state").glob("*") if not p.name.startswith("."))
-    return sorted((p for p in found if (p / "state.json").is_file()), reverse=True)
-
-
-def load_state(run: Path) -> tuple[Position, dict[str, Tensor], ReplayBuffer]:
-    """The newest state of a run; raises CheckpointError when there is none or it is damaged."""
-    states = list_states(run)
-    if not states:
-        raise CheckpointError(f"{run} holds no saved state to go on from")
-    folder = states[0]
+def _fetch(hub_id: str) -> Path:
+    """The hub's folder in the local cache; the network is used unless HF_HUB_OFFLINE is set."""
+    hub = require("huggingface_hub", extra="train", purpose="a teacher by hub id")
     try:
-        position = Position(**read_json(folder / "state.json", CheckpointError))  # type: ignore[arg-type]
-        tensors = load_file(folder / "tensors.safetensors")
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{folder} is damaged: {error}; remove it and resume from the one before") from None
-    return position, tensors, ReplayBuffer.load(folder / "replay.safetensors")
+        return Path(hub.snapshot_download(hub_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT))
+    except Exception as error:  # offline, no such id, no permission, no space: the library has a dozen kinds
+        words = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{hub_id} is neither a folder nor can it be had from the hub: {words:.200};"
+            " check the name, the network and HF_HUB_OFFLINE"
+        ) from None
+
+
+def write_checkpoint(
+    out: Path,
+    unet: UNet2DConditionModel,
+    *,
+    parts_from: Path,
+    card: str | None = None,
+    prompts: Sequence[str] = (),
+) -> None:
+    """A diffusers folder with this U-Net; text encoder, tokenizer, VAE and scheduler come from `parts_from`.
+
+    `card` is the model card, README.md; `prompts` are captions that an export proves and calibrates itself on.
+    """
+    with atomic_folder(out, marker="model_index.json") as folder, quiet():
+        for part in PARTS:
+            shutil.copytree(parts_from / part, folder / part)
+        write_vocabulary(folder / "tokenizer")
+        index = read_json(parts_from / "model_index.json", CheckpointError)
+        index |= {name: [None, None] for name in NOT_KEPT} | {"requires_safety_checker": False}
+        write_atomic(folder / "model_index.json", json.dumps(index, indent=2))
+        unet.save_pretrained(folder / "unet")
+        if card:
+            write_atomic(folder / "README.md", card)
+        if prompts:
+            write_atomic(folder / PROMPTS_FILE, "".join(f"{' '.join(p.split())}\n" for p in prompts))
+        _let_others_read(folder)
+
+
+def init_checkpoint(out: Path, preset: Preset, teacher: Path | None, *, seed: int) -> Account:
+    """`kdc-edge init`: a complete checkpoint of a preset; the account of its U-Net's weights."""
+    if teacher is not None:
+        student, account = make_student(preset, load_network(teacher, "unet"), seed=seed)
+        write_checkpoint(out, student, parts_from=teacher)
+        return account
+    if preset.family not in TEXT_ENCODERS:
+        raise InputError(f"{preset.name} needs a teacher for its text encoder and VAE: give --from garden")
+    with atomic_folder(out, marker="model_index.json") as folder, torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(seed)
+        CLIPTextModel(CLIPTextConfig(**TEXT_ENCODERS[preset.family])).save_pretrained(folder / "text_encoder")
+        AutoencoderKL(**VAES[preset.family]).save_pretrained(folder / "vae")
+        student, account = make_student(preset, None, seed=seed)
+        student.save_pretrained(folder / "unet")
+        _write_small_parts(folder)
+        _let_others_read(folder)
+    return account
+
+
+def _let_others_read(folder: Path) -> None:
+    """safetensors writes for its owner alone."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)
+
+
+def _write_small_parts(folder: Path) -> None:
+    """Tokenizer, scheduler and index of a Stable Diffusion 1.x pipeline, as diffusers writes them."""
+    shutil.copytree(CLIP_FOLDER, folder / "tokenizer")
+    token = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "pad_token": "<|endoftext|>",
+        **token,
+    }
+    write_atomic(folder / "tokenizer" / "tokenizer_config.json", json.dumps(config, indent=2))
+    scheduler = {"_class_name": "DDIMScheduler", **SCHEDULER}
+    write_atomic(folder / "scheduler" / "scheduler_config.json", json.dumps(scheduler, indent=2))
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_atomic(folder / "model_index.json", json.dumps(index, indent=2))

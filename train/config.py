@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import read_json
-from kdc_edge.train.data import Task
+from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.losses import LossWeights
 from kdc_edge.train.replay import POLICIES
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import refuse_foreign_folder, write_atomic
-from kdc_edge.train.checkpoint import list_states, load_state
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.loop import Trainer
+from kdc_edge.train.runs import list_states, load_state
 
 
 def branch(source: Path, out: Path, config: TrainConfig) -> Trainer:

@@ -25,25 +25,25 @@ from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from kdc_edge.checkpoint import hash_checkpoint, read_model
+from kdc_edge.diffusers_folder import hash_checkpoint, read_model
 from kdc_edge.errors import InputError, KdcError
 from kdc_edge.files import read_json, refuse_foreign_folder, write_atomic
+from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.presets import find_preset
 from kdc_edge.runtimes.torch import load_network
-from kdc_edge.schedule import NoiseSchedule
-from kdc_edge.train.cache import Latents, TextEmbedder, cache_latents
-from kdc_edge.train.checkpoint import Position, list_states, load_state, save_state
+from kdc_edge.train.checkpoint import write_checkpoint
 from kdc_edge.train.config import TrainConfig, check_same, learning_rate
-from kdc_edge.train.data import Task
+from kdc_edge.train.data.cache import Latents, TextEmbedder, cache_latents
+from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.distributed import make_accelerator, make_optimizer, shard_again, whole_weights
-from kdc_edge.train.evaluate import Generator, Score
-from kdc_edge.train.folders import write_checkpoint
-from kdc_edge.train.metrics import PictureMetrics
 from kdc_edge.train.objective import QUARTERS, Batch, Distillation, Stopwatch
-from kdc_edge.train.quality import score
+from kdc_edge.train.quality.evaluate import Generator, Score
+from kdc_edge.train.quality.held_out import score
+from kdc_edge.train.quality.metrics import PictureMetrics
+from kdc_edge.train.quality.report import model_card, write_results
+from kdc_edge.train.quality.sheet import write_sample_sheet
 from kdc_edge.train.replay import ReplayBuffer
-from kdc_edge.train.results import model_card, write_results
-from kdc_edge.train.samples import write_sample_sheet
+from kdc_edge.train.runs import Position, list_states, load_state, save_state
 from kdc_edge.train.state import pack, unpack
 from kdc_edge.train.student import make_student
 from kdc_edge.train.tracking import Tracker

@@ -19,7 +19,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from kdc_edge.schedule import NoiseSchedule
+from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.train.losses import LossWeights, distillation_loss
 from kdc_edge.train.student import source_name
 

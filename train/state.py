@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kdc_edge.train.checkpoint import Position
 from kdc_edge.train.distributed import load_moments, load_weights, whole_average, whole_moments, whole_weights
 from kdc_edge.train.replay import ReplayBuffer
+from kdc_edge.train.runs import Position
 
 if TYPE_CHECKING:
     from kdc_edge.train.loop import Trainer

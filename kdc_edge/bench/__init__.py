@@ -1,5 +1,5 @@
-"""Measuring bundles and reporting what was measured.
+"""Measuring bundles and reporting the measurements.
 
-record.py holds what a benchmark knows, measure.py and worker.py find it out, report.py writes it as a table,
-Markdown, CSV, JSON or HTML; page.py and charts.py are the building blocks of every HTML report.
+record.py holds the rows, measure.py and worker.py take them, runner.py and grid.py arrange processes and grids,
+tables.py writes them as a table, Markdown, CSV or JSON, page.py as one HTML page.
 """

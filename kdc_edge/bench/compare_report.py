@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdc_edge.bench.compare import Change
-from kdc_edge.bench.report import TABLE_COLUMNS, UNKNOWN, digits, markdown_table
+from kdc_edge.bench.tables import TABLE_COLUMNS, UNKNOWN, digits, markdown_table
 from kdc_edge.errors import InputError
 
 HEADER = ("Row", "What", "Old", "New", "Ratio", "95 % interval", "Verdict")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kdc_edge.bench.process import OPENER, Measured, describe, measure_in_fresh_process
+from kdc_edge.bench.runner import OPENER, Measured, describe, measure_in_fresh_process
 from kdc_edge.pipeline import GuidanceMode, Request
 
 BASELINE = "torch:"

@@ -3,7 +3,7 @@
     found = measure(partial(open_pipeline, folder), Request("a red flower"), repeats=5, warmup=1)
     found.timings.end_to_end.median_sec
 
-What it says of memory and of the first picture is about this process: process.py gives each measurement a fresh one.
+What it says of memory and of the first picture is about this process: runner.py gives each measurement a fresh one.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from time import perf_counter
 
 import numpy as np
 
-from kdc_edge.bench.machine import Watch, peak_rss_bytes
 from kdc_edge.bench.record import Disturbance, Timing, Timings
+from kdc_edge.bench.sensors import Watch, peak_rss_bytes
 from kdc_edge.errors import InputError, KdcError
 from kdc_edge.image import encode_png
 from kdc_edge.pipeline import Choice, Explained, Pipeline, Progress, Request

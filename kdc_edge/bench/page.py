@@ -1,248 +1,271 @@
-"""Building blocks for one HTML report in one file: no script, no request to anywhere, light and dark.
+"""A benchmark as one HTML page: the verdict first, then charts, pictures, every number, conditions, and the raw data.
 
-    blocks = [paragraph("What was done."), line_chart(...), data_table(header, rows)]
-    html = page("Quickstart", [Section("Training", blocks)], lead="Two tasks, one student.")
+    html = benchmark_page(report, pictures)                   # pictures[i] belongs to report.rows[i], or is None
+    html = benchmark_page(report, pictures, budget=Budget(max_sec=10, min_psnr_db=30))
 
-Plain text goes in and is escaped; a block that has been built is `Html`, and only that is taken as it is.
+Where nobody gave a budget, the verdict is for pictures that differ from PyTorch's by little (30 dB).
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image
 
-from kdc_edge.bench.charts import Html, bar_chart, escape, line_chart, stacked_bars
-from kdc_edge.bench.style import CSS
+from kdc_edge.bench.budget import Budget, choose, generate_command, nearest, quality_db, shortfalls
+from kdc_edge.bench.record import Environment, Report, Row, Timing, to_json
+from kdc_edge.bench.reference import picture_key
+from kdc_edge.bench.tables import byte_unit_of, bytes_text, columns, conditions, notes, rows_as_csv, time_text, unit_of
+from kdc_edge.bench.values import labels, values
+from kdc_edge.formats import GOOD_PSNR_DB
+from kdc_edge.report.html import (
+    AMPLIFIED,
+    Card,
+    Html,
+    Section,
+    bullets,
+    command,
+    data_table,
+    downloads,
+    page,
+    paragraph,
+    picture_cards,
+    side_by_side,
+    stacked_bars,
+    tiles,
+)
+from kdc_edge.report.scatter import Axis, Point, scatter_chart
 
-__all__ = [
-    "Card",
-    "Html",
-    "Section",
-    "bar_chart",
-    "bullets",
-    "command",
-    "data_table",
-    "downloads",
-    "heat_table",
-    "line_chart",
-    "page",
-    "paragraph",
-    "picture_cards",
-    "picture_grid",
-    "side_by_side",
-    "stacked_bars",
-    "tiles",
-]
+Pictures = Sequence[np.ndarray | None]  # uint8 (H, W, 3), one a row
 
-SMALL_PICTURE = 128  # pixels a side; up to here pixels are shown as they are, not smoothed
-CARD_PICTURE = 256  # pixels a side; larger ones are reduced, so that a page of many stays light
-AMPLIFIED = 8  # times, the differences between pictures
-MOST_HEAT = 72  # per cent of the colour in the strongest cell, so that its number stays readable
-
-# Belt and braces: even text that slipped through unescaped could run and fetch nothing.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading and what stands under it."""
-
-    title: str
-    blocks: Sequence[Html]
+GOOD = Budget(min_psnr_db=GOOD_PSNR_DB)
+# What a picture's time is made of: its name, and the stages that it sums up.
+PARTS = {
+    "text": ("tokenize", "text_encoder"),
+    "U-Net, first step": ("unet_first_step",),
+    "U-Net, other steps": ("unet_step",),
+    "scheduler": ("scheduler",),
+    "decoder": ("vae_decoder",),
+    "PNG": ("png",),
+}
 
 
-def page(title: str, sections: Sequence[Section], *, lead: str = "", footer: str = "") -> str:
-    """The whole document."""
-    listed = "".join(f'<li><a href="#s{i}">{escape(s.title)}</a></li>' for i, s in enumerate(sections, 1))
-    nav = f'<nav aria-label="Contents"><ol>{listed}</ol></nav>' if len(sections) > 1 else ""
-    body = "\n".join(
-        f'<section id="s{i}" aria-labelledby="h{i}">\n<h2 id="h{i}">{escape(section.title)}</h2>\n'
-        + "\n".join(section.blocks)
-        + "\n</section>"
-        for i, section in enumerate(sections, 1)
-    )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="color-scheme" content="light dark">
-<title>{escape(title)}</title>
-<style>{CSS}</style>
-</head>
-<body>
-<header>
-<h1>{escape(title)}</h1>
-{f'<p class="lead">{escape(lead)}</p>' if lead else ""}
-{nav}
-</header>
-<main>
-{body}
-</main>
-<footer><p class="small">{escape(footer or "Made by kdc-edge.")}</p></footer>
-</body>
-</html>
-"""
+def benchmark_page(report: Report, pictures: Pictures = (), *, budget: Budget = GOOD, more: Sequence[str] = ()) -> str:
+    """The whole document; `more` are lines for the verdict's section."""
+    rows = report.rows
+    title, lead = verdict(rows, budget)
+    sections = [
+        Section("In short", _in_short(rows, budget, more)),
+        Section("Speed, memory, size, quality", _scatters(rows, budget)),
+        Section("Where the time goes", _bars(rows)),
+        Section("Pictures", _pictures(rows, pictures)),
+        Section("Every row", _table(rows)),
+        Section("Conditions", [bullets(_conditions(report))]),
+        Section("Data", _data(report)),
+    ]
+    return page(title, [section for section in sections if section.blocks], lead=lead)
 
 
-def paragraph(text: str, *, small: bool = False) -> Html:
-    return Html(f"<p{_small(small, '')}>{escape(text)}</p>")
+def benchmark_blocks(rows: Sequence[Row], environment: Environment) -> list[Html]:
+    """Charts, table and conditions, for a section of another report."""
+    return [
+        *_scatters(rows, GOOD),
+        *_bars(rows),
+        *_table(rows),
+        paragraph("How it was measured", small=True),
+        bullets(conditions(rows, environment), small=True),
+    ]
 
 
-def bullets(lines: Iterable[str], *, small: bool = False) -> Html:
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return Html(f"<ul{_small(small, 'list')}>{items}</ul>")
+def verdict(rows: Sequence[Row], budget: Budget) -> tuple[str, str]:
+    """A headline and a sentence: which row to take on this machine, or that there is none."""
+    named = dict(zip(map(id, rows), labels(rows), strict=True))
+    chosen = choose(rows, budget)
+    if chosen is not None:
+        found = values(chosen)
+        facts = [f"{time_text(found['end_to_end_sec'])} a picture"]
+        if found["peak_rss_bytes"] is not None:
+            facts.append(f"{bytes_text(found['peak_rss_bytes'])} of memory at the peak")
+        facts += [f"{bytes_text(found['size_bytes'])} on disk", f"{_db(chosen)} against PyTorch"]
+        headline = f"{named[id(chosen)]}: {time_text(found['end_to_end_sec'])}, {bytes_text(found['peak_rss_bytes'])}"
+        return headline, f"For this machine and {budget.describe()}: {named[id(chosen)]}, {', '.join(facts)}."
+    close = nearest(rows, budget)
+    if close is None:
+        return "Nothing could be measured", "Every row failed; the reasons stand below."
+    missed = ", ".join(s.words for s in shortfalls(close, budget))
+    return f"Nothing meets {budget.describe()}", f"The nearest on this machine: {named[id(close)]}, {missed}."
 
 
-def tiles(figures: Sequence[tuple[str, str]]) -> Html:
-    """A few figures worth reading first: ("44 %", "fewer parameters")."""
-    items = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for value, label in figures)
-    return Html(f'<dl class="tiles">{items}</dl>')
+def _in_short(rows: Sequence[Row], budget: Budget, more: Sequence[str]) -> list[Html]:
+    shown = choose(rows, budget) or nearest(rows, budget)
+    blocks: list[Html] = []
+    if shown is not None:
+        found = values(shown)
+        figures = [
+            (time_text(found["end_to_end_sec"]), "for a picture"),
+            (bytes_text(found["peak_rss_bytes"]), "of memory at the peak"),
+            (bytes_text(found["size_bytes"]), "on disk"),
+            (_db(shown), "against PyTorch"),
+        ]
+        blocks += [tiles(figures), command(generate_command(shown))]
+    lines = [*more, *_superlatives(rows), *_warnings(rows)]
+    return [*blocks, bullets(lines)] if lines else blocks
 
 
-def side_by_side(*blocks: Html) -> Html:
-    """Blocks in columns where the window is wide enough, else one below the other."""
-    return Html(f'<div class="side">{"".join(f"<div>{block}</div>" for block in blocks)}</div>')
+def _warnings(rows: Sequence[Row]) -> list[str]:
+    """In a line each what `notes` tells row by row."""
+    failed = sum(row.failure is not None for row in rows)
+    noisy = sum(bool(row.disturbance and row.disturbance.verdict) for row in rows)
+    lines = [f"{failed} of {len(rows)} rows could not be measured: see every row."] if failed else []
+    return lines + ([f"The machine was noisy in {noisy} of {len(rows)} rows: see every row."] if noisy else [])
 
 
-def data_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> Html:
-    """A table whose first column names the row; columns of numbers stand at the right."""
-    right = [i > 0 and _numeric([row[i] for row in rows]) for i in range(len(header))]
-    marks = [' class="right"' if r else "" for r in right]
-    head = "".join(f'<th scope="col"{m}>{escape(h)}</th>' for h, m in zip(header, marks, strict=True))
-    lines = []
-    for row in rows:
-        name = f'<th scope="row">{escape(row[0])}</th>'
-        cells = "".join(f"<td{m}>{escape(c)}</td>" for c, m in zip(row[1:], marks[1:], strict=True))
-        lines.append(f"<tr>{name}{cells}</tr>")
-    return _table("data", title, title or header[0], head, lines)
+def _superlatives(rows: Sequence[Row]) -> list[str]:
+    """The best in each respect, where there is something to compare."""
+    measured = [(label, row) for label, row in zip(labels(rows), rows, strict=True) if row.timings and row.target]
+    if len(measured) < 2:
+        return []
+
+    def best(what: str, key: Callable[[Row], float | None], show: Callable[[float | None], str]) -> str:
+        label, row = min(measured, key=lambda pair: key(pair[1]) or math.inf)
+        return f"{what}: {label}, {show(key(row))}."
+
+    return [
+        best("Fastest", lambda row: values(row)["end_to_end_sec"], time_text),
+        best("Least memory", lambda row: row.peak_rss_bytes, bytes_text),
+        best("Smallest", lambda row: row.size_bytes, bytes_text),
+    ]
 
 
-def heat_table(
-    columns: Sequence[str],
-    rows: Sequence[tuple[str, Sequence[float | None]]],
-    *,
-    title: str,
-    corner: str = "",
-    digits: int = 2,
-    higher_is_better: bool = True,
-) -> Html:
-    """Numbers on a ground that is the stronger, the better the number: for R[i][j], a row a task trained."""
-    known = [v for _, values in rows for v in values if v is not None and math.isfinite(v)]
-    low, high = (min(known), max(known)) if known else (0.0, 0.0)
-    head = f'<th scope="col">{escape(corner)}</th>' + "".join(f'<th scope="col">{escape(c)}</th>' for c in columns)
-    lines = []
-    for name, values in rows:
-        cells = ""
-        for value in values:
-            if value is None or not math.isfinite(value):
-                cells += '<td class="none" style="--share: 0">–</td>'
-                continue
-            share = (value - low) / (high - low) if high > low else 0.5
-            share = share if higher_is_better else 1 - share
-            cells += f'<td style="--share: {share * MOST_HEAT:.0f}">{value:.{digits}f}</td>'
-        lines.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
-    return _table("heat", title, title, head, lines)
+def _scatters(rows: Sequence[Row], budget: Budget) -> list[Html]:
+    """Memory over time, and quality over size."""
+    chosen = choose(rows, budget)
+    named = [(label, row, values(row)) for label, row in zip(labels(rows), rows, strict=True)]
+    if not any(row.timings for row in rows):
+        return []
+    time_unit, sec = unit_of(found["end_to_end_sec"] or 0.0 for _, _, found in named)
+    memory_unit, memory = byte_unit_of(found["peak_rss_bytes"] for _, _, found in named)
+    size_unit, size = byte_unit_of(found["size_bytes"] for _, _, found in named)
+    speed, quality = [], []
+    for label, row, found in named:
+        # The colour says the target, so that the name need not.
+        group, label = row.target or row.engine or "", label.removeprefix(f"{row.target}-")
+        stands_out = row is chosen
+        if found["end_to_end_sec"] is not None and found["peak_rss_bytes"] is not None:
+            x, y = found["end_to_end_sec"] * sec, found["peak_rss_bytes"] * memory
+            speed.append(Point(label, x, y, group, stands_out))
+        db = quality_db(row)  # of what cannot run here, too: its export has proved it
+        if row.target is not None and found["size_bytes"] is not None and db is not None and math.isfinite(db):
+            quality.append(Point(label, found["size_bytes"] * size, db, group, stands_out))
+    groups = list(dict.fromkeys(row.target or row.engine or "" for row in rows))
+    charts = [
+        scatter_chart(
+            speed,
+            title="Time and memory: the lower left is best",
+            x=Axis(f"time for a picture, {time_unit}", _scaled(budget.max_sec, sec), "the most time allowed"),
+            y=Axis(f"peak memory, {memory_unit}", _scaled(budget.max_memory_bytes, memory), "the most memory allowed"),
+            groups=groups,
+        ),
+        scatter_chart(
+            quality,
+            title="Size and quality: the upper left is best",
+            x=Axis(f"size on disk, {size_unit}", _scaled(budget.max_size_bytes, size), "the largest size allowed"),
+            y=Axis("PSNR to PyTorch, dB", budget.min_psnr_db, f"at least {budget.min_psnr_db or 0:g} dB", linear=True),
+            groups=groups,
+        ),
+    ]
+    equal = [label for label, row, _ in named if row.target is not None and quality_db(row) == math.inf]
+    blocks = [side_by_side(*charts)]
+    if equal:
+        line = f"Equal to the reference to the last bit, so not in the chart of quality: {', '.join(equal)}."
+        blocks.append(paragraph(line, small=True))
+    if proved := [label for label, row, found in named if row.target and found["psnr"] is None and row.parity]:
+        line = f"In the chart of quality by the proof of their export, which made other pictures: {', '.join(proved)}."
+        blocks.append(paragraph(line, small=True))
+    return blocks
 
 
-def picture_grid(rows: Sequence[tuple[str, Sequence[np.ndarray | None]]], captions: Sequence[str]) -> Html:
-    """The same prompts (`captions`, one a column) from several models (one a row); None where one failed.
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
 
-    Pictures are uint8 (H, W, 3).
-    """
-    head = "<td></td>" + "".join(f'<th scope="col">{escape(caption)}</th>' for caption in captions)
-    lines = []
-    for name, pictures in rows:
-        cells = "".join(
-            f"<td>{_picture(pixels, f'{caption}, by {name}')}</td>"
-            for caption, pixels in zip(captions, pictures, strict=True)
+
+def _bars(rows: Sequence[Row]) -> list[Html]:
+    """A picture's time by stage, and what comes before the first one."""
+    measured = [(label, row.timings) for label, row in zip(labels(rows), rows, strict=True) if row.timings]
+    if not measured:
+        return []
+    warm = {
+        label: {
+            part: sum(sum(stage.samples_sec) for name in stages if (stage := getattr(t, name)))
+            / len(t.end_to_end.samples_sec)
+            for part, stages in PARTS.items()
+        }
+        for label, t in measured
+    }
+    cold = {}
+    for label, t in measured:
+        load, compiled = t.load.median_sec, _once(t.compile)
+        rest = max(t.cold.median_sec - load - compiled, 0.0)
+        cold[label] = {"load": load, "compile": compiled, "the rest, with the first picture": rest}
+    blocks = []
+    for title, bars in (("A picture, warm, mean", warm), ("From the start to the first picture", cold)):
+        unit, scale = unit_of(sum(parts.values()) for parts in bars.values())
+        scaled = {label: {part: sec * scale for part, sec in parts.items()} for label, parts in bars.items()}
+        blocks.append(stacked_bars(scaled, title=title, unit=unit))
+    return [side_by_side(*blocks)]
+
+
+def _once(timing: Timing | None) -> float:
+    return 0.0 if timing is None else timing.median_sec
+
+
+def _pictures(rows: Sequence[Row], pictures: Pictures) -> list[Html]:
+    """Every row's picture beside its difference to the reference's of the same request."""
+    made = [(label, row, p) for label, row, p in zip(labels(rows), rows, pictures, strict=False) if p is not None]
+    references = {picture_key(row): pixels for _, row, pixels in made if row.reference}
+    cards = []
+    for label, row, pixels in made:
+        reference = None if row.reference else references.get(picture_key(row))
+        same = reference is not None and reference.shape == pixels.shape
+        note = "the reference" if row.reference else _db(row)
+        cards.append(Card(label, note, pixels, reference if same else None))
+    if not cards:
+        return []
+    prompts = list(dict.fromkeys(row.prompt for _, row, _ in made))
+    said = "; ".join(f"“{prompt}”" for prompt in prompts)
+    line = f"{said}, from the same noise."
+    if references:
+        line += (
+            f" Beside each picture is its difference to the reference's, {AMPLIFIED} times as strong; black is equal."
         )
-        lines.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
-    return _table("pictures", "", "Pictures", head, lines)
+    return [paragraph(line), picture_cards(cards)]
 
 
-@dataclass(frozen=True)
-class Card:
-    """A picture under its name; beside it, where there is a reference, what differs from that."""
-
-    name: str
-    note: str
-    pixels: np.ndarray  # uint8 (H, W, 3)
-    reference: np.ndarray | None = None  # of the same shape
+def _table(rows: Sequence[Row]) -> list[Html]:
+    found = columns(rows)
+    cells = list(zip(*(column.cells for column in found), strict=True))
+    lines = notes(rows)
+    blocks = [data_table([column.header for column in found], cells)] if cells else []
+    return [*blocks, bullets(lines, small=True)] if lines else blocks
 
 
-def picture_cards(cards: Sequence[Card]) -> Html:
-    """Pictures with their amplified differences, as many in a row as the window holds."""
-    items = []
-    for card in cards:
-        shown = _picture(_reduced(card.pixels), f"Picture of {card.name}")
-        if card.reference is not None:
-            apart = np.abs(card.pixels.astype(np.int16) - card.reference) * AMPLIFIED
-            difference = _reduced(np.minimum(apart, 255).astype(np.uint8))
-            shown += _picture(difference, f"Difference to the reference, {AMPLIFIED} times, of {card.name}")
-        caption = f'{escape(card.name)}<span class="small">{escape(card.note)}</span>'
-        items.append(f'<li><figure><div class="pair">{shown}</div><figcaption>{caption}</figcaption></figure></li>')
-    return Html(f'<ul class="cards">{"".join(items)}</ul>')
+def _conditions(report: Report) -> list[str]:
+    lines = [f"Measured {report.created}."]
+    if report.command:
+        lines.append(f"Command: {report.command}")
+    return [*conditions(report.rows, report.environment), *lines]
 
 
-def _reduced(pixels: np.ndarray) -> np.ndarray:
-    factor = math.ceil(max(pixels.shape[:2]) / CARD_PICTURE)
-    return pixels if factor == 1 else np.asarray(Image.fromarray(pixels).reduce(factor))
+def _data(report: Report) -> list[Html]:
+    return [
+        paragraph("Everything that was measured, with all samples; the names are explained in docs/bench-schema.md."),
+        downloads(
+            [("bench.json", "application/json", to_json(report)), ("bench.csv", "text/csv", rows_as_csv(report.rows))]
+        ),
+    ]
 
 
-def command(text: str) -> Html:
-    """A command line, to be copied; an option stays in one line with its value."""
-    first, *options = text.split(" --")
-    parts = [escape(first), *(f'<span class="option">--{escape(option)}</span>' for option in options)]
-    return Html(f"<pre>{' '.join(parts)}</pre>")
-
-
-def downloads(files: Sequence[tuple[str, str, str]]) -> Html:
-    """Files inside the page: (name, media type, text)."""
-    links = []
-    for name, kind, text in files:
-        content = base64.b64encode(text.encode()).decode()
-        link = f'<a download="{escape(name)}" href="data:{escape(kind)};base64,{content}">{escape(name)}</a>'
-        links.append(f"<li>{link}</li>")
-    return Html(f'<ul class="list">{"".join(links)}</ul>')
-
-
-def _picture(pixels: np.ndarray | None, alt: str) -> str:
-    if pixels is None:
-        return '<div class="missing">no picture</div>'
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG", optimize=True)
-    height, width = pixels.shape[:2]
-    small = ' class="small-picture"' if max(height, width) <= SMALL_PICTURE else ""
-    data = base64.b64encode(out.getvalue()).decode()
-    size = f'width="{width}" height="{height}"'
-    return f'<img{small} src="data:image/png;base64,{data}" {size} alt="{escape(alt)}"/>'
-
-
-def _table(kind: str, title: str, label: str, head: str, lines: Sequence[str]) -> Html:
-    """In a box that scrolls by itself, with the keyboard too, when the window is narrower than the table."""
-    caption = f"<caption>{escape(title)}</caption>" if title else ""
-    return Html(
-        f'<div class="box" tabindex="0" role="region" aria-label="{escape(label)}">'
-        f'<table class="{kind}">{caption}'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-    )
-
-
-def _numeric(cells: Sequence[str]) -> bool:
-    """Whether a column reads as numbers: "12", "-0.5", "3.2 MiB", "×2", unknown as a dash."""
-    known = [cell for cell in cells if cell.strip() not in ("", "-", "–", "—", "exact")]
-    return bool(known) and all(re.match(r"[-+−×]?\s?[\d.]", cell.strip()) for cell in known)
-
-
-def _small(small: bool, kind: str) -> str:
-    names = " ".join(name for name in (kind, "small" if small else "") if name)
-    return f' class="{names}"' if names else ""
+def _db(row: Row) -> str:
+    db = quality_db(row)
+    return "unknown" if db is None else "equal" if db == math.inf else f"{db:.1f} dB"

@@ -24,7 +24,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 import kdc_edge
 from kdc_edge.bundle import Check
 from kdc_edge.errors import InputError
-from kdc_edge.machine import this_machine
+from kdc_edge.hardware import this_machine
 
 SCHEMA: Literal["kdc-edge/bench/2"] = "kdc-edge/bench/2"
 PACKAGES = ("numpy", "onnxruntime", "openvino", "coremltools", "torch", "diffusers", "transformers")

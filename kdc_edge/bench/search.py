@@ -1,4 +1,4 @@
-"""Measuring until it is known which bundle meets a budget: fit.py decides what, grid.py measures.
+"""Measuring until it is known which bundle meets a budget: budget.py decides what, grid.py measures.
 
     for found in search(offers, request, steps=[20, 12], budget=Budget(max_sec=10, min_psnr_db=30)):
         print(found.rows[-1].name)
@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kdc_edge.bench.fit import MODES, Budget, Candidate, Mode, Offer, next_candidate
+from kdc_edge.bench.budget import MODES, Budget, Candidate, Mode, Offer, next_candidate
 from kdc_edge.bench.grid import Case, run
-from kdc_edge.bench.process import OPENER, Measured
-from kdc_edge.bench.quality import compare_pictures
 from kdc_edge.bench.record import Row
+from kdc_edge.bench.reference import compare_pictures
+from kdc_edge.bench.runner import OPENER, Measured
 from kdc_edge.pipeline import Request
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from kdc_edge.bench.measure import measure
-from kdc_edge.bench.process import JOB, OUT_OF_MEMORY, OUTCOME, Job, Outcome
+from kdc_edge.bench.runner import JOB, OUT_OF_MEMORY, OUTCOME, Job, Outcome
 from kdc_edge.errors import KdcError
 from kdc_edge.pipeline import Request
 

@@ -21,8 +21,8 @@ from kdc_edge.cli.project import Config, all_bundles, command_line, say
 from kdc_edge.errors import InputError
 
 if TYPE_CHECKING:
-    from kdc_edge.bench.process import Measured
     from kdc_edge.bench.record import Report, Row
+    from kdc_edge.bench.runner import Measured
 
 
 def bench(
@@ -79,7 +79,7 @@ def bench(
     """Measure bundles, each in a process of its own: latency by stage, memory, size, quality."""
     del config
     from kdc_edge.bench.grid import grid, references
-    from kdc_edge.bench.report import Format, render
+    from kdc_edge.bench.tables import Format, render
     from kdc_edge.bench.values import Limit
 
     if format not in get_args(Format):
@@ -126,7 +126,7 @@ def _measure(
 ) -> list[Row]:  # fmt: skip
     """Measure everything, and write: what was reached, too, when Ctrl-C ends it, which is raised again."""
     from kdc_edge.bench.grid import not_measured, run
-    from kdc_edge.bench.quality import compare_pictures
+    from kdc_edge.bench.reference import compare_pictures
     from kdc_edge.errors import KdcError
 
     measured: list[Measured] = []
@@ -174,7 +174,7 @@ def _scorer(path: Path | None, weights: Path | None) -> tuple[Callable[[Measured
     from dataclasses import replace
 
     from kdc_edge.cli.prompt_quality import open_scorer
-    from kdc_edge.export.prompts import read_prompts
+    from kdc_edge.prompts import read_prompts
 
     prompts = read_prompts(path)
     score = open_scorer(prompts, weights)

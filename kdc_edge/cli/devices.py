@@ -12,12 +12,12 @@ import typer
 from kdc_edge.cli.options import Json
 
 if TYPE_CHECKING:
-    from kdc_edge.machine import Accelerator, Machine
+    from kdc_edge.hardware import Accelerator, Machine
 
 
 def devices(as_json: Json = False) -> None:
     """This machine: processor, features, memory; engines and their devices; what is missing and how to get it."""
-    from kdc_edge.machine import find_accelerators, this_machine
+    from kdc_edge.hardware import find_accelerators, this_machine
 
     machine, engines = this_machine(), find_engines()
     lacking = missing(engines, find_accelerators())
@@ -63,7 +63,7 @@ def missing(engines: Sequence[dict[str, Any]], accelerators: Sequence[Accelerato
 
 def describe(machine: Machine, engines: Sequence[dict[str, Any]], lacking: Sequence[str]) -> list[str]:
     """The same for people."""
-    from kdc_edge.machine import feature_does
+    from kdc_edge.hardware import feature_does
 
     processor = machine.processor
     rows = [

@@ -17,8 +17,8 @@ from kdc_edge.cli.project import LATEST, Config, bundles_in, need_training, say
 from kdc_edge.errors import CheckpointError, InputError, KdcError
 
 if TYPE_CHECKING:
-    from kdc_edge.train.data import Task
-    from kdc_edge.train.evaluate import Evaluated, MakesPictures
+    from kdc_edge.train.data.tasks import Task
+    from kdc_edge.train.quality.evaluate import Evaluated, MakesPictures
 
     Evaluate = Callable[[MakesPictures], dict[str, Evaluated]]
 
@@ -45,11 +45,11 @@ def evaluate(
     """Measure a checkpoint: of the garden offline, of other data with what weight files are here."""
     del config
     need_training("kdc-edge eval")
-    from kdc_edge.checkpoint import hash_checkpoint, read_model
-    from kdc_edge.train.evaluate import evaluate_tasks, open_generator
-    from kdc_edge.train.folders import find_teacher
-    from kdc_edge.train.metrics import PictureMetrics
-    from kdc_edge.train.precisions import BundleGenerator, refuse_strangers
+    from kdc_edge.diffusers_folder import hash_checkpoint, read_model
+    from kdc_edge.train.checkpoint import find_teacher
+    from kdc_edge.train.quality.evaluate import evaluate_tasks, open_generator
+    from kdc_edge.train.quality.metrics import PictureMetrics
+    from kdc_edge.train.quality.precisions import BundleGenerator, refuse_strangers
 
     if pictures < 2:
         raise InputError(f"--pictures {pictures} is too few: use 2 or more")
@@ -88,7 +88,7 @@ def _beside(
 ) -> dict[str, Any]:
     """A bundle beside its checkpoint; where it cannot be run, the reason."""
     from kdc_edge.bundle import Bundle
-    from kdc_edge.train.precisions import compare
+    from kdc_edge.train.quality.precisions import compare
 
     found: dict[str, Any] = {"name": folder.resolve().name, "folder": str(folder)}
     found["size_bytes"] = Bundle.open(folder).size_bytes
@@ -133,7 +133,7 @@ def _find(what: Path | None) -> tuple[Path, Path | None]:
 
 def _tasks(run: Path | None, task: list[str] | None, caption: list[str] | None) -> tuple[Task, ...]:
     from kdc_edge.train.config import TrainConfig
-    from kdc_edge.train.data import parse_tasks
+    from kdc_edge.train.data.tasks import parse_tasks
 
     if task:
         return parse_tasks(task, caption or ())

@@ -13,7 +13,7 @@ from kdc_edge.errors import InputError
 from kdc_edge.formats import DEFAULT_PRECISION, Format, find_format, targets
 
 if TYPE_CHECKING:
-    from kdc_edge.export.coreml import CoreMLOptions
+    from kdc_edge.export.coreml.export import CoreMLOptions
 
 
 def export(
@@ -83,11 +83,11 @@ def export(
 
         bundle = export_openvino(source, out, **common, **calibration)
     elif target == "coreml":
-        from kdc_edge.export.coreml import export_coreml
+        from kdc_edge.export.coreml.export import export_coreml
 
         bundle = export_coreml(source, out, **common, **calibration, options=_coreml_options(asked), tell=say)
     else:
-        from kdc_edge.export.onnx import OnnxOptions, export_onnx
+        from kdc_edge.export.onnx.export import OnnxOptions, export_onnx
 
         bundle = export_onnx(source, out, **common, **calibration, options=OnnxOptions(**asked), tell=say)
     if bundle.manifest.parity is None:
@@ -106,15 +106,15 @@ def _calibration(row: Format, prompts: Path | None, samples: int | None) -> dict
         return {}
     if not row.calibrated:
         raise InputError(f"{row.name} needs no calibration: leave out --calibration-prompts and --calibration-samples")
-    from kdc_edge.export.prompts import read_prompts
+    from kdc_edge.prompts import read_prompts
 
     return {"calibration_prompts": prompts and read_prompts(prompts), "calibration_samples": samples}
 
 
 def _coreml_options(asked: dict[str, Any]) -> CoreMLOptions:
     """The options that only Core ML has, with the budget and the recipe read."""
-    from kdc_edge.export.coreml import CoreMLOptions
-    from kdc_edge.export.mixed import Budget, read_recipe
+    from kdc_edge.export.coreml.export import CoreMLOptions
+    from kdc_edge.export.coreml.mixed import Budget, read_recipe
     from kdc_edge.files import parse_size
 
     size, psnr_db, recipe = (asked.pop(name, None) for name in ("max_size", "min_psnr", "recipe"))

@@ -23,7 +23,7 @@ from kdc_edge.errors import InputError, KdcError
 from kdc_edge.formats import FORMATS, GOOD_PSNR_DB, Format
 
 if TYPE_CHECKING:
-    from kdc_edge.bench.fit import Budget, Offer
+    from kdc_edge.bench.budget import Budget, Offer
     from kdc_edge.bench.search import Found
 
 WRITTEN = (".html", ".md", ".json", ".csv")
@@ -79,11 +79,11 @@ def fit(
 ) -> None:
     """Name the cheapest export that meets a budget on this machine, or the nearest where none does."""
     del config
-    from kdc_edge.bench.fit import MODES, Budget
+    from kdc_edge.bench.budget import MODES, Budget
     from kdc_edge.bench.search import search
+    from kdc_edge.noise_schedule import NoiseSchedule
     from kdc_edge.pipeline import GuidanceMode
-    from kdc_edge.schedule import NoiseSchedule
-    from kdc_edge.schedulers import make_sampler
+    from kdc_edge.samplers import make_sampler
 
     for option, limit in (("--max-sec", max_sec), ("--budget-sec", budget_sec)):
         if limit is not None and not limit > 0:
@@ -156,8 +156,8 @@ def _offers(
     checkpoint: Path | None, folder: Path, wanted: Sequence[Format], budget: Budget, *, export: bool
 ) -> list[Offer]:
     """The bundles of this checkpoint that run here, with those that are missing and could fit exported first."""
-    from kdc_edge.bench.fit import too_large
-    from kdc_edge.checkpoint import hash_checkpoint, read_model
+    from kdc_edge.bench.budget import too_large
+    from kdc_edge.diffusers_folder import hash_checkpoint, read_model
 
     sha256 = None if checkpoint is None else hash_checkpoint(checkpoint)
     offers = _existing(folder, sha256, wanted)
@@ -198,8 +198,8 @@ def _existing(folder: Path, sha256: str | None, wanted: Sequence[Format]) -> lis
 
 
 def _offer(bundle: Any) -> Offer:
-    from kdc_edge.bench.fit import Offer
-    from kdc_edge.bench.process import picture_parity
+    from kdc_edge.bench.budget import Offer
+    from kdc_edge.bench.runner import picture_parity
 
     check = picture_parity(bundle.manifest)
     parity_db = None if check is None else math.inf if check.psnr_db is None else check.psnr_db
@@ -231,7 +231,7 @@ def _export(checkpoint: Path, row: Format, out: Path) -> Offer | None:
 
 def _tell(found: Found) -> None:
     """One line about what was measured last."""
-    from kdc_edge.bench.report import time_text
+    from kdc_edge.bench.tables import time_text
     from kdc_edge.bench.values import labels, values
 
     row, label = found.rows[-1], labels(found.rows)[-1]
@@ -240,11 +240,11 @@ def _tell(found: Found) -> None:
 
 def _write(found: Found, budget: Budget, out: Sequence[Path], *, as_json: bool) -> None:
     """The table and the answer, or one document; and files."""
-    from kdc_edge.bench.benchmark_page import benchmark_page, verdict
-    from kdc_edge.bench.fit import choose, generate_command, nearest, shortfalls
+    from kdc_edge.bench.budget import choose, generate_command, nearest, shortfalls
+    from kdc_edge.bench.page import benchmark_page, verdict
     from kdc_edge.bench.record import Report, here
-    from kdc_edge.bench.report import Format as Written
-    from kdc_edge.bench.report import render
+    from kdc_edge.bench.tables import Format as Written
+    from kdc_edge.bench.tables import render
     from kdc_edge.bench.values import labels
     from kdc_edge.files import write_atomic
 
@@ -288,8 +288,8 @@ def _write(found: Found, budget: Budget, out: Sequence[Path], *, as_json: bool) 
 
 def _judge(found: Found | None, budget: Budget) -> None:
     """Raise KdcError where nothing fits: the answer is written by then."""
-    from kdc_edge.bench.benchmark_page import verdict
-    from kdc_edge.bench.fit import choose
+    from kdc_edge.bench.budget import choose
+    from kdc_edge.bench.page import verdict
 
     rows = [] if found is None else found.rows
     if choose(rows, budget) is None:

@@ -28,7 +28,7 @@ def init(
     del config
     need_training("kdc-edge init")
     from kdc_edge.presets import find_preset
-    from kdc_edge.train.folders import find_teacher, init_checkpoint
+    from kdc_edge.train.checkpoint import find_teacher, init_checkpoint
     from kdc_edge.train.student import describe_account
 
     chosen = find_preset(preset)

@@ -30,7 +30,7 @@ def info(
 ) -> None:
     """Describe a bundle or a checkpoint."""
     from kdc_edge.bundle import MANIFEST, Bundle
-    from kdc_edge.checkpoint import read_model
+    from kdc_edge.diffusers_folder import read_model
 
     if not (folder / MANIFEST).is_file() and (folder / "model_index.json").is_file():
         model = read_model(folder)

@@ -123,7 +123,7 @@ def best_bundle() -> Path:
     """
     import importlib.util
 
-    from kdc_edge.bench.process import picture_parity
+    from kdc_edge.bench.runner import picture_parity
     from kdc_edge.bundle import Bundle
     from kdc_edge.formats import GOOD_PSNR_DB, find_format
     from kdc_edge.runtimes.base import preferred_engine

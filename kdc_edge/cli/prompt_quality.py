@@ -21,8 +21,8 @@ def open_scorer(prompts: Sequence[str], weights: Path | None) -> Callable[[np.nd
     import numpy as np
 
     from kdc_edge.bench.record import PromptQuality, text_sha256
-    from kdc_edge.train.evaluate import ask_prompts, score_pictures
-    from kdc_edge.train.metrics import PictureMetrics
+    from kdc_edge.train.quality.evaluate import ask_prompts, score_pictures
+    from kdc_edge.train.quality.metrics import PictureMetrics
 
     asked = ask_prompts(prompts)
     metrics = None if asked.scenes else PictureMetrics(weights)

@@ -25,23 +25,23 @@ def quickstart(
     need_export("kdc-edge quickstart")
     from dataclasses import replace
 
-    from kdc_edge.bench.process import measure_in_fresh_process
     from kdc_edge.bench.record import Report as BenchReport
     from kdc_edge.bench.record import here, to_json
+    from kdc_edge.bench.runner import measure_in_fresh_process
     from kdc_edge.cli.progress import Progress
     from kdc_edge.cli.quickstart_report import Story, write_report
-    from kdc_edge.export.onnx import export_onnx
+    from kdc_edge.export.onnx.export import export_onnx
     from kdc_edge.files import refuse_foreign_folder, write_atomic
     from kdc_edge.image import grid, save_png
     from kdc_edge.pipeline import Request
     from kdc_edge.runtimes import open_pipeline
+    from kdc_edge.train.checkpoint import GARDEN_TEACHER
     from kdc_edge.train.config import TrainConfig
     from kdc_edge.train.continuing import branch
-    from kdc_edge.train.data import Task
-    from kdc_edge.train.evaluate import evaluation_scenes
-    from kdc_edge.train.folders import GARDEN_TEACHER
+    from kdc_edge.train.data.sources import GardenSource
+    from kdc_edge.train.data.tasks import Task
     from kdc_edge.train.loop import StepDone, Trainer
-    from kdc_edge.train.sources import GardenSource
+    from kdc_edge.train.quality.evaluate import evaluation_scenes
 
     refuse_foreign_folder(out, None)
     config = TrainConfig(

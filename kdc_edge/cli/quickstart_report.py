@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from kdc_edge.bench.benchmark_page import benchmark_blocks
-from kdc_edge.bench.charts import line_chart
-from kdc_edge.bench.page import (
+from kdc_edge.bench.page import benchmark_blocks
+from kdc_edge.bench.record import Environment, Row
+from kdc_edge.bundle import Bundle
+from kdc_edge.files import write_atomic
+from kdc_edge.report.charts import line_chart
+from kdc_edge.report.html import (
     Html,
     Section,
     bullets,
@@ -23,12 +26,9 @@ from kdc_edge.bench.page import (
     side_by_side,
     tiles,
 )
-from kdc_edge.bench.record import Environment, Row
-from kdc_edge.bundle import Bundle
-from kdc_edge.files import write_atomic
 from kdc_edge.train.config import TrainConfig
-from kdc_edge.train.evaluate import Score, average, forgetting
 from kdc_edge.train.loop import Trainer
+from kdc_edge.train.quality.evaluate import Score, average, forgetting
 
 LOSSES = {
     "total": "weighted total",

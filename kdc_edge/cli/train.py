@@ -88,10 +88,10 @@ def train(
     """Distil a student from a teacher, task after task, with latent replay."""
     flags = dict(locals())
     need_training("kdc-edge train")
+    from kdc_edge.train.checkpoint import find_teacher
     from kdc_edge.train.config import TrainConfig
     from kdc_edge.train.continuing import continue_run
-    from kdc_edge.train.data import parse_tasks
-    from kdc_edge.train.folders import find_teacher
+    from kdc_edge.train.data.tasks import parse_tasks
     from kdc_edge.train.loop import Trainer
     from kdc_edge.train.losses import LossWeights
 
@@ -111,7 +111,7 @@ def train(
         tasks = parse_tasks(task or (), caption or ())
         settings = TrainConfig(teacher=find_teacher(teacher), tasks=tasks, loss=loss, **given)
     if dry_run:
-        from kdc_edge.train.plan import make_plan
+        from kdc_edge.train.tools.plan import make_plan
 
         typer.echo("\n".join(make_plan(settings).lines()))
         return
@@ -131,7 +131,7 @@ def train(
 def _saved_settings(context: typer.Context, flags: dict[str, Any], run: Path) -> TrainConfig:
     """What the run was started with; a flag given by hand is taken, and refused later where it would change the run."""
     from kdc_edge.train.config import TrainConfig
-    from kdc_edge.train.data import parse_tasks
+    from kdc_edge.train.data.tasks import parse_tasks
 
     saved = TrainConfig.load(run)
     by_hand = {
@@ -166,7 +166,7 @@ def _benchmark(settings: TrainConfig, steps: int) -> None:
     """Measure and print; the run's folder is temporary."""
     import tempfile
 
-    from kdc_edge.train.benchmark import measure_run
+    from kdc_edge.train.tools.benchmark import measure_run
 
     with tempfile.TemporaryDirectory(prefix="kdc-edge-") as folder:
         typer.echo("\n".join(measure_run(settings, Path(folder) / "run", steps).lines()))

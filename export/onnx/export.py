@@ -1,0 +1,205 @@
+"""Checkpoint to ONNX: three graphs with free batch, height and width, as optimum names them.
+
+    bundle = export_onnx(Path("runs/latest/checkpoint"), Path("bundles/onnx-fp16"), precision="fp16")
+
+`fp16` stores the weights in half precision behind casts: half the bytes on the disk, the arithmetic stays in 32
+bits. `w8` and `w4` store them as integers; `int8` also computes the U-Net's convolutions and matrix products in
+integers (int8.py). What each rewrite of the graph is worth stands in docs/benchmarks/onnx.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.export import Dim
+
+from kdc_edge.bundle import Bundle, Model, Tensor
+from kdc_edge.diffusers_folder import read_model
+from kdc_edge.errors import InputError
+from kdc_edge.export.bundle_writer import Interface, optimum_interface, write_bundle
+from kdc_edge.export.calibration import calibrate
+from kdc_edge.export.components import ExportComponent
+from kdc_edge.export.onnx.int8 import quantize_int8
+from kdc_edge.export.onnx.weights import store_bits, store_half
+from kdc_edge.export.rewrites.attention import fuse_attention
+from kdc_edge.export.rewrites.upsampling import split_upsampling
+from kdc_edge.formats import find_format
+
+OPSET = 20  # the first with Gelu, which the U-Net's feed-forward layers use; onnxruntime 1.20 reads it
+EXTERNAL_DATA_BYTES = 100_000_000  # weights beside the graph are mapped, not copied; protobuf ends at 2 GiB anyway
+ATTENTIONS = ("fused", "original")
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """What only ONNX has."""
+
+    attention: str = "fused"  # one operation of onnxruntime's; `original` is standard ONNX, for other engines
+    static: bool = False  # one sample of the model's own size, as some devices need it
+
+    def __post_init__(self) -> None:
+        if self.attention not in ATTENTIONS:
+            raise InputError(f"--attention {self.attention} is not for ONNX: choose from {', '.join(ATTENTIONS)}")
+
+
+def export_onnx(
+    checkpoint: Path,
+    out: Path,
+    *,
+    precision: str,
+    options: OnnxOptions | None = None,
+    verify: bool = True,
+    prompts: Sequence[str] | None = None,
+    calibration_prompts: Sequence[str] | None = None,
+    calibration_samples: int | None = None,
+    command: str | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Bundle:
+    """Write a bundle to `out`, proved against PyTorch on `prompts` before it takes its place there.
+
+    Raises CheckpointError, ParityError or InputError; `out` is then what it was before.
+    """
+    row = find_format("onnx", precision)
+    options = options or OnnxOptions()
+    sizes = static_sizes(read_model(checkpoint)) if options.static else {}
+    calibration = calibrate(checkpoint, calibration_prompts, calibration_samples) if row.calibrated else None
+
+    def write(part: ExportComponent, folder: Path) -> list[str]:
+        if options.attention == "fused":
+            fuse_attention(part.module)
+        split_upsampling(part.module)
+        model = trace(part, sizes)
+        if calibration is not None and part.name == "unet":
+            with tempfile.TemporaryDirectory(dir=folder) as work:
+                base = Path(work) / "base.onnx"
+                ir.save(model, base, external_data="weights")
+                del model
+                part.module.to("meta")  # the weights are in the file now
+                model, left_out = quantize_int8(base, calibration.inputs)
+                store_half(model)
+                for layer, snr_db in left_out.items():
+                    tell(f"{layer} stays in float: its int8 twin is right to {snr_db:.1f} dB")
+                return save_graph(model, folder)
+        if row.bytes_per_weight <= 1:
+            store_bits(model, 4 if precision == "w4" and part.name == "unet" else 8)
+        if precision != "fp32":
+            store_half(model)  # what is left
+        return save_graph(model, folder)
+
+    def interface(part: ExportComponent) -> Interface:
+        inputs, outputs = optimum_interface(part)
+        return _fixed(inputs, sizes), _fixed(outputs, sizes)
+
+    return write_bundle(
+        checkpoint,
+        out,
+        row,
+        write,
+        interface=interface,
+        verify=verify,
+        prompts=prompts,
+        calibration=calibration.info if calibration else None,
+        command=command,
+    )
+
+
+def static_sizes(model: Model) -> dict[str, int]:
+    """What --static puts in place of each free size: one sample, as large as the model was made for."""
+    latent, picture = model.latent_size, model.picture_size
+    return {"batch_size": 1, "latent_height": latent, "latent_width": latent, "height": picture, "width": picture}
+
+
+def _fixed(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    return {n: Tensor(dtype=t.dtype, shape=[sizes.get(str(s), s) for s in t.shape]) for n, t in tensors.items()}
+
+
+def trace(part: ExportComponent, sizes: Mapping[str, int] | None = None) -> ir.Model:
+    """The component as an ONNX graph in fp32; its weights are still the module's. `sizes` fixes free sizes."""
+    sizes = sizes or {}
+    names = {"batch_size": "batch_size", "latent_height": "height", "latent_width": "width"}  # here: optimum's
+    given: dict[str, Any] = {names[name]: size for name, size in sizes.items() if name in names}
+    with _quiet():
+        program = torch.onnx.export(
+            part.module,
+            tuple(part.config.generate_dummy_inputs(**given).values()),
+            dynamo=True,
+            dynamic_shapes=None if sizes else _free_shapes(part),
+            input_names=list(part.config.input_shapes),
+            output_names=list(part.config.output_shapes),
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None
+    _clean(program.model, part, sizes)
+    return program.model
+
+
+def _free_shapes(part: ExportComponent) -> tuple[dict[int, object], ...]:
+    """torch's description of the sizes that stay free.
+
+    Where sizes come in multiples, saying so keeps `8 * ((h - 1) // 8) + 8` out of every shape. Elsewhere torch finds
+    the ranges itself: named dimensions would be refused for the limits that it invents.
+    """
+    unit = part.config.size_unit
+    multiples = {axis: unit * Dim(axis, min=1, max=1024) for axis in ("latent_height", "latent_width")}
+    return tuple(
+        {i: multiples[axis] if unit > 1 and axis in multiples else Dim.DYNAMIC for i, axis in axes.items()}
+        for axes in part.config.inputs.values()
+    )
+
+
+def save_graph(model: ir.Model, folder: Path) -> list[str]:
+    """Write model.onnx to `folder`, with model.onnx_data beside it where it is large; the files' names."""
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    size_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    if size_bytes <= EXTERNAL_DATA_BYTES:
+        ir.save(ir.external_data.load_to_model(model), folder / "model.onnx")
+        return ["model.onnx"]
+    ir.save(model, folder / "model.onnx", external_data="model.onnx_data")
+    return ["model.onnx", "model.onnx_data"]
+
+
+def _clean(model: ir.Model, part: ExportComponent, sizes: Mapping[str, int]) -> None:
+    """Name the free axes, and drop the tracer's notes, which hold paths of this machine."""
+    for values, shapes in (
+        (model.graph.inputs, part.config.input_shapes),
+        (model.graph.outputs, part.config.output_shapes),
+    ):
+        for value in values:
+            value.shape = ir.Shape([sizes.get(str(side), side) for side in shapes[str(value.name)]])
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    ends = {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value not in ends:
+                value.shape = value.type = None  # written in the tracer's own symbols; engines infer them
+    for value in ends:
+        value.metadata_props.clear()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what torch and onnxscript say about their own insides while they trace."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # Deprecations inside torch's exporter change with every release, and nobody here can act on them.
+            warnings.filterwarnings("ignore", module=r"(torch|onnxscript|onnx_ir|copyreg)(\.|$)")
+            yield
+    finally:
+        log.setLevel(level)

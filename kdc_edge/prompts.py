@@ -1,0 +1,32 @@
+"""The prompts that an export proves and calibrates itself on: the user's, the checkpoint's own, or general ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kdc_edge.diffusers_folder import PROMPTS_FILE
+from kdc_edge.errors import InputError
+
+GENERAL = ("a photo of a red flower", "a blue butterfly with white spots on a dark background")
+MAX_BYTES = 10 * 2**20
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; empty lines do not count. Raises InputError."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path} is larger than {MAX_BYTES // 2**20} MiB: give a file with one prompt a line")
+        found = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: give a text file with one prompt a line") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as text: {error}") from None
+    if not found:
+        raise InputError(f"{path} holds no prompts: write one a line")
+    return found
+
+
+def own_prompts(checkpoint: Path) -> list[str]:
+    """The captions that came with the checkpoint, or a few general ones."""
+    path = checkpoint / PROMPTS_FILE
+    return read_prompts(path) if path.is_file() else list(GENERAL)

@@ -1,0 +1,38 @@
+"""kill -9 at random moments: the resumed run ends with the uninterrupted one's weights, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("moments", [1, pytest.param(20, marks=pytest.mark.full)])
+def test_killed_runs_end_with_the_same_weights(tmp_path: Path, moments: int) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.cli.interrupted", str(tmp_path), str(moments), "5"],
+        capture_output=True, text=True, cwd=ROOT, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout)
+    assert len(said["kills"]) == moments
+    weights = "checkpoint/unet/diffusion_pytorch_model.safetensors"
+    whole = load_file(tmp_path / "whole" / weights)
+    for run in said["runs"]:
+        cut = load_file(tmp_path / run / weights)
+        assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items()), run
+        logs = [
+            [json.loads(line)["losses"] for line in (tmp_path / r / "metrics.jsonl").read_text().splitlines()]
+            for r in ("whole", run)
+        ]
+        assert logs[0] == logs[1]
+        assert not list((tmp_path / run / "state").glob(".*"))

@@ -1,0 +1,59 @@
+"""The quickstart's whole way in the smallest size, and the page that it writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_commands import complaint, run
+
+
+class Text(HTMLParser):
+    """The page's words, headings and pictures."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.headings: list[str] = []
+        self.pictures = 0
+        self._heading = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._heading = tag == "h2"
+        self.pictures += tag == "img" and (dict(attrs)["src"] or "").startswith("data:image/png;base64,")
+
+    def handle_data(self, data: str) -> None:
+        if self._heading and data.strip():
+            self.headings.append(data.strip())
+            self._heading = False
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_quickstart_goes_from_teacher_to_report(tmp_path: Path) -> None:
+    done = run(
+        "quickstart", "--out", "demo", "--steps", 2, "--batch-size", 2, "--samples", 8, "--eval-pictures", 2,
+        "--repeats", 1, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout.strip() == "demo/report.html"
+    page = (tmp_path / "demo" / "report.html").read_text("utf-8")
+    text = Text(page)
+    assert text.headings == ["In short", "Pictures", "Learning", "Remembering", "The proof", "Speed and size"]
+    assert text.pictures == 5 * 6  # teacher, two students, two bundles; six prompts
+    assert not re.search(r"(src|href)=\"https?:", page)
+    assert "forgetting" in page
+
+    matrices = [
+        json.loads((tmp_path / "demo" / "runs" / run_name / "results.json").read_text())["prompt_accuracy"]
+        for run_name in ("replay", "no-replay")
+    ]
+    assert matrices[0][0] == matrices[1][0]  # the first task is shared
+    for name in ("onnx-fp32", "onnx-fp16"):
+        assert (tmp_path / "demo" / "bundles" / name / "kdc-edge.json").is_file()
+    rows = json.loads((tmp_path / "demo" / "bench.json").read_text())["rows"]
+    assert [row["failure"] for row in rows] == [None] * 3
+
+    assert "holds other files" in complaint("quickstart", "--out", "demo", cwd=tmp_path)

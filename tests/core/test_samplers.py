@@ -1,0 +1,270 @@
+"""kdc_edge.samplers against diffusers, over whole runs from noise to latents."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from kdc_edge.errors import InputError
+from kdc_edge.noise import NormalStream, initial_latents
+from kdc_edge.samplers import DEFAULT_SAMPLER, SAMPLERS, NoiseSchedule, Sampler, make_sampler
+
+# diffusers 0.42 hands torch tensors to numpy 2 in the old way.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+
+SD_CONFIG: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+}
+DPM = {"algorithm_type": "dpmsolver++", "solver_order": 2}
+REFERENCES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}),
+    "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "dpm++2m": (diffusers.DPMSolverMultistepScheduler, DPM),
+    "dpm++2m-karras": (diffusers.DPMSolverMultistepScheduler, {**DPM, "use_karras_sigmas": True}),
+    "lcm": (diffusers.LCMScheduler, {}),
+}
+SHAPE = (2, 4, 5, 6)
+SEED = 3
+
+
+def reference(name: str, config: dict[str, Any], steps: int) -> Any:
+    kind, options = REFERENCES[name]
+    known = inspect.signature(kind).parameters  # Euler and DPM-Solver have no set_alpha_to_one
+    scheduler = kind(**{key: value for key, value in config.items() if key in known}, **options)
+    scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    return scheduler
+
+
+def denoiser(x: Any, t: float) -> Any:
+    """A smooth stand-in for the U-Net that numpy and torch compute alike; its runs stay near unit scale."""
+    return 0.8 * x - 0.2 * x / (1 + x * x) + 0.05 * t / 1000
+
+
+def trajectories(name: str, config: dict[str, Any], steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Latents after every step, ours and diffusers': (visits, *SHAPE) each, over the initial noise level."""
+    sampler = make_sampler(name, NoiseSchedule.from_config(config), steps, seed=SEED)
+    theirs = reference(name, config, steps)
+    assert np.array_equal(sampler.timesteps, theirs.timesteps.numpy())
+
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    x = initial_latents(SHAPE, SEED) * np.float32(sampler.init_noise_sigma)
+    y = torch.randn(SHAPE, generator=generator) * theirs.init_noise_sigma
+    random = {"generator": generator} if name == "lcm" else {}
+    ours_all, theirs_all = [x], [y.numpy()]
+    for i, t in enumerate(theirs.timesteps):
+        x = sampler.step(denoiser(sampler.scale_model_input(x, i), float(t)), i, x)
+        y = theirs.step(denoiser(theirs.scale_model_input(y, t), float(t)), t, y, return_dict=False, **random)[0]
+        assert x.dtype == np.float32
+        ours_all.append(x)
+        theirs_all.append(y.numpy())
+    scale = max(1.0, sampler.init_noise_sigma)
+    return np.stack(ours_all) / scale, np.stack(theirs_all) / scale
+
+
+def assert_equal_runs(name: str, config: dict[str, Any], steps: int) -> None:
+    ours, theirs = trajectories(name, config, steps)
+    assert np.isfinite(theirs).all()
+    assert 0.01 < np.abs(theirs).max() < 20  # near unit scale, so that the bound below means something
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 7, 10, 20, 50])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_whole_run_equals_diffusers(name: str, prediction_type: str, steps: int) -> None:
+    assert_equal_runs(name, {**SD_CONFIG, "prediction_type": prediction_type}, steps)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 9, 25, 48])
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_other_spacings_equal_diffusers(name: str, spacing: str, steps: int) -> None:
+    assert_equal_runs(name, {**SD_CONFIG, "timestep_spacing": spacing}, steps)
+
+
+OTHER_BETAS = [(name, betas) for name in SAMPLERS for betas in ("linear", "squaredcos_cap_v2")]
+# There diffusers cuts the timesteps' fractions off, of 998.9999 too; ours takes the nearest.
+OTHER_BETAS.remove(("dpm++2m-karras", "squaredcos_cap_v2"))
+
+
+@pytest.mark.parametrize(("name", "beta_schedule"), OTHER_BETAS)
+def test_other_beta_schedules_equal_diffusers(name: str, beta_schedule: str) -> None:
+    """With v-prediction: where the cosine leaves no signal, epsilon could not be divided by it."""
+    config = {**SD_CONFIG, "beta_schedule": beta_schedule, "prediction_type": "v_prediction"}
+    assert_equal_runs(name, config, 10)
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm"])
+def test_set_alpha_to_one_equals_diffusers(name: str) -> None:
+    config = {**SD_CONFIG, "set_alpha_to_one": True, "steps_offset": 0}
+    assert_equal_runs(name, config, 10)
+    changed, _ = trajectories(name, config, 10)
+    usual, _ = trajectories(name, {**config, "set_alpha_to_one": False}, 10)
+    assert np.abs(changed[-1] - usual[-1]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "steps"),
+    [
+        ("ddim", {}, 999),
+        ("ddim", {"steps_offset": 0}, 1000),
+        ("pndm", {}, 999),
+        ("euler", {}, 999),
+        ("dpm++2m", {"timestep_spacing": "trailing"}, 1000),
+        ("dpm++2m-karras", {}, 1000),
+    ],
+)
+def test_the_longest_runs_equal_diffusers(name: str, config: dict[str, Any], steps: int) -> None:
+    assert_equal_runs(name, {**SD_CONFIG, **config}, steps)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_timesteps_equal_diffusers_for_many_step_counts(name: str, spacing: str) -> None:
+    config = {**SD_CONFIG, "timestep_spacing": spacing}
+    schedule = NoiseSchedule.from_config(config)
+    for steps in (6, 8, 11, 12, 13, 15, 16, 24, 30, 33, 49):
+        ours = make_sampler(name, schedule, steps).timesteps
+        assert np.array_equal(ours, reference(name, config, steps).timesteps.numpy()), steps
+
+
+@pytest.mark.parametrize("steps", [43, 52, 73, 85, 103, 127, 400])
+def test_karras_timesteps_equal_diffusers(steps: int) -> None:
+    """Counts at which double precision throughout would round a timestep the other way."""
+    ours = make_sampler("dpm++2m-karras", NoiseSchedule(), steps).timesteps
+    assert np.array_equal(ours, reference("dpm++2m-karras", SD_CONFIG, steps).timesteps.numpy())
+
+
+def test_trailing_does_not_run_past_the_first_timestep() -> None:
+    """diffusers visits a 62nd timestep, -1, when asked for 61: its arange rounds. Ours ends where asked."""
+    config = {**SD_CONFIG, "timestep_spacing": "trailing"}
+    theirs = reference("ddim", config, 61).timesteps.numpy()
+    ours = make_sampler("ddim", NoiseSchedule.from_config(config), 61).timesteps
+    assert len(ours) == 61
+    assert ours[-1] >= 0
+    assert np.array_equal(ours, theirs[:61])
+
+
+@pytest.mark.parametrize("beta_schedule", ["scaled_linear", "linear", "squaredcos_cap_v2"])
+def test_alphas_cumprod_equal_diffusers(beta_schedule: str) -> None:
+    config = {**SD_CONFIG, "beta_schedule": beta_schedule}
+    ours = NoiseSchedule.from_config(config).alphas_cumprod
+    assert ours.dtype == np.float64
+    np.testing.assert_allclose(ours, reference("ddim", config, 1).alphas_cumprod.numpy(), rtol=2e-6, atol=1e-9)
+
+
+def run(sampler: Sampler, x: np.ndarray) -> np.ndarray:
+    for i, t in enumerate(sampler.timesteps):
+        x = sampler.step(denoiser(sampler.scale_model_input(x, i), float(t)), i, x)
+    return x
+
+
+def test_lcm_goes_on_with_a_stream_or_a_seed_alike() -> None:
+    schedule, stream = NoiseSchedule(), NormalStream(5)
+    x = stream.draw(SHAPE)
+    from_stream = run(make_sampler("lcm", schedule, 4, noise=stream), x)
+    assert np.array_equal(from_stream, run(make_sampler("lcm", schedule, 4, seed=5), x))
+    assert not np.array_equal(from_stream, run(make_sampler("lcm", schedule, 4, seed=6), x))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_perfect_denoiser_gets_the_picture_back(name: str) -> None:
+    """Against the mathematics: when eps is exact, every sampler that ends at sigma 0 must end at x0."""
+    schedule = NoiseSchedule(set_alpha_to_one=True, steps_offset=0)
+    sampler = make_sampler(name, schedule, 7)
+    x0 = initial_latents(SHAPE, 1)
+    t = int(sampler.timesteps[0])
+    a = float(schedule.alphas_cumprod[t])
+    x = np.sqrt(a) * x0 + np.sqrt(1 - a) * initial_latents(SHAPE, 2)
+    if name == "euler":
+        x = x / np.sqrt(a)
+    x = x.astype(np.float32)
+    for i, timestep in enumerate(sampler.timesteps):
+        seen = sampler.scale_model_input(x, i)
+        a = float(schedule.alphas_cumprod[int(timestep)])
+        x = sampler.step(((seen - np.sqrt(a) * x0) / np.sqrt(1 - a)).astype(np.float32), i, x)
+    np.testing.assert_allclose(x, x0, atol=2e-3)
+
+
+def test_public_names() -> None:
+    assert set(SAMPLERS) == {"ddim", "pndm", "euler", "dpm++2m", "dpm++2m-karras", "lcm"}
+    assert DEFAULT_SAMPLER in SAMPLERS
+    assert NoiseSchedule() == NoiseSchedule.from_config({**SD_CONFIG, "_class_name": "PNDMScheduler"})
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "said"),
+    [
+        ("plms", 20, "no sampler 'plms'"),
+        ("ddim", 0, "ask for 1 to 1000"),
+        ("ddim", -1, "ask for 1 to 1000"),
+        ("ddim", 1001, "ask for 1 to 1000"),
+        ("ddim", 2.0, "ask for 1 to 1000"),
+        ("ddim", True, "ask for 1 to 1000"),
+        ("ddim", 1000, "ask for fewer steps"),  # leading, with an offset of 1: timestep 1000
+        ("dpm++2m", 1000, "ask for fewer steps"),
+        ("dpm++2m", 999, "ask for fewer steps"),
+        ("lcm", 51, "ask for 4 to 8"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_in_one_line(name: str, steps: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        make_sampler(name, NoiseSchedule(), steps)
+    assert "\n" not in str(caught.value)
+
+
+def test_repeated_noise_levels_are_refused() -> None:
+    with pytest.raises(InputError, match="one noise level twice"):
+        make_sampler("dpm++2m", NoiseSchedule(timestep_spacing="linspace"), 1000)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_train_timesteps", 0),
+        ("num_train_timesteps", 10**9),
+        ("num_train_timesteps", "1000"),
+        ("num_train_timesteps", True),
+        ("beta_start", 0.0),
+        ("beta_start", "0.1"),
+        ("beta_start", float("nan")),
+        ("beta_end", 0.0001),
+        ("beta_end", 1.0),
+        ("beta_end", None),
+        ("beta_schedule", "sigmoid"),
+        ("beta_schedule", ["linear"]),
+        ("prediction_type", "sample"),
+        ("steps_offset", -1),
+        ("steps_offset", 1000),
+        ("set_alpha_to_one", "no"),
+        ("timestep_spacing", "karras"),
+        ("trained_betas", [0.1, 0.2]),
+        ("rescale_betas_zero_snr", True),
+        ("thresholding", True),
+        ("clip_sample", True),
+    ],
+)
+def test_a_bad_config_is_refused_by_its_key(key: str, value: object) -> None:
+    with pytest.raises(InputError, match=key) as caught:
+        NoiseSchedule.from_config({**SD_CONFIG, key: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_switches_that_are_off_and_unknown_keys_are_ignored() -> None:
+    off = {"trained_betas": None, "clip_sample": False, "thresholding": False, "skip_prk_steps": True}
+    assert NoiseSchedule.from_config({**SD_CONFIG, **off}) == NoiseSchedule()

@@ -1,0 +1,149 @@
+"""The proof can fail, and says how."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdc_edge.bundle import Bundle, Check
+from kdc_edge.errors import CheckpointError, ParityError
+from kdc_edge.export.onnx.export import export_onnx
+from kdc_edge.export.parity import Call, check_pictures, compare, record
+from kdc_edge.formats import find_format
+from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.runtimes.base import COMPONENTS
+
+CALLS: list[Call] = [
+    ({}, np.array([2.0, -4.0, 0.0, 1.0], np.float32)),
+    ({}, np.array([1.0, 1.0, 1.0, 1.0], np.float32)),
+]
+
+
+def test_psnr_is_the_worst_over_the_calls() -> None:
+    answers = iter([CALLS[0][1] + np.float32(0.04), CALLS[1][1] + np.float32(0.001)])
+    check = compare("x", CALLS, lambda **_: next(answers), 40.0)
+    assert check.psnr_db == pytest.approx(20 * math.log10(4 / 0.04), abs=0.01)  # peak 4, and not the second's 1
+    assert check.max_abs_error == pytest.approx(0.04, rel=1e-4)
+    assert not check.model_copy(update={"threshold_db": 40.1}).passed
+    assert check.model_copy(update={"threshold_db": 39.9}).passed
+
+
+def test_equal_to_the_last_bit() -> None:
+    answers = iter([call[1] for call in CALLS])
+    check = compare("x", CALLS, lambda **_: next(answers), 40.0)
+    assert check.psnr_db is None
+    assert check.passed
+
+
+@pytest.mark.parametrize("found", [np.full(4, np.nan), np.array([1, 2, 3, np.inf]), np.zeros(3)])
+def test_no_numbers_and_other_shapes_fail(found: np.ndarray) -> None:
+    check = compare("x", CALLS, lambda **_: found.astype(np.float32), 40.0)
+    assert not check.passed
+
+
+def test_a_reference_of_zeros() -> None:
+    calls: list[Call] = [({}, np.zeros(4, np.float32))]
+    assert compare("x", calls, lambda **_: np.zeros(4, np.float32), 40.0).passed
+    assert not compare("x", calls, lambda **_: np.full(4, 1e-9, np.float32), 40.0).passed
+
+
+def test_what_was_recorded(checkpoint: Path) -> None:
+    reference = record(checkpoint, checkpoint / "tokenizer", [Request("a red flower", steps=3, guidance=2.0)])
+    assert {name: len(calls) for name, calls in reference.calls.items()} == {
+        "text_encoder": 1,
+        "unet": 3,
+        "vae_decoder": 1,
+    }
+    assert reference.calls["unet"][0][0]["sample"].shape == (2, 4, 16, 16)
+    assert reference.pictures[0].shape == (64, 64, 3)
+
+
+class Painter(Pipeline):
+    """Paints one grey, or a tenth of the picture another."""
+
+    def __init__(self, *, detail: int) -> None:  # it has no networks
+        self.pixels = np.full((20, 20, 3), 100, np.uint8)
+        self.pixels[:2] += np.uint8(detail)
+
+    def generate(self, request: Request) -> np.ndarray:
+        assert request.prompt == "a flower"
+        return self.pixels
+
+
+@pytest.mark.parametrize(
+    ("detail", "detail_in_32_bits", "passed"), [(1, 9, [True]), (60, 0, [True, True]), (60, 60, [False, True]),
+                                                (155, 0, [True, False])],
+)  # fmt: skip
+def test_arithmetic_in_fewer_bits_is_not_held_against_the_artifact(
+    detail: int, detail_in_32_bits: int, passed: list[bool]
+) -> None:
+    def check(name: str) -> list[Check]:
+        candidate, exact = (Painter(detail=d) for d in (detail, detail_in_32_bits))
+        expected = [Painter(detail=0).pixels]
+        return check_pictures(expected, candidate, lambda: exact, [Request("a flower")], find_format(name, "fp16"))
+
+    found = check("openvino")
+    assert [c.passed for c in found] == passed
+    assert found[-1].what == "picture"
+    assert len(check("onnx")) == 1  # which computes in 32 bits anyway
+    assert check("onnx")[0].passed == (detail == 1)
+
+
+@pytest.mark.parametrize(("precision", "least"), [("fp32", 100.0), ("fp16", 60.0)])
+def test_the_numbers_stand_in_the_bundle(bundle: Path, bundle_fp32: Path, precision: str, least: float) -> None:
+    parity = Bundle.open(bundle if precision == "fp16" else bundle_fp32).manifest.parity
+    assert parity is not None
+    assert [c.what for c in parity.checks] == [*COMPONENTS, "picture"]
+    for check in parity.checks:
+        assert check.passed
+        assert check.psnr_db is None or check.psnr_db > (least if check.what != "picture" else 50)
+    assert "PyTorch" in parity.reference
+    assert "2 prompts, 64x64, 4 steps of" in parity.conditions
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("damage", ["holes", "nan"])
+def test_a_damaged_weight_fails_the_export(
+    checkpoint: Path,
+    bundle_fp32: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    component: str,
+    damage: str,
+) -> None:
+    import onnx_ir as ir
+
+    def trace_wrongly(part: object, _sizes: object) -> ir.Model:
+        name = part.name  # type: ignore[attr-defined]
+        model = ir.load(bundle_fp32 / name / "model.onnx")
+        if name == component:
+            largest = max(model.graph.initializers.values(), key=lambda v: v.const_value.size)  # type: ignore[union-attr]
+            weights = largest.const_value.numpy().copy()  # type: ignore[union-attr]
+            weights.flat[::2] = 0 if damage == "holes" else np.nan  # a scale would vanish in the next norm
+            largest.const_value = ir.tensor(weights, name=largest.name)
+        return model
+
+    monkeypatch.setattr("kdc_edge.export.onnx.export.trace", trace_wrongly)
+    with pytest.raises(ParityError, match=component) as caught:
+        export_onnx(checkpoint, tmp_path / "out", precision="fp32", prompts=["a red flower"])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert ("no numbers" if damage == "nan" else "dB where 60 dB are needed") in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_a_checkpoint_of_no_numbers_is_told_apart(own_checkpoint: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = own_checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["decoder.conv_out.bias"] = torch.full_like(tensors["decoder.conv_out.bias"], torch.nan)
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="makes no picture in PyTorch either"):
+        export_onnx(own_checkpoint, tmp_path / "out", precision="fp32")
+    assert not (tmp_path / "out").exists()

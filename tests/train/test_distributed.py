@@ -1,0 +1,126 @@
+"""Two processes compute what one computes: the same curve, and the same weights but for the order of sums."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdc_edge.errors import InputError
+from kdc_edge.train.loop import Trainer
+from tests.train.test_loop import TASKS, config
+
+ROOT = Path(__file__).parents[2]
+WEIGHTS = "checkpoint/unet/diffusion_pytorch_model.safetensors"
+# What the processes run: the same configuration as `settings` below.
+PROGRAM = """
+import sys
+from pathlib import Path
+from kdc_edge.train.loop import Trainer
+from tests.train.test_distributed import settings
+for _ in Trainer(settings(), Path(sys.argv[1])).run():
+    pass
+"""
+
+# accelerate shards on GPUs only, torch on CPUs as well: told that this launch is sharded, it prepares one.
+SHARDED = """
+import sys
+from pathlib import Path
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from kdc_edge.train import loop
+from tests.train.test_distributed import settings
+make = loop.make_accelerator
+def sharded(*args):
+    accelerator = make(*args)
+    type(accelerator.state).distributed_type = property(lambda self: DistributedType.FSDP)
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+    return accelerator
+loop.make_accelerator = sharded
+run = Path(sys.argv[1])
+trainer = loop.Trainer(settings(), run)
+assert all(isinstance(p, DTensor) for p in trainer.net.parameters())
+for event in trainer.run():
+    if event.total == 3:
+        break  # one step after the state that was saved
+with trainer.averaged():
+    expected = loop.whole_weights(trainer.accelerator, trainer.net)
+if trainer.accelerator.is_main_process:
+    save_file(expected, run / "expected.safetensors")
+for _ in loop.Trainer(settings(), run, resume=True).run():
+    pass
+"""
+
+
+def settings(**changes: object):  # type: ignore[no-untyped-def]
+    return config(**({"tasks": TASKS[:1], "steps": 3, "batch_size": 4, "save_every": 2, "device": "cpu"} | changes))
+
+
+def losses(run: Path) -> torch.Tensor:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([list(r["losses"].values()) for r in records])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("alone") / "run"
+    for _ in Trainer(settings(), run).run():
+        pass
+    return run
+
+
+def test_two_gloo_processes_have_the_curve_of_one(alone: Path, tmp_path: Path) -> None:
+    run_in_two_processes(PROGRAM, tmp_path / "run")
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(alone), rtol=1e-4, atol=1e-6)
+    assert distance(tmp_path / "run", alone) < 1e-4
+
+
+def test_two_processes_that_share_the_weights_out_have_it_too(alone: Path, tmp_path: Path) -> None:
+    """FSDP: the curve, the checkpoint, and the same weights to the last bit after a resume."""
+    run_in_two_processes(SHARDED, tmp_path / "run")
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(alone), rtol=1e-4, atol=1e-6)
+    assert distance(tmp_path / "run", alone) < 1e-4
+    ours, expected = load_file(tmp_path / "run" / WEIGHTS), load_file(tmp_path / "run" / "expected.safetensors")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+
+
+def run_in_two_processes(program: str, folder: Path) -> None:
+    path = folder.with_suffix(".py")
+    path.write_text(program)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, str(path), str(folder)], capture_output=True, text=True, env=environment, cwd=path.parent, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def distance(run: Path, other: Path) -> float:
+    """Of the weights, relative: Adam turns the rounding of a gradient near zero into a whole step."""
+    ours, theirs = load_file(run / WEIGHTS), load_file(other / WEIGHTS)
+    apart = torch.cat([(ours[n] - t).flatten() for n, t in theirs.items()]).norm()
+    return float(apart / torch.cat([t.flatten() for t in theirs.values()]).norm())
+
+
+def test_accumulated_parts_have_the_curve_of_the_whole_batch(alone: Path, tmp_path: Path) -> None:
+    for _ in Trainer(settings(accumulate=2), tmp_path / "run").run():
+        pass
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(alone), rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--batch-size 4 does not divide into 1 processes x --accumulate 3"):
+        Trainer(settings(accumulate=3), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

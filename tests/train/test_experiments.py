@@ -1,0 +1,77 @@
+"""The experiments' command: cells are kept, the page says what was found, expected or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kdc_edge.errors import InputError
+from kdc_edge.train.tools.experiment_report import bars, spread, write_report
+from kdc_edge.train.tools.experiments import GRIDS, Cell, Size, cells, check_size, main
+
+
+def test_two_cells_run_share_their_first_task_and_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--steps", "1", "--batch-size", "2", "--samples", "4", "--pictures", "2", "--seeds", "1"]
+    command = ["--out", str(tmp_path), "--grid", "replay", "--condition", "no replay", "replay 20 %", *small]
+    main(command)
+    first = capsys.readouterr().out
+    assert "2/2 replay-replay-20-percent-s0" in first
+    results = [json.loads(p.read_text()) for p in sorted((tmp_path / "cells").glob("*/result.json"))]
+    assert results[0]["matrix"][0] == results[1]["matrix"][0]
+    assert {tuple(r["final"]) for r in results} == {("flowers", "butterflies", "fish")}
+    page = (tmp_path / "experiments.md").read_text()
+    assert "| no replay | " in page
+    assert (tmp_path / "experiments-replay-forgetting.svg").read_text().startswith("<svg")
+    before = [p.stat().st_mtime_ns for p in sorted((tmp_path / "cells").glob("*/result.json"))]
+    main(command)
+    assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "cells").glob("*/result.json"))] == before
+
+
+def test_the_whole_grid_is_every_condition_of_every_seed() -> None:
+    found = cells(tuple(GRIDS), Size(seeds=3))
+    assert len(found) == 3 * (5 + 5 + 2)
+    assert len({cell.name for cell in found}) == len(found)
+    with pytest.raises(InputError, match="--grid taste"):
+        cells(["taste"], Size())
+    with pytest.raises(InputError, match="in none of these grids"):
+        cells(["losses"], Size(), ["no replay"])
+
+
+def test_cells_of_another_size_are_not_mixed(tmp_path: Path) -> None:
+    check_size(tmp_path, Size(steps=2))
+    check_size(tmp_path, Size(steps=2, seeds=9))
+    with pytest.raises(InputError, match="cells of another size"):
+        check_size(tmp_path, Size(steps=3))
+
+
+def result(condition: str, seed: int, matrix: list[list[float]]) -> dict[str, object]:
+    final = dict(zip(("flowers", "butterflies", "fish"), ({"prompt_accuracy": v} for v in matrix[-1]), strict=True))
+    return {
+        "grid": "replay", "condition": condition, "seed": seed, "final": final, "matrix": matrix, "seconds": 60,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("kept", "verdict"), [(0.88, "it holds"), (0.6, "it does not hold")])
+def test_the_page_says_what_was_found_whether_expected_or_not(tmp_path: Path, kept: float, verdict: str) -> None:
+    found = [result("no replay", s, [[0.9, 0, 0], [0.5, 0.9, 0], [0.4, 0.5, 0.9]]) for s in (0, 1)]
+    found += [result("replay 5 %", s, [[0.9, 0, 0], [kept, 0.9, 0], [kept, kept, 0.9]]) for s in (0, 1)]
+    found += [result("all data jointly", 0, [[0.9, 0.9, 0.9]])]
+    write_report(tmp_path, found, GRIDS, {"steps": 1, "batch_size": 1, "samples": 1, "pictures": 2})
+    page = (tmp_path / "experiments.md").read_text()
+    assert page.count(verdict) == 2
+    assert "| no replay | 0.400 ± 0.000 (2) |" in page
+    for linked in ("experiments-replay-average.svg", "experiments-replay-forgetting.svg"):
+        assert linked in page
+        assert (tmp_path / linked).is_file()
+
+
+def test_means_deviations_and_bars() -> None:
+    assert spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000 (3)"
+    assert spread([0.5]) == "0.500 (1)"
+    assert spread([]) == ""
+    drawing = bars({"a < b": [0.2, 0.4], "c": [0.6]}, "title")
+    assert "a &lt; b" in drawing
+    assert drawing.count("<circle") == 3
+    assert Cell("replay", "replay 5 %", 1).name == "replay-replay-5-percent-s1"

@@ -1,0 +1,198 @@
+"""Training: exact resume, replay in the batches, what is refused, and the numbers of forgetting."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import types
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdc_edge.diffusers_folder import read_model
+from kdc_edge.errors import InputError
+from kdc_edge.train.checkpoint import GARDEN_TEACHER
+from kdc_edge.train.config import TrainConfig, learning_rate
+from kdc_edge.train.continuing import branch
+from kdc_edge.train.data.tasks import Task, parse_task
+from kdc_edge.train.loop import StepDone, TaskDone, Trainer
+from kdc_edge.train.quality.evaluate import average, backward_transfer, forgetting
+
+TASKS = (Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies"))
+
+
+def config(**changes: object) -> TrainConfig:
+    small = TrainConfig(
+        teacher=GARDEN_TEACHER, student="garden-student", tasks=TASKS, steps=3, batch_size=4, samples=12,
+        replay=6, eval_pictures=2, save_every=1, log_with="none", caption_dropout=0.0,
+    )  # fmt: skip
+    return replace(small, **changes)  # type: ignore[arg-type]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoint" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks, uninterrupted."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    for _ in Trainer(config(), run).run():
+        pass
+    return run
+
+
+def test_a_run_leaves_a_checkpoint_scores_and_a_log(whole_run: Path) -> None:
+    assert read_model(whole_run / "checkpoint").preset == "garden-student"
+    results = json.loads((whole_run / "results.json").read_text())
+    assert np.shape(results["prompt_accuracy"]) == (2, 2)
+    records = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["total"] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert set(records[0]["losses"]) == {"task", "output", "soft", "feature", "total"}
+    prompts = (whole_run / "checkpoint" / "prompts.txt").read_text().splitlines()
+    assert len(prompts) == len(set(prompts)) > 2
+    assert any("flower" in p for p in prompts)
+    assert any("butterfly" in p for p in prompts)
+
+
+@pytest.mark.parametrize("stop_after", [2, 3, 4])
+def test_resumed_runs_end_with_the_same_weights_to_the_last_bit(
+    whole_run: Path, tmp_path: Path, stop_after: int
+) -> None:
+    """Stopped without a word after some steps, in the first task, at its end, or in the second."""
+    for event in Trainer(config(), tmp_path / "cut").run():
+        if isinstance(event, StepDone) and event.total == stop_after:
+            break
+    for _ in Trainer(config(), tmp_path / "cut", resume=True).run():
+        pass
+    expected, found = weights(whole_run), weights(tmp_path / "cut")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    for name in ("metrics.jsonl", "results.json"):
+        drop = "samples_per_sec"
+        lines = [(tmp_path / "cut" / name).read_text(), (whole_run / name).read_text()]
+        assert len({text.count("\n") for text in lines}) == 1, drop
+
+
+class EightBitAdam(torch.optim.AdamW):
+    """Keeps what bitsandbytes' keeps beside moments, and needs it back: an int that counts, a table shared by all."""
+
+    TABLE = torch.linspace(-1, 1, 256)
+
+    def step(self, closure: Any = None) -> Any:
+        found = super().step(closure)
+        for p, state in self.state.items():
+            state["count"] = state.get("count", 0) + 1
+            state.setdefault("qmap1", self.TABLE)
+            assert isinstance(state["count"], int)
+            p.data.mul_(1 - 1e-4 * state["count"] * state["qmap1"][-1])
+        return found
+
+
+def test_eight_bit_adam_resumes_with_the_same_weights_to_the_last_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = types.ModuleType("bitsandbytes")
+    stand_in.__spec__ = ModuleSpec("bitsandbytes", None)
+    vars(stand_in)["optim"] = types.SimpleNamespace(AdamW8bit=EightBitAdam)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
+    eight_bit = config(optimizer="adamw8bit", tasks=TASKS[:1], save_every=2)
+    trainer = Trainer(eight_bit, tmp_path / "cut")
+    for event in trainer.run():
+        if isinstance(event, StepDone) and event.total == 3:
+            break
+    with trainer.averaged():
+        expected = {n: t.clone() for n, t in trainer.student.state_dict().items()}
+    resumed = Trainer(eight_bit, tmp_path / "cut", resume=True)
+    assert {state["count"] for state in resumed.optimizer.state.values()} == {2}
+    for _ in resumed.run():
+        pass
+    found = weights(tmp_path / "cut")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_second_task_replays_the_first_and_the_branch_without_replay_does_not(tmp_path: Path) -> None:
+    trainer = Trainer(config(), tmp_path / "kept")
+    events = trainer.run()
+    assert any(isinstance(event, TaskDone) for event in events)
+    assert len(trainer.replay) == 6
+    assert set(trainer.replay.tasks) == {"flowers"}
+    captions = trainer._draw(trainer.latents(TASKS[1])).captions
+    assert sorted("flower" in c for c in captions) == [False, False, True, True]
+
+    bare = branch(tmp_path / "kept", tmp_path / "bare", config(replay=0))
+    assert bare.position.task == 1
+    captions = bare._draw(bare.latents(TASKS[1])).captions
+    assert not any("flower" in c for c in captions)
+
+
+def test_the_student_learns(tmp_path: Path) -> None:
+    """Fifteen steps bring the student's prediction nearer to the teacher's."""
+    trainer = Trainer(config(steps=15, batch_size=8, tasks=TASKS[:1], save_every=100), tmp_path / "run")
+    seen = [event.losses["output"] for event in trainer.run() if isinstance(event, StepDone)]
+    assert np.mean(seen[-4:]) < 0.8 * np.mean(seen[:4])
+
+
+def test_the_teacher_never_changes(tmp_path: Path) -> None:
+    trainer = Trainer(config(tasks=TASKS[:1]), tmp_path / "run")
+    before = {n: p.clone() for n, p in trainer.teacher.state_dict().items()}
+    list(trainer.run())
+    assert all(torch.equal(p, before[n]) for n, p in trainer.teacher.state_dict().items())
+
+
+def test_resuming_with_other_settings_is_refused(whole_run: Path) -> None:
+    with pytest.raises(InputError, match="--batch-size is 5 and the run was started with 4"):
+        Trainer(config(batch_size=5), whole_run, resume=True)
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds other files"):
+        Trainer(config(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": 0}, "--steps 0"),
+        ({"replay": -1}, "--replay -1"),
+        ({"replay_ratio": 1.0}, "--replay-ratio"),
+        ({"learning_rate": 0.0}, "--learning-rate"),
+        ({"tasks": ()}, "nothing to learn"),
+        ({"tasks": (TASKS[0], TASKS[0])}, "same name"),
+        ({"mixed_precision": "fp8"}, "--mixed-precision"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(change: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        config(**change)
+
+
+@pytest.mark.parametrize("text", ["flowers", "=garden:flowers", "a/b=garden:flowers", "a=garden:trees", "a=moon:x"])
+def test_tasks_that_cannot_be_are_named(text: str) -> None:
+    with pytest.raises(InputError):
+        parse_task(text)
+
+
+def test_the_learning_rate_warms_up_and_falls() -> None:
+    c = config(steps=100, learning_rate=1e-2)
+    rates = [learning_rate(c, step) for step in range(100)]
+    assert rates[0] < rates[5] < rates[9] == pytest.approx(1e-2)
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+    assert rates[-1] < 1e-3
+
+
+def test_forgetting_by_hand() -> None:
+    """Three tasks; the numbers are worked out on paper from the definitions."""
+    r = [[0.9, 0.1, 0.2], [0.7, 0.8, 0.3], [0.5, 0.85, 0.9]]
+    assert average(r) == pytest.approx((0.5 + 0.85 + 0.9) / 3)
+    assert backward_transfer(r) == pytest.approx(((0.5 - 0.9) + (0.85 - 0.8)) / 2)
+    assert forgetting(r) == pytest.approx(((0.9 - 0.5) + (0.85 - 0.85)) / 2)
+    assert forgetting([[0.9]]) is None

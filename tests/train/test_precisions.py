@@ -1,0 +1,114 @@
+"""Forgetting by precision: a bundle's pictures beside its checkpoint's, from the same prompts and noise."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdc_edge.noise import initial_latents
+from kdc_edge.train.quality import evaluate
+from kdc_edge.train.quality.evaluate import Evaluated, Score, evaluation_noise, open_generator
+from kdc_edge.train.quality.precisions import BundleGenerator, Loss, compare
+from tests.cli.test_commands import complaint, run
+
+
+def evaluated(by_picture: list[float], grey: int = 100) -> Evaluated:
+    score = Score({"prompt_accuracy": float(np.mean(by_picture))}, tuple(by_picture))
+    return Evaluated(score, np.full((len(by_picture), 8, 8, 3), grey, np.uint8))
+
+
+def test_what_is_lost_is_paired_picture_by_picture() -> None:
+    own = {"a": evaluated([1.0, 0.8, 0.6, 0.8]), "b": evaluated([1.0, 1.0]), "c": evaluated([0.6, 0.8])}
+    found = compare(own, {"a": evaluated([0.8, 0.8, 0.6, 0.6]), "b": evaluated([1.0, 1.0]), "c": evaluated([0, 0])})
+    assert found.lost["a"].mean == pytest.approx(0.1)
+    assert found.lost["a"].stderr == pytest.approx(np.std([0.2, 0, 0, 0.2], ddof=1) / 2)
+    assert found.lost["a"].within_noise
+    assert found.lost["b"] == Loss(0.0, 0.0, True)
+    # The last task's loss is no forgetting; the earlier ones' mean is, with the error of a mean of two.
+    assert found.added_forgetting is not None
+    assert found.added_forgetting.mean == pytest.approx(0.05)
+    assert found.added_forgetting.stderr == pytest.approx((found.lost["a"].stderr or 0) / 2)
+    assert found.lost["c"].within_noise is False
+    assert (found.psnr_db, found.worst_psnr_db) == (None, None)
+
+
+def test_a_single_task_cannot_be_forgotten_and_distances_have_no_spread() -> None:
+    own, other = (
+        Evaluated(Score({"kid": kid}), np.full((2, 8, 8, 3), grey, np.uint8)) for kid, grey in ((1, 9), (3, 8))
+    )
+    found = compare({"a": own}, {"a": other})
+    assert found.added_forgetting is None
+    assert found.lost["a"] == Loss(2, None, None)  # the greater distance is the worse
+    assert found.psnr_db == found.worst_psnr_db == pytest.approx(20 * math.log10(255))
+
+
+def test_noise_comes_in_batches_that_are_drawn_by_their_place() -> None:
+    noise = evaluation_noise(20, (4, 16, 16), seed=7)
+    assert noise.shape == (20, 4, 16, 16)
+    np.testing.assert_array_equal(noise[:16], initial_latents((16, 4, 16, 16), 7))
+    np.testing.assert_array_equal(noise[16:], initial_latents((4, 4, 16, 16), 7 + 16))
+    assert [evaluate.batch_size(side) for side in (16, 32, 64, 96, 500)] == [16, 16, 4, 1, 1]
+
+
+def test_a_bundle_is_asked_for_the_pictures_of_its_checkpoint(
+    checkpoint: Path, bundle_fp32: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "batch_size", lambda side: 2)  # three pictures in two batches  # noqa: ARG005
+    prompts = ["a red flower", "a blue butterfly", "a red flower"]
+    expected = open_generator(checkpoint, steps=2, guidance=3.0)(prompts, seed=5)
+    found = BundleGenerator.open(bundle_fp32, steps=2, guidance=3.0)(prompts, seed=5)
+    assert found.shape == expected.shape == (3, 64, 64, 3)
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert np.abs(expected[0].astype(int) - expected[2]).max() > 10  # the noise is each picture's own
+
+
+def test_eval_gives_a_row_a_precision(checkpoint: Path, bundle: Path, bundle_fp32: Path, tmp_path: Path) -> None:
+    for root in (bundle, bundle_fp32):
+        shutil.copytree(root, tmp_path / "bundles" / root.name)
+    damaged = tmp_path / "bundles" / "damaged"
+    shutil.copytree(bundle, damaged)
+    graph = damaged / "unet" / "model.onnx"
+    graph.write_bytes(bytes(graph.stat().st_size))
+    asked = ["eval", checkpoint, "--pictures", 2, "--steps", 2]
+    asked += ["--task", "flowers=garden:flowers", "--task", "butterflies=garden:butterflies"]
+    document = json.loads(run(*asked, "--bundles", "bundles", "--json", cwd=tmp_path).stdout)
+    rows = {row["name"]: row for row in document["bundles"]}
+    assert list(rows) == ["damaged", "onnx-fp16", "onnx-fp32"]
+    assert "refused by onnxruntime" in rows["damaged"]["failure"]
+    for name in ("onnx-fp16", "onnx-fp32"):
+        row = rows[name]
+        assert row["failure"] is None
+        assert set(row["quality"]) == set(document["quality"]) == {"flowers", "butterflies"}
+        lost = document["quality"]["flowers"] - row["quality"]["flowers"]
+        assert row["added_forgetting"]["mean"] == row["lost"]["flowers"]["mean"] == pytest.approx(lost)
+        assert row["worst_psnr_db"] > 35
+    assert rows["onnx-fp16"]["psnr_db"] < (rows["onnx-fp32"]["psnr_db"] or math.inf)
+
+    text = run(*asked, "--bundles", bundle, cwd=tmp_path).stdout
+    assert "the last row of R by precision, prompt_accuracy" in text
+    assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")][-2:] == ["checkpoint", "onnx-fp16"]
+
+
+def test_bundles_of_another_checkpoint_are_refused(own_bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
+    manifest = own_bundle / "kdc-edge.json"
+    found = json.loads(manifest.read_text())
+    found["provenance"]["checkpoint_sha256"] = "0" * 64
+    manifest.write_text(json.dumps(found))
+    task = ("--task", "flowers=garden:flowers")
+    assert "exported from another checkpoint" in complaint(
+        "eval", checkpoint, *task, "--bundles", own_bundle, cwd=tmp_path
+    )
+    assert "nowhere" in complaint("eval", checkpoint, *task, "--bundles", "nowhere", cwd=tmp_path)
+
+
+def test_a_history_of_another_version_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from kdc_edge.cli.evaluate import _history
+
+    (tmp_path / "results.json").write_text('{"tasks": ["a"], "prompt_accuracy": [[0.9]]}')
+    assert _history(tmp_path) is None
+    assert "is of another kdc-edge" in capsys.readouterr().err

@@ -1,0 +1,328 @@
+"""Data in the layouts that people have, wrong files among them: each is handled or named, and all of them train."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import pickle
+import tarfile
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+from PIL import Image
+
+from kdc_edge.errors import InputError
+from kdc_edge.train.checkpoint import GARDEN_TEACHER
+from kdc_edge.train.config import TrainConfig
+from kdc_edge.train.data.flower_names import FLOWER_NAMES
+from kdc_edge.train.data.images import LeftOut, read_picture
+from kdc_edge.train.data.sources import SOURCES, Sample, Source, open_source
+from kdc_edge.train.data.tasks import parse_tasks
+from kdc_edge.train.loop import Trainer
+
+
+def picture(color: tuple[int, int, int], size: tuple[int, int] = (80, 64)) -> Image.Image:
+    return Image.new("RGB", size, color)
+
+
+def save(path: Path, image: Image.Image | None = None, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or picture((200, 30, 30))).save(path, **options)
+    return path
+
+
+def everything(source: Source, **options: object) -> tuple[list[Sample], Counter[str]]:
+    """What is read, and how often each reason left something out."""
+    items = list(source.read(**({"size": 64, "samples": None, "seed": 0} | options)))  # type: ignore[arg-type]
+    return [i for i in items if isinstance(i, Sample)], Counter(i.reason for i in items if isinstance(i, LeftOut))
+
+
+def class_folders(root: Path) -> Path:
+    for name, color in (("red_rose", (200, 20, 20)), ("blue bell", (20, 20, 200))):
+        for i in range(4):
+            save(root / name / f"{i}.jpg", picture(color))
+    (root / "empty").mkdir()
+    (root / "red_rose" / "notes.txt").write_text("not a picture")
+    (root / "red_rose" / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    whole = save(root / "red_rose" / "cut.png", Image.effect_noise((64, 64), 50)).read_bytes()
+    (root / "red_rose" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    save(root / "blue bell" / "tiny.png", picture((0, 0, 0), (8, 8)))
+    (root / "blue bell" / "weights.pkl").write_bytes(pickle.dumps([1]))
+    return root
+
+
+def flowers(root: Path) -> Path:
+    """Oxford's layout: twelve pictures, four of them the test part; number 3 is missing."""
+    for i in range(1, 13):
+        if i != 3:
+            save(root / "jpg" / f"image_{i:05d}.jpg", picture((i * 20, 60, 90)))
+    labels = np.array([[1, 77, 102, *[5] * 9]], dtype=np.uint8)
+    scipy.io.savemat(root / "imagelabels.mat", {"labels": labels})
+    parts = {"trnid": [[1, 2, 3, 4]], "valid": [[5, 6, 7, 8]], "tstid": [[9, 10, 11, 12]]}
+    scipy.io.savemat(root / "setid.mat", parts)
+    return root
+
+
+def butterflies(root: Path) -> Path:
+    rows = [["class id", "filepaths", "labels", "data set"]]
+    for part, count in (("train", 4), ("valid", 1), ("test", 2)):
+        for number, species in enumerate(("ADONIS", "RED POSTMAN")):
+            for i in range(count):
+                save(root / part / species / f"{i}.jpg")
+                rows.append([str(number), f"{part}/{species}/{i}.jpg", species, part])
+    rows[1][2] = "ADONIS BLUE"
+    with (root / "butterflies and moths.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return root
+
+
+def metadata_folder(root: Path) -> Path:
+    lines = []
+    for i in range(6):
+        save(root / "images" / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"images/{i}.png", "text": f"picture   number {i}\n"}))
+    lines[2:2] = ["no json", "[1]", "", json.dumps({"file_name": "images/none.png", "text": "gone"})]
+    lines.append(json.dumps({"file_name": 5, "text": "x"}))
+    (root / "metadata.jsonl").write_text("\n".join(lines))
+    return root
+
+
+def tars(root: Path) -> str:
+    root.mkdir(parents=True)
+    for number in range(2):
+        with tarfile.open(root / f"part-{number}.tar", "w") as tar:
+            for i in range(3):
+                content = io.BytesIO()
+                picture((90, 20 * i, 90)).save(content, "JPEG")
+                broken = number == 1 and i == 2
+                for name, data in (("jpg", b"nothing" if broken else content.getvalue()), ("txt", b"a violet square")):
+                    info = tarfile.TarInfo(f"{number}{i}.{name}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return f"{root}/part-*.tar"
+
+
+def parquet(root: Path) -> str:
+    import datasets
+
+    rows: dict[str, list[object]] = {
+        "image": [picture((20 * i, 90, 20)) for i in range(6)],
+        "label": [0, 1, 0, 1, 0, 1],
+    }
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["oak", "red_elm"])})
+    root.mkdir(parents=True)
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(root / "train-00000-of-00001.parquet")
+    return str(root)
+
+
+def test_class_folders_name_their_pictures_and_bad_files_are_counted(tmp_path: Path) -> None:
+    source = open_source(f"imagefolder:{class_folders(tmp_path)}")
+    samples, left = everything(source)
+    assert Counter(s.caption for s in samples) == {"a photo of a red rose": 4, "a photo of a blue bell": 4}
+    assert left == {"cannot be read as a picture": 2, "smaller than 16 pixels": 1}
+    assert source.notes() == [
+        "1 pickles or arrays were not opened: pictures alone are read", "class empty has no pictures",
+    ]  # fmt: skip
+    assert all(s.picture.shape == (64, 64, 3) and s.picture.dtype == np.uint8 for s in samples)
+
+
+def test_metadata_gives_captions_and_its_bad_lines_are_counted(tmp_path: Path) -> None:
+    source = open_source(f"imagefolder:{metadata_folder(tmp_path)}", caption="a sketch: {name}")
+    samples, left = everything(source)
+    assert [s.caption for s in samples] == [f"a sketch: picture number {i}" for i in range(6)]
+    assert left == {"missing": 1}
+    assert sum(int(note.split()[1]) for note in source.notes()) == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"file": "0.png", "caption": "x"}, "line 1 has the columns file, caption: file_name and text are needed"),
+        ({"file_name": "../secret.png", "text": "x"}, "leaves the folder"),
+        ({"file_name": "/etc/secret.png", "text": "x"}, "leaves the folder"),
+    ],
+)
+def test_metadata_that_cannot_be_is_refused(tmp_path: Path, row: dict[str, str], words: str) -> None:
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match=words):
+        open_source(f"imagefolder:{tmp_path}")
+
+
+def test_oxford_flowers_have_their_official_names_and_parts(tmp_path: Path) -> None:
+    source = open_source(f"oxford-flowers:{flowers(tmp_path)}")
+    samples, left = everything(source)
+    assert [s.name for s in samples] == [f"jpg/image_{i:05d}.jpg" for i in (1, 2, 4, 5, 6, 7, 8)]
+    assert left == {"missing": 1}
+    assert samples[0].caption == "a photo of a pink primrose, a type of flower"
+    assert samples[1].caption == "a photo of a passion flower, a type of flower"
+    assert len(everything(source, part="test")[0]) == 4
+
+
+def test_the_flowers_names_are_torchvisions() -> None:
+    from torchvision.datasets import Flowers102
+
+    theirs = [name.lower().rstrip("?") for name in Flowers102.classes]
+    assert len(FLOWER_NAMES) == 102
+    different = {a: b for a, b in zip(FLOWER_NAMES, theirs, strict=True) if a != b}
+    assert different == {}
+
+
+def test_labels_beyond_the_102_flowers_are_refused(tmp_path: Path) -> None:
+    flowers(tmp_path)
+    scipy.io.savemat(tmp_path / "imagelabels.mat", {"labels": np.array([[103]])})
+    with pytest.raises(InputError, match="has the label 103"):
+        open_source(f"oxford-flowers:{tmp_path}")
+
+
+def test_butterflies_are_named_by_the_csv_and_tested_on_the_rest(tmp_path: Path) -> None:
+    source = open_source(f"butterflies:{butterflies(tmp_path)}")
+    captions = Counter(s.caption for s in everything(source)[0])
+    assert captions["a photo of a adonis blue, a type of butterfly"] == 1
+    assert captions["a photo of a red postman, a type of butterfly"] == 4
+    assert len(everything(source, part="test")[0]) == 6
+
+
+def test_tar_files_are_streamed_and_a_pass_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    source = open_source(f"webdataset:{tars(tmp_path / 'tars')}")
+    samples, left = everything(source)
+    assert [s.caption for s in samples] == ["a violet square"] * 5
+    assert left == {"cannot be read as a picture": 1}
+    rest, _ = everything(source, start=3)
+    assert [s.name for s in rest] == [s.name for s in samples[3:]]
+
+
+def test_a_data_set_in_parquet_has_its_class_names(tmp_path: Path) -> None:
+    source = open_source(f"hf:{parquet(tmp_path / 'trees')}", caption="a photo of a {name}")
+    samples, _ = everything(source, samples=3)
+    assert [s.caption for s in samples] == ["a photo of a oak", "a photo of a red elm", "a photo of a oak"]
+    with pytest.raises(InputError, match="has no split 'night': choose from train"):
+        open_source(f"hf:{tmp_path / 'trees'}:night")
+
+
+def test_a_data_set_without_captions_names_its_columns(tmp_path: Path) -> None:
+    import datasets
+
+    rows = {"image": [picture((0, 0, 0))], "weight": [1.0]}
+    features = datasets.Features({"image": datasets.Image(), "weight": datasets.Value("float32")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match="has the columns image, weight: none is a caption"):
+        open_source(f"hf:{tmp_path}")
+
+
+def test_oddities_are_handled(tmp_path: Path) -> None:
+    """Rotated by EXIF, four inks, sixteen bits, a palette with a transparent colour, grey."""
+    half = Image.new("RGB", (64, 64), (255, 0, 0))
+    half.paste((0, 0, 255), (0, 0, 64, 32))  # blue above red
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    found = read_picture(save(tmp_path / "turned.png", half, exif=exif), size=64)
+    assert found[10, 10].tolist() == [255, 0, 0]
+
+    assert (
+        abs(
+            read_picture(save(tmp_path / "inks.jpg", half.convert("CMYK")), size=64)[50, 5].astype(int) - [255, 0, 0]
+        ).max()
+        < 40
+    )
+    deep = Image.fromarray(np.full((64, 64), 32896, np.uint16))
+    assert np.unique(read_picture(save(tmp_path / "deep.png", deep), size=64)).tolist() == [128]
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    assert read_picture(save(tmp_path / "clear.png", clear), size=64).min() == 255
+    assert read_picture(save(tmp_path / "palette.gif", half.convert("P")), size=64)[50, 5].tolist() == [255, 0, 0]
+    assert read_picture(save(tmp_path / "grey.png", half.convert("L")), size=64).shape == (64, 64, 3)
+
+
+def test_decompression_bombs_are_left_out(tmp_path: Path) -> None:
+    """A few kilobytes of PNG that say they are 40,000 x 40,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+
+    header = (40_000).to_bytes(4) * 2 + bytes([8, 2, 0, 0, 0])
+    bomb = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(10**6)))
+        + chunk(b"IEND", b"")
+    )
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    with pytest.raises(LeftOut) as caught:
+        read_picture(tmp_path / "bomb.png", size=64)
+    assert caught.value.reason == "more than 100 million pixels"
+
+
+def test_reading_is_repeatable_seeded_and_goes_on_from_any_entry(tmp_path: Path) -> None:
+    for text in (f"imagefolder:{class_folders(tmp_path)}", "garden:fish", "garden:flowers+fish"):
+        source = open_source(text)
+        names = [[s.name for s in everything(source, samples=6, seed=3)[0]] for _ in range(2)]
+        assert names[0] == names[1]
+        rest = [s.name for s in everything(source, samples=6, seed=3, start=4)[0]]
+        assert rest == names[0][-len(rest) :]
+
+
+@pytest.mark.parametrize(
+    ("text", "caption", "words"),
+    [
+        ("imagefolder:nowhere", None, "is no folder"),
+        ("imagefolder:", None, "names nothing"),
+        ("imagefolder:.", "a photo", "has no {name}"),
+        ("garden:fish", "a {name}", "captions of their own"),
+        ("oxford-flowers:.", None, "imagelabels.mat is missing"),
+        ("butterflies:.", None, "holds no pictures to train on"),
+        ("webdataset:no-*.tar", None, "matches no file"),
+        ("ftp:x", None, "choose from garden, imagefolder"),
+    ],
+)
+def test_sources_that_cannot_be_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, caption: str | None, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=words.replace("{", r"\{")):
+        open_source(text, caption=caption)
+
+
+def test_a_changed_picture_changes_the_fingerprint(tmp_path: Path) -> None:
+    before = open_source(f"imagefolder:{class_folders(tmp_path)}").fingerprint()
+    assert open_source(f"imagefolder:{tmp_path}").fingerprint() == before
+    save(tmp_path / "red_rose" / "0.jpg", picture((1, 2, 3), (90, 90)))
+    assert open_source(f"imagefolder:{tmp_path}").fingerprint() != before
+
+
+def test_captions_by_task_and_for_all() -> None:
+    tasks = parse_tasks(["a=garden:fish", "b=garden:flowers"])
+    assert [t.caption for t in tasks] == [None, None]
+    with pytest.raises(InputError, match="captions of their own"):
+        parse_tasks(["a=garden:fish", "b=garden:flowers"], ["b=a {name}"])
+
+
+def test_every_layout_trains_a_few_steps(tmp_path: Path) -> None:
+    """Two each; quality is the held-out loss where no judge reads the pictures and no weight file is here."""
+    sources = (
+        f"imagefolder:{class_folders(tmp_path / 'folders')}",
+        f"oxford-flowers:{flowers(tmp_path / 'flowers')}",
+        f"butterflies:{butterflies(tmp_path / 'butterflies')}",
+        f"hf:{parquet(tmp_path / 'trees')}",
+        f"webdataset:{tars(tmp_path / 'tars')}",
+    )
+    assert {s.split(":")[0] for s in sources} == SOURCES.keys() - {"garden"}
+    tasks = parse_tasks([f"t{i}={source}" for i, source in enumerate(sources)])
+    config = TrainConfig(
+        teacher=GARDEN_TEACHER, student="garden-student", tasks=tasks, steps=1, batch_size=4, replay=4,
+        eval_pictures=2, log_with="none",
+    )  # fmt: skip
+    said: list[str] = []
+    trainer = Trainer(config, tmp_path / "run", say=said.append)
+    for task in tasks:
+        latents = trainer.latents(task)
+        for _ in range(2):
+            assert trainer._step(task, latents).losses["total"] > 0
+    assert any("3 of 11 pictures left out: 2 cannot be read as a picture, 1 smaller than" in line for line in said)
+    with trainer.averaged() as generator:
+        score = trainer.score(generator, tasks[1])
+    assert (score.metric, score.quality) == ("-loss", -score.values["loss"])
+    assert score.values["loss"] > 0

@@ -1,0 +1,1 @@
+"""Images with captions: tasks, sources, and the cache of their latents."""

@@ -1,0 +1,263 @@
+"""Latents and text embeddings, computed once: the VAE and the text encoder never learn.
+
+    CACHE/flowers-train-1f2e.../    shard-00000.safetensors ...   posterior mean and deviation, fp16, of each sample
+                                    index.json                    written last: counts, what was left out and why
+    CACHE/text-9ab8.../             shard-00000.safetensors ...   embeddings of unique captions, fp16
+
+A shard is written whole; an interrupted pass goes on behind the last one. The key is a hash of source, VAE and
+resolution, so a changed picture or another teacher makes a new folder. Training reads the shards memory-mapped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from kdc_edge.diffusers_folder import hash_checkpoint
+from kdc_edge.errors import CheckpointError, InputError
+from kdc_edge.files import write_atomic
+from kdc_edge.tokenizer import Tokenizer
+from kdc_edge.train.data.images import LeftOut
+from kdc_edge.train.data.sources import Part
+from kdc_edge.train.data.tasks import Task
+
+SHARD_BYTES = 64 * 2**20
+SHARD_SAMPLES = 1024  # at most
+TEXTS_A_SHARD = 256
+NAMES_KEPT = 20  # of the samples left out, in index.json
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """A task's encoded samples, memory-mapped: scaled posterior mean and deviation, (n, F, C, h, w) fp16 a shard.
+
+    F is 2 where the mirror image was encoded too, else 1.
+    """
+
+    shards: list[tuple[Tensor, Tensor]]
+    captions: list[str]
+    starts: Tensor = field(init=False)  # the first sample's number of each shard, (shards,)
+
+    def __post_init__(self) -> None:
+        sizes = torch.tensor([0] + [len(mean) for mean, _ in self.shards])
+        object.__setattr__(self, "starts", sizes.cumsum(0)[:-1])
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @property
+    def flips(self) -> int:
+        return int(self.shards[0][0].shape[1])
+
+    def take(self, numbers: Tensor, flipped: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and deviation (B, C, h, w) fp16 of these samples (B,), mirrored where `flipped` (B,) says so."""
+        shard = torch.searchsorted(self.starts, numbers, right=True) - 1
+        row = numbers - self.starts[shard]
+        side = torch.zeros_like(row) if flipped is None else flipped.long()
+        picked = [
+            (self.shards[s][0][r, f], self.shards[s][1][r, f])
+            for s, r, f in zip(shard.tolist(), row.tolist(), side.tolist(), strict=True)
+        ]
+        return torch.stack([mean for mean, _ in picked]), torch.stack([std for _, std in picked])
+
+
+def cache_key(task: Task, *, vae_sha256: str, size: int, samples: int | None, seed: int, part: Part) -> str:
+    """Sixteen digits that change with anything that changes the latents."""
+    facts = [task.open().fingerprint(), vae_sha256, size, samples, seed, part]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+@torch.inference_mode()
+def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
+    """uint8 (N, H, W, 3) -> posterior mean and deviation (N, C, h, w) fp16, times the scaling factor."""
+    batch = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    posterior = vae.encode(batch.to(vae.device, vae.dtype) / 127.5 - 1).latent_dist
+    scale = vae.config.scaling_factor
+    return (posterior.mean * scale).half().cpu(), (posterior.std * scale).half().cpu()
+
+
+def cache_latents(
+    task: Task,
+    vae: AutoencoderKL,
+    folder: Path,
+    *,
+    vae_sha256: str,
+    size: int,
+    samples: int | None = None,
+    seed: int = 0,
+    part: Part = "train",
+    say: Say = lambda _: None,
+    writes: bool = True,
+) -> Latents:
+    """The task's latents at `size` pixels, encoded unless `folder` has them. Raises InputError when none is left.
+
+    `writes=False` waits until another process has written them.
+    """
+    key = cache_key(task, vae_sha256=vae_sha256, size=size, samples=samples, seed=seed, part=part)
+    home = folder / f"{task.name}-{part}-{key}"
+    index = home / "index.json"
+    while not writes and not index.is_file():
+        time.sleep(0.2)
+    if not index.is_file():
+        _encode(task, vae, home, size=size, samples=samples, seed=seed, part=part, say=say)
+    shards, captions = [], []
+    for path in sorted(home.glob("shard-*.safetensors")):
+        with _open(path) as file:
+            shards.append((file.get_tensor("mean"), file.get_tensor("std")))
+            captions += json.loads(file.metadata()["captions"])
+    return Latents(shards, captions)
+
+
+def _encode(
+    task: Task, vae: AutoencoderKL, home: Path, *, size: int, samples: int | None, seed: int, part: Part, say: Say
+) -> None:
+    """One pass over the source, behind the shards that are there already."""
+    source = task.open()
+    for note in source.notes():
+        say(f"{task.name}: {note}")
+    done = sorted(home.glob("shard-*.safetensors"))
+    read, kept, left = _progress(done)
+    per_shard = max(1, min(SHARD_SAMPLES, SHARD_BYTES // (32 * size * size // 64)))
+    number = len(done)
+    pictures: list[np.ndarray] = []
+    captions: list[str] = []
+    names: list[str] = []
+
+    def flush() -> None:
+        nonlocal number, kept
+        if pictures:
+            _write_shard(home / f"shard-{number:05d}.safetensors", vae, pictures, captions, source.mirrored, read, left)
+            number, kept = number + 1, kept + len(pictures)
+            pictures.clear()
+            captions.clear()
+
+    for item in source.read(size=size, samples=samples, seed=seed, start=read, part=part):
+        read += 1
+        if isinstance(item, LeftOut):
+            left[item.reason] += 1
+            names += [f"{item.name}: {item.reason}"] if len(names) < NAMES_KEPT else []
+            continue
+        pictures.append(item.picture)
+        captions.append(item.caption)
+        if len(pictures) == per_shard:
+            flush()
+    flush()
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left.most_common())
+    if not kept:
+        raise InputError(
+            f"{task.name}: none of {read} pictures in {task.source} can be used: {reasons or 'it is empty'}"
+        )
+    if left:
+        say(f"{task.name}: {left.total()} of {read} pictures left out: {reasons}; named in {home / 'index.json'}")
+    facts = {"source": task.source, "read": read, "kept": kept, "left_out": dict(left), "such_as": names}
+    write_atomic(home / "index.json", json.dumps(facts, indent=2))
+
+
+def _progress(done: list[Path]) -> tuple[int, int, Counter[str]]:
+    """Entries read, samples kept and what was left out, as the last whole shard says."""
+    kept = 0
+    read, left = 0, Counter[str]()
+    for path in done:
+        with _open(path) as file:
+            facts = json.loads(file.metadata()["progress"])
+            kept += file.get_slice("mean").get_shape()[0]
+        read, left = int(facts["read"]), Counter(facts["left_out"])
+    return read, kept, left
+
+
+def _write_shard(
+    path: Path,
+    vae: AutoencoderKL,
+    pictures: list[np.ndarray],
+    captions: list[str],
+    mirrored: bool,
+    read: int,
+    left: Counter[str],
+) -> None:
+    at_once = max(1, 2**22 // pictures[0].size)  # a batch of 4 million values keeps the encoder's memory small
+    means, deviations = [], []
+    for start in range(0, len(pictures), at_once):
+        batch = np.stack(pictures[start : start + at_once])
+        sides = [batch, np.ascontiguousarray(batch[:, :, ::-1])] if mirrored else [batch]
+        encoded = [encode_pictures(vae, side) for side in sides]
+        means.append(torch.stack([mean for mean, _ in encoded], 1))  # (n, F, C, h, w)
+        deviations.append(torch.stack([std for _, std in encoded], 1))
+    texts = {"captions": json.dumps(captions), "progress": json.dumps({"read": read, "left_out": left})}
+    write_atomic(path, save({"mean": torch.cat(means), "std": torch.cat(deviations)}, metadata=texts))
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged: {error}; remove its folder, it will be made again") from None
+
+
+class TextEmbedder:
+    """Captions to text embeddings; those of a task are encoded once and kept on the disk."""
+
+    def __init__(self, text_encoder: CLIPTextModel, tokenizer: Tokenizer, home: Path | None = None) -> None:
+        self.text_encoder, self.tokenizer, self.home = text_encoder, tokenizer, home
+        self._known: dict[str, Tensor] = {}
+        self._shards = 0
+        if home is not None:
+            self._read_shards()
+
+    @classmethod
+    def of_teacher(cls, teacher: Path, text_encoder: CLIPTextModel, cache: Path) -> TextEmbedder:
+        """With a home in the cache that belongs to this teacher's words."""
+        parts = hash_checkpoint(teacher / "text_encoder") + hash_checkpoint(teacher / "tokenizer")
+        home = cache / f"text-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
+        return cls(text_encoder, Tokenizer.from_folder(teacher / "tokenizer"), home)
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Embeddings (N, 77, D) of the captions, fp32, on the text encoder's device."""
+        self._known |= self._encode(captions)
+        return torch.stack([self._known[c] for c in captions]).to(self.text_encoder.device).float()
+
+    def prepare(self, captions: Sequence[str], *, writes: bool = True) -> None:
+        """Encode what is new among the captions, and keep it on the disk."""
+        new = list(dict.fromkeys(c for c in captions if c not in self._known))
+        for start in range(0, len(new), TEXTS_A_SHARD):
+            encoded = self._encode(new[start : start + TEXTS_A_SHARD])
+            if self.home is None or not writes:
+                self._known |= encoded
+                continue
+            path = self.home / f"shard-{self._shards:05d}.safetensors"
+            texts = {"captions": json.dumps(list(encoded))}
+            write_atomic(path, save({"hidden": torch.stack(list(encoded.values()))}, metadata=texts))
+            self._read_shards()
+
+    def _read_shards(self) -> None:
+        assert self.home is not None
+        for path in sorted(self.home.glob("shard-*.safetensors"))[self._shards :]:
+            with _open(path) as file:
+                hidden = file.get_tensor("hidden")  # (n, 77, D) fp16, memory-mapped
+                self._known |= dict(zip(json.loads(file.metadata()["captions"]), hidden, strict=True))
+            self._shards += 1
+
+    @torch.no_grad()
+    def _encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """fp16 embeddings (77, D) of those captions that are not known yet."""
+        new = [c for c in dict.fromkeys(captions) if c not in self._known]
+        found: dict[str, Tensor] = {}
+        for start in range(0, len(new), 64):
+            batch = new[start : start + 64]
+            ids = torch.from_numpy(self.tokenizer.encode(batch)).to(self.text_encoder.device)
+            found |= dict(zip(batch, self.text_encoder(ids).last_hidden_state.half().cpu(), strict=True))
+        return found

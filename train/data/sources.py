@@ -1,0 +1,162 @@
+"""Data sources: pictures with captions, one registry. A source is written `KIND:WHAT`, e.g. `imagefolder:photos`.
+
+    source = open_source("oxford-flowers:data/flowers", caption="a photo of a {name}, a type of flower")
+    for item in source.read(size=512, samples=None, seed=0):     # Sample, or LeftOut with a reason
+
+Reading is lazy and repeatable: `start` skips what an interrupted pass has read already, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from kdc_edge.errors import InputError
+from kdc_edge.train.data.images import LeftOut
+from kdc_edge.train.garden import scenes as garden
+from kdc_edge.train.garden.scenes import PLURALS, Scene, Split, draw_scenes
+
+Part = Literal["train", "test"]
+
+MAX_CAPTION_CHARS = 1000  # CLIP reads 77 tokens
+GARDEN_SAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with its caption; `name` says where it came from."""
+
+    name: str
+    picture: np.ndarray  # uint8 (size, size, 3)
+    caption: str
+
+
+class Source(Protocol):
+    """Pictures with captions."""
+
+    @property
+    def mirrored(self) -> bool:
+        """Is a picture's mirror image as good as the picture?"""
+        ...
+
+    @property
+    def has_test_part(self) -> bool:
+        """Else the test part is the training part."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes when what `read` gives changes; a cache is keyed by it."""
+        ...
+
+    def read(
+        self, *, size: int, samples: int | None, seed: int, start: int = 0, part: Part = "train"
+    ) -> Iterator[Sample | LeftOut]:
+        """At most `samples` entries (all where None) from entry number `start` on, always in the same order."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What a user should know of the data before training: empty classes, rows without a picture."""
+        ...
+
+
+def fill(template: str | None, default: str, name: str) -> str:
+    """A caption from its template: no format codes, `{name}` alone. Cleaned of what no tokenizer reads."""
+    text = " ".join((template or default).replace("{name}", name).split())
+    return text.encode("utf-8", "replace").decode()[:MAX_CAPTION_CHARS]
+
+
+@dataclass(frozen=True)
+class GardenSource:
+    """Procedural pictures of one subject, or of several in turn; held-out combinations are left out."""
+
+    subjects: tuple[str, ...]
+    mirrored = False  # drawn in every pose already
+    has_test_part = True
+
+    def scenes(self, count: int, *, seed: int, split: Split) -> list[Scene]:
+        """`count` seeded scenes, the subjects taking turns."""
+        turns = [draw_scenes(s, -(-count // len(self.subjects)), seed=seed, split=split) for s in self.subjects]
+        return [scene for turn in zip(*turns, strict=True) for scene in turn][:count]
+
+    def fingerprint(self) -> str:
+        return f"garden {' '.join(self.subjects)}"
+
+    def read(
+        self, *, size: int, samples: int | None, seed: int, start: int = 0, part: Part = "train"
+    ) -> Iterator[Sample | LeftOut]:
+        count = GARDEN_SAMPLES if samples is None else samples
+        split: Split = "train" if part == "train" else "all"
+        for i, scene in enumerate(self.scenes(count, seed=seed, split=split)[start:], start):
+            image = garden.render(scene, np.random.default_rng([seed, i]))
+            if size != garden.SIZE:
+                image = image.resize((size, size), Image.Resampling.BICUBIC)
+            yield Sample(f"{scene.subject} {i}", np.array(image), scene.caption)
+
+    def notes(self) -> list[str]:
+        return []
+
+
+def _garden(what: str, caption: str | None) -> GardenSource:
+    if caption:
+        raise InputError("the garden's pictures have captions of their own: leave --caption out")
+    names = {plural: subject for subject, plural in PLURALS.items()}
+    for plural in what.split("+"):
+        if plural not in names:
+            raise InputError(f"the garden has no {plural!r}: choose from {', '.join(names)}, or several joined by +")
+    return GardenSource(tuple(names[plural] for plural in what.split("+")))
+
+
+def _imagefolder(what: str, caption: str | None) -> Source:
+    from kdc_edge.train.data.files import open_imagefolder
+
+    return open_imagefolder(what, caption)
+
+
+def _oxford_flowers(what: str, caption: str | None) -> Source:
+    from kdc_edge.train.data.files import open_oxford_flowers
+
+    return open_oxford_flowers(what, caption)
+
+
+def _butterflies(what: str, caption: str | None) -> Source:
+    from kdc_edge.train.data.files import open_butterflies
+
+    return open_butterflies(what, caption)
+
+
+def _hf(what: str, caption: str | None) -> Source:
+    from kdc_edge.train.data.streams import open_hf
+
+    return open_hf(what, caption)
+
+
+def _webdataset(what: str, caption: str | None) -> Source:
+    from kdc_edge.train.data.streams import open_webdataset
+
+    return open_webdataset(what, caption)
+
+
+SOURCES: dict[str, Callable[[str, str | None], Source]] = {
+    "garden": _garden,
+    "imagefolder": _imagefolder,
+    "oxford-flowers": _oxford_flowers,
+    "butterflies": _butterflies,
+    "hf": _hf,
+    "webdataset": _webdataset,
+}
+
+
+def open_source(text: str, *, caption: str | None = None) -> Source:
+    """`KIND:WHAT` as a source that exists; `caption` is a template with `{name}`. Raises InputError."""
+    kind, _, what = text.partition(":")
+    if kind not in SOURCES:
+        raise InputError(f"unknown data source {kind!r} in {text!r}: choose from {', '.join(SOURCES)}")
+    if not what:
+        raise InputError(f"the data source {text!r} names nothing: write for example imagefolder:photos")
+    if caption is not None and "{name}" not in caption:
+        raise InputError(f"--caption {caption!r} has no {{name}}: every picture would have the same caption")
+    return SOURCES[kind](what, caption)

@@ -1,0 +1,179 @@
+"""Data through the `datasets` library: the hub or a local folder (`hf:ID[:split]`), tar files (`webdataset:GLOB`).
+
+Rows are streamed, so the data may be larger than the disk; nothing but its latents is kept.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from kdc_edge.errors import InputError, require
+from kdc_edge.train.data.images import LeftOut, read_picture
+from kdc_edge.train.data.sources import Part, Sample, fill
+
+CAPTION_COLUMNS = ("text", "caption", "txt", "prompt", "description", "label", "labels", "cls", "class", "json")
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """Rows of a data set. `splits` are its training part and, where it has one, its test part."""
+
+    name: str
+    facts: str  # what its fingerprint is made of
+    loader: tuple[str, tuple[tuple[str, Any], ...]]  # path and keywords of datasets.load_dataset
+    splits: tuple[str, ...]
+    template: str | None
+    mirrored = True
+
+    @property
+    def has_test_part(self) -> bool:
+        return len(self.splits) > 1
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self.facts} {self.splits} {self.template}".encode()).hexdigest()
+
+    def read(
+        self, *, size: int, samples: int | None, seed: int, start: int = 0, part: Part = "train"
+    ) -> Iterator[Sample | LeftOut]:
+        """In the data's own order, the first `samples` rows: a stream cannot be drawn from at random."""
+        del seed
+        rows = _load(self.name, self.loader, self.splits[1 if part == "test" and self.has_test_part else 0])
+        image_column, caption_column = find_columns(self.name, rows)
+        names = _class_names(rows, caption_column)
+        stream = iter(islice(_undecoded(rows, image_column), start, samples))
+        for number in count(start):
+            label = f"{self.name} row {number}"
+            try:
+                row = next(stream)
+            except StopIteration:
+                return
+            except Exception as error:  # a tar cut short, a lost connection: what was read so far is kept
+                yield LeftOut(label, f"the stream breaks off: {_line(error)}")
+                return
+            try:
+                picture = read_picture(_content(row.get(image_column), label), size=size, name=label)
+                yield Sample(
+                    label, picture, fill(self.template, "{name}", _text(row.get(caption_column), names, label))
+                )
+            except LeftOut as problem:
+                yield problem
+
+    def notes(self) -> list[str]:
+        return []
+
+
+def open_hf(what: str, caption: str | None) -> StreamSource:
+    """`ID[:split]`: a data set of the hub, or a local folder in a layout that `datasets` knows."""
+    datasets = require("datasets", extra="train", purpose="a data source hf:")
+    name, _, split = what.rpartition(":") if ":" in what else (what, "", "")
+    facts = name
+    if Path(name).is_dir():
+        files = sorted(p for p in Path(name).rglob("*") if p.is_file())
+        facts = json.dumps([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
+    try:
+        found = list(datasets.get_dataset_split_names(name))
+    except Exception as error:  # no such data set, offline, no loader: the library has a dozen kinds
+        raise InputError(f"hf:{name} cannot be opened: {_line(error)}") from None
+    if split and split not in found:
+        raise InputError(f"hf:{name} has no split {split!r}: choose from {', '.join(found)}")
+    train = split or ("train" if "train" in found else found[0])
+    test = next((s for s in ("test", "validation") if s in found and s != train), None)
+    source = StreamSource(name, facts, (name, ()), (train, test) if test else (train,), caption)
+    find_columns(name, _load(name, source.loader, train))
+    return source
+
+
+def open_webdataset(what: str, caption: str | None) -> StreamSource:
+    """Tar files by a glob pattern; in them `KEY.jpg` (or png, webp) beside `KEY.txt`, `KEY.cls` or `KEY.json`."""
+    require("datasets", extra="train", purpose="a data source webdataset:")
+    files = sorted(glob.glob(what, recursive=True))  # noqa: PTH207 - the pattern may be absolute
+    if not files:
+        raise InputError(f"webdataset:{what} matches no file: quote the pattern, and check the folder")
+    facts = json.dumps([(f, Path(f).stat().st_size, Path(f).stat().st_mtime_ns) for f in files])
+    loader = ("webdataset", (("data_files", {"train": files}),))
+    source = StreamSource(f"webdataset:{what}", facts, loader, ("train",), caption)
+    find_columns(source.name, _load(source.name, loader, "train"))
+    return source
+
+
+def _load(name: str, loader: tuple[str, tuple[tuple[str, Any], ...]], split: str) -> Any:
+    datasets = require("datasets", extra="train", purpose="this data source")
+    try:
+        return datasets.load_dataset(loader[0], split=split, streaming=True, **dict(loader[1]))
+    except Exception as error:
+        raise InputError(f"{name} cannot be opened: {_line(error)}") from None
+
+
+def find_columns(name: str, rows: Any) -> tuple[str, str]:
+    """The picture's and the caption's column. Raises InputError naming the columns that are there."""
+    datasets = require("datasets", extra="train", purpose="this data source")
+    if rows.features is None:
+        try:
+            first = next(iter(rows))
+        except Exception as error:
+            raise InputError(f"{name} has no rows that can be read: {_line(error)}") from None
+        columns = list(first)
+        pictures = [c for c in columns if isinstance(first[c], Image.Image | bytes)]
+    else:
+        columns = list(rows.features)
+        pictures = [c for c in columns if isinstance(rows.features[c], datasets.Image)]
+    captions = [c for c in CAPTION_COLUMNS if c in columns]
+    if not pictures or not captions:
+        missing = "a picture" if not pictures else f"a caption ({', '.join(CAPTION_COLUMNS[:5])} or a label)"
+        raise InputError(f"{name} has the columns {', '.join(columns)[:200]}: none is {missing}")
+    return pictures[0], captions[0]
+
+
+def _undecoded(rows: Any, column: str) -> Any:
+    """Rows whose pictures are bytes: they are decoded here, with all the checks."""
+    datasets = require("datasets", extra="train", purpose="this data source")
+    return rows.cast_column(column, datasets.Image(decode=False)) if rows.features is not None else rows
+
+
+def _class_names(rows: Any, column: str) -> list[str] | None:
+    feature = (rows.features or {}).get(column)
+    names = getattr(feature, "names", None)
+    return list(names) if names else None
+
+
+def _content(value: Any, label: str) -> bytes | Image.Image:
+    """What a row has for a picture: bytes, or a place from which the library fetches them."""
+    datasets = require("datasets", extra="train", purpose="this data source")
+    if isinstance(value, dict) and value.get("bytes"):
+        return bytes(value["bytes"])
+    if isinstance(value, bytes | Image.Image):
+        return value
+    if isinstance(value, dict) and value.get("path"):
+        try:
+            fetched: Image.Image = datasets.Image().decode_example(value)
+            return fetched
+        except Exception:
+            raise LeftOut(label, "cannot be read as a picture") from None
+    raise LeftOut(label, "no picture in its row")
+
+
+def _text(value: Any, names: list[str] | None, label: str) -> str:
+    if isinstance(value, dict):  # a webdataset's JSON
+        value = next((value[c] for c in CAPTION_COLUMNS if isinstance(value.get(c), str)), None)
+    if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+        value = value[0]  # several captions of one picture
+    if names is not None and isinstance(value, int) and 0 <= value < len(names):
+        value = names[value].replace("_", " ")
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise LeftOut(label, "no caption in its row")
+    return value
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,53 @@
+"""Tasks: what a run learns, one after the other. A task is written `NAME=SOURCE`, e.g. `flowers=garden:flowers`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kdc_edge.errors import InputError
+from kdc_edge.train.data.sources import Source, open_source
+
+
+@dataclass(frozen=True)
+class Task:
+    """One part of the sequence that a student learns."""
+
+    name: str
+    source: str
+    caption: str | None = None  # a template with {name}; the source's own where None
+
+    def open(self) -> Source:
+        return open_source(self.source, caption=self.caption)
+
+
+def parse_task(text: str) -> Task:
+    """`NAME=KIND:WHAT` as a task whose source exists; raises InputError."""
+    task = _split(text)
+    task.open()
+    return task
+
+
+def parse_tasks(texts: Sequence[str], captions: Sequence[str] = ()) -> tuple[Task, ...]:
+    """Tasks with their caption templates, `TASK=TEMPLATE` for one task or a template for all; raises InputError."""
+    tasks = [_split(text) for text in texts]
+    names = {task.name for task in tasks}
+    templates: dict[str, str] = {}
+    for caption in captions:
+        name, equals, template = caption.partition("=")
+        if equals and name in names:
+            templates[name] = template
+        else:
+            templates |= dict.fromkeys(names - templates.keys(), caption)
+    tasks = [replace(task, caption=templates.get(task.name)) for task in tasks]
+    for task in tasks:
+        task.open()
+    return tuple(tasks)
+
+
+def _split(text: str) -> Task:
+    name, equals, source = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        raise InputError(f"--task {text!r} is not NAME=SOURCE: write for example flowers=garden:flowers")
+    return Task(name, source)

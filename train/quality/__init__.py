@@ -1,0 +1,1 @@
+"""Quality of a student: metrics, evaluation of each task, reports."""

@@ -1,0 +1,270 @@
+"""Quality per task, and what a sequence of tasks did to it.
+
+R[i][j] is the quality on task j after training task i (Lopez-Paz and Ranzato, arXiv 1706.08840). Forgetting is the
+maximum over time minus the last (Chaudhry et al., arXiv 1801.10112); libraries that take the first minus the last
+give other numbers. Higher is better: distances count negatively.
+
+    asked = ask(task, 32, size=64)                       # prompts, and the pictures to compare with
+    score = score_pictures(pictures, asked, metrics)     # however the pictures were made
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+
+from kdc_edge.diffusers_folder import read_model
+from kdc_edge.errors import InputError
+from kdc_edge.image import to_pixels
+from kdc_edge.noise import initial_latents
+from kdc_edge.runtimes.torch import load_network
+from kdc_edge.samplers import NoiseSchedule, make_sampler
+from kdc_edge.tokenizer import Tokenizer
+from kdc_edge.train.data.cache import TextEmbedder
+from kdc_edge.train.data.sources import GardenSource, Sample
+from kdc_edge.train.data.tasks import Task
+from kdc_edge.train.garden import scenes as garden
+from kdc_edge.train.garden.judge import LABELS, load_judge, shares
+from kdc_edge.train.garden.scenes import Scene, render_many
+from kdc_edge.train.quality.metrics import PictureMetrics, frechet_distance, kernel_distance
+
+EVALUATION_SEED = 2024
+# The first of these that was measured is R[i][j]; the sign makes higher better.
+QUALITIES = (("prompt_accuracy", 1), ("kid", -1), ("clip_score", 1), ("loss", -1), ("lpips", -1))
+
+
+@dataclass(frozen=True)
+class Score:
+    """What was found on one task."""
+
+    values: dict[str, float]
+    by_picture: tuple[float, ...] = ()  # the garden's prompt accuracy, picture by picture
+
+    @property
+    def metric(self) -> str:
+        """The name of what `quality` is, e.g. `prompt_accuracy` or `-kid`."""
+        name, sign = self._chosen
+        return name if sign > 0 else f"-{name}"
+
+    @property
+    def quality(self) -> float:
+        """R[i][j]: higher is better."""
+        name, sign = self._chosen
+        return sign * self.values[name]
+
+    @property
+    def _chosen(self) -> tuple[str, int]:
+        return next((name, sign) for name, sign in QUALITIES if name in self.values)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an evaluation asks for: prompts, and what to compare the pictures with."""
+
+    prompts: tuple[str, ...]
+    scenes: tuple[Scene, ...] = ()  # of the garden
+    references: np.ndarray | None = None  # uint8 (M, H, W, 3)
+    kind: str = "pictures of the training part"  # what the references are
+
+
+class MakesPictures(Protocol):
+    """Prompts in, pictures uint8 (N, H, W, 3) out; picture i depends on its prompt, `seed` and i."""
+
+    def __call__(self, prompts: Sequence[str], *, seed: int) -> np.ndarray: ...
+
+
+def batch_size(side: int) -> int:
+    """Pictures at a time, by the side of their latents: 16 small ones or 4 of 512 pixels."""
+    return max(1, min(16, 2**14 // side**2))
+
+
+def evaluation_noise(count: int, shape: tuple[int, int, int], seed: int) -> np.ndarray:
+    """The unit noise (count, C, h, w) of an evaluation: every batch is drawn anew, from `seed` and its place."""
+    most = batch_size(shape[-1])
+    starts = range(0, count, most)
+    return np.concatenate([initial_latents((min(most, count - at), *shape), seed + at) for at in starts])
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Networks that turn prompts into pictures, many at a time."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    embed: TextEmbedder
+    schedule: NoiseSchedule
+    steps: int = 12
+    guidance: float = 4.0
+    sampler: str = "dpm++2m"
+    side: int | None = None  # of the latents; the U-Net's own where None
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[str], *, seed: int) -> np.ndarray:
+        """Pictures uint8 (N, H, W, 3); picture i depends on its prompt, `seed` and i."""
+        side = self.side or self.unet.config.sample_size
+        noise, most = evaluation_noise(len(prompts), (self.unet.config.in_channels, side, side), seed), batch_size(side)
+        return np.concatenate(
+            [self._batch(prompts[at : at + most], noise[at : at + most]) for at in range(0, len(prompts), most)]
+        )
+
+    def _batch(self, prompts: Sequence[str], noise: np.ndarray) -> np.ndarray:
+        device = self.unet.device
+        hidden = self.embed([""] * len(prompts) + list(prompts)).to(device, self.unet.dtype)  # (2B, 77, D)
+        sampler = make_sampler(self.sampler, self.schedule, self.steps)
+        latents = noise * np.float32(sampler.init_noise_sigma)
+        for i, timestep in enumerate(sampler.timesteps):
+            sample = torch.from_numpy(sampler.scale_model_input(latents, i)).repeat(2, 1, 1, 1)
+            guess = self.unet(sample.to(device, self.unet.dtype), int(timestep), hidden).sample
+            without, with_ = guess.float().cpu().numpy().reshape(2, *latents.shape)
+            latents = sampler.step(without + np.float32(self.guidance) * (with_ - without), i, latents)
+        scaled = torch.from_numpy(latents / np.float32(self.vae.config.scaling_factor)).to(device, self.vae.dtype)
+        return to_pixels(
+            np.concatenate([self.vae.decode(z).sample.float().cpu().numpy() for z in torch.split(scaled, 4)])
+        )
+
+
+def evaluation_scenes(source: GardenSource, count: int) -> list[Scene]:
+    """The prompts that every evaluation of a garden task asks: half of them of combinations held out of training."""
+    heldout = source.scenes(count // 2, seed=EVALUATION_SEED, split="heldout")
+    return source.scenes(count - count // 2, seed=EVALUATION_SEED, split="train") + heldout
+
+
+@lru_cache(maxsize=8)
+def ask(task: Task, count: int, *, size: int) -> Asked:
+    """`count` prompts of a task, the same every time, with as many reference pictures of `size` pixels."""
+    source = task.open()
+    if isinstance(source, GardenSource):
+        chosen = evaluation_scenes(source, count)
+        references = render_many(chosen, seed=EVALUATION_SEED)
+        return Asked(tuple(s.caption for s in chosen), tuple(chosen), references, "renders of the same prompts")
+    found = source.read(size=size, samples=count, seed=EVALUATION_SEED, part="test")
+    samples = [item for item in found if isinstance(item, Sample)]
+    pictures = np.stack([s.picture for s in samples]) if samples else None
+    kind = f"pictures of the {'test' if source.has_test_part else 'training'} part"
+    return Asked(tuple(s.caption for s in samples), (), pictures, kind)
+
+
+def ask_prompts(prompts: Sequence[str]) -> Asked:
+    """A user's prompts: captions of the garden, which the judge can check, or any other text."""
+    known = {scene.caption: scene for subject in garden.SUBJECTS for scene in garden.scenes(subject)}
+    scenes = [known[prompt] for prompt in prompts if prompt in known]
+    return Asked(tuple(prompts), tuple(scenes) if len(scenes) == len(prompts) else ())
+
+
+def score_pictures(
+    pictures: np.ndarray,
+    asked: Asked,
+    metrics: PictureMetrics | None,
+    *,
+    paired: np.ndarray | None = None,
+    loss: float | None = None,
+) -> Score:
+    """What pictures uint8 (N, H, W, 3), one a prompt, are worth.
+
+    Of the garden: prompt_accuracy, the share of asked attributes that are in the picture; exact, the share of
+    pictures with all of them; judge_frechet and judge_kernel, distances of the judge's features. Elsewhere, what
+    `metrics` has weights for. `paired` are the teacher's pictures from the same noise, `loss` that of held-out latents.
+    """
+    values: dict[str, float] = {} if loss is None else {"loss": loss}
+    by_picture: tuple[float, ...] = ()
+    if asked.scenes:
+        judge, pictures = load_judge(), _to_garden_size(pictures)
+        right = judge.right(pictures, asked.scenes)
+        found, by_picture = shares(right), tuple(right.mean(0).tolist())
+        values |= {"prompt_accuracy": float(np.mean([found[n] for n in LABELS])), "exact": found["all"]}
+        if asked.references is not None:
+            ours, theirs = judge.features(pictures), judge.features(asked.references)
+            values |= {"judge_frechet": frechet_distance(ours, theirs), "judge_kernel": kernel_distance(ours, theirs)}
+    if metrics is not None and not asked.scenes:
+        values |= metrics.measure(pictures, asked.references, asked.prompts, paired)
+    return Score(values, by_picture)
+
+
+def _to_garden_size(pictures: np.ndarray) -> np.ndarray:
+    """(N, H, W, 3) -> (N, 64, 64, 3), which is what the judge reads."""
+    if pictures.shape[1:3] == (garden.SIZE, garden.SIZE):
+        return pictures
+    size = (garden.SIZE, garden.SIZE)
+    return np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BOX)) for p in pictures])
+
+
+Matrix = Sequence[Sequence[float | None]]
+
+
+def average(matrix: Matrix) -> float:
+    """mean_j R[T-1][j]: the quality at the end."""
+    return float(np.nanmean(_array(matrix)[-1]))
+
+
+def backward_transfer(matrix: Matrix) -> float | None:
+    """mean_{j<T-1} (R[T-1][j] - R[j][j]): what later tasks gave to earlier ones; None for a single task."""
+    r = _array(matrix)
+    return float(np.mean(r[-1, :-1] - np.diag(r)[:-1])) if len(r) > 1 else None
+
+
+def forgetting(matrix: Matrix) -> float | None:
+    """mean_{j<T-1} (max_i R[i][j] - R[T-1][j]), maximum minus last; None for a single task."""
+    r = _array(matrix)
+    return float(np.mean((np.nanmax(r, axis=0) - r[-1])[:-1])) if len(r) > 1 else None
+
+
+def _array(matrix: Matrix) -> np.ndarray:
+    """R (T, T) with not-a-number where a task was not known yet: early rows of a run that was continued are short."""
+    width = max(len(row) for row in matrix)
+    rows = [[np.nan if v is None else v for v in row] + [np.nan] * (width - len(row)) for row in matrix]
+    return np.array(rows, np.float64)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A task's score, and the pictures that it was given for."""
+
+    score: Score
+    pictures: np.ndarray  # uint8 (N, H, W, 3)
+
+
+def evaluate_tasks(
+    generate: MakesPictures,
+    tasks: Sequence[Task],
+    *,
+    pictures: int,
+    size: int,
+    metrics: PictureMetrics,
+    teacher: MakesPictures | None = None,
+    seed: int = 7,
+) -> dict[str, Evaluated]:
+    """The quality of somebody's pictures on each task; `teacher` makes those that LPIPS compares with.
+
+    `size` is that of the reference pictures, in pixels. Raises InputError where nothing can be measured.
+    """
+    found = {}
+    for task in tasks:
+        asked = ask(task, pictures, size=size)
+        paired = teacher(asked.prompts, seed=seed) if teacher and not asked.scenes else None
+        made = generate(asked.prompts, seed=seed)
+        score = score_pictures(made, asked, metrics, paired=paired)
+        if not score.values:
+            raise InputError(f"nothing can be measured on {task.name}: {'; '.join(metrics.missing())}")
+        found[task.name] = Evaluated(score, made)
+    return found
+
+
+def open_generator(checkpoint: Path, *, steps: int, guidance: float) -> Generator:
+    """A checkpoint's networks as a picture generator, in fp32 on the best device.
+
+    Raises CheckpointError for a folder that cannot be read.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    text_encoder = load_network(checkpoint, "text_encoder").to(device)
+    embed = TextEmbedder(text_encoder, Tokenizer.from_folder(checkpoint / "tokenizer"))
+    unet, vae = (load_network(checkpoint, part).to(device) for part in ("unet", "vae_decoder"))
+    schedule = NoiseSchedule.from_config(read_model(checkpoint).scheduler)
+    return Generator(unet, vae, embed, schedule, steps=steps, guidance=guidance)

@@ -1,0 +1,107 @@
+"""R's last row for every exported precision, beside the checkpoint's own: does int8 forget more?
+
+    own = evaluate_tasks(open_generator(checkpoint, steps=12, guidance=4.0), tasks, ...)
+    other = evaluate_tasks(BundleGenerator.open(folder, steps=12, guidance=4.0), tasks, ...)
+    compare(own, other).added_forgetting          # Loss(mean=0.004, stderr=0.006): within the noise
+
+Prompts and noise are the same, picture by picture, so that differences are the precision's. What a bundle loses on
+the tasks before the last is what it adds to forgetting (maximum minus last): the maximum is the checkpoint's past.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from kdc_edge.bundle import Bundle
+from kdc_edge.errors import InputError
+from kdc_edge.image import psnr_db
+from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.runtimes import open_pipeline
+from kdc_edge.train.quality.evaluate import Evaluated, evaluation_noise
+
+
+@dataclass(frozen=True)
+class BundleGenerator:
+    """A bundle as a maker of an evaluation's pictures, one at a time, on the engine that this machine has for it."""
+
+    pipeline: Pipeline
+    steps: int
+    guidance: float
+
+    @classmethod
+    def open(cls, folder: Path, *, steps: int, guidance: float) -> BundleGenerator:
+        return cls(open_pipeline(folder), steps, guidance)
+
+    def __call__(self, prompts: Sequence[str], *, seed: int) -> np.ndarray:
+        """Pictures uint8 (N, H, W, 3) from the noise that a checkpoint's Generator starts from."""
+        asked = Request("", steps=self.steps, guidance=self.guidance, sampler="dpm++2m")
+        _, *shape = self.pipeline.latent_shape(asked)
+        noise = evaluation_noise(len(prompts), (shape[0], shape[1], shape[2]), seed)
+        return np.stack(
+            [
+                self.pipeline.generate(replace(asked, prompt=prompt, latents=noise[i : i + 1]))
+                for i, prompt in enumerate(prompts)
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Quality that is gone: positive is worse."""
+
+    mean: float
+    stderr: float | None  # of the differences picture by picture; None where pictures have no score of their own
+    within_noise: bool | None  # no more than two standard errors?
+
+    @classmethod
+    def of(cls, mean: float, stderr: float | None) -> Loss:
+        return cls(mean, stderr, None if stderr is None else abs(mean) <= 2 * stderr)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A bundle beside its checkpoint."""
+
+    lost: dict[str, Loss]  # by task
+    added_forgetting: Loss | None  # the mean of `lost` over the tasks before the last; None for a single task
+    psnr_db: float | None  # median over all pictures; None where both are equal
+    worst_psnr_db: float | None
+
+
+def compare(own: Mapping[str, Evaluated], other: Mapping[str, Evaluated]) -> Comparison:
+    """The checkpoint's evaluation and a bundle's, of the same tasks in the order they were learnt."""
+    lost = {task: _lost(own[task], other[task]) for task in own}
+    similar = [psnr_db(a, b) for task in own for a, b in zip(own[task].pictures, other[task].pictures, strict=True)]
+    median_db, worst_db = (None if math.isinf(db) else db for db in (float(np.median(similar)), min(similar)))
+    return Comparison(lost, _mean(list(lost.values())[:-1]), median_db, worst_db)
+
+
+def _lost(own: Evaluated, other: Evaluated) -> Loss:
+    mean = own.score.quality - other.score.quality
+    differences = np.subtract(own.score.by_picture, other.score.by_picture)
+    if len(differences) < 2:
+        return Loss.of(mean, None)
+    return Loss.of(mean, float(np.std(differences, ddof=1) / math.sqrt(len(differences))))
+
+
+def _mean(losses: Sequence[Loss]) -> Loss | None:
+    """Over tasks, whose pictures are independent."""
+    if not losses:
+        return None
+    errors = [loss.stderr for loss in losses if loss.stderr is not None]
+    known = len(errors) == len(losses)
+    stderr = math.sqrt(sum(e**2 for e in errors)) / len(losses) if known else None
+    return Loss.of(float(np.mean([loss.mean for loss in losses])), stderr)
+
+
+def refuse_strangers(bundles: Sequence[Path], checkpoint_sha256: str) -> None:
+    """Raise InputError naming the first bundle that was exported from another checkpoint."""
+    for folder in bundles:
+        made_from = Bundle.open(folder).manifest.provenance
+        if made_from.checkpoint_sha256 != checkpoint_sha256:
+            raise InputError(f"{folder} was exported from another checkpoint ({made_from.checkpoint}): leave it out")

@@ -1,0 +1,1 @@
+"""Programs around training: experiments, benchmark, plan of a run."""

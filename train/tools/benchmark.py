@@ -1,0 +1,203 @@
+"""How fast a run trains, and what its time goes into; beside it, the plain recipe, for comparison.
+
+    kdc-edge train --benchmark 20                                    # this run's settings
+    python -m kdc_edge.train.tools.benchmark --batch-size 1 4 16           # ours against the plain recipe, in turns
+
+The plain recipe is what most scripts do: pictures and captions are encoded at every step, all weights are kept in 32
+bits and run under fp16 autocast, nothing is compiled and the memory layout is torch's default. A CPU computes fp16
+slowly, and nobody who looked would choose it there; so the recipe is measured without autocast as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kdc_edge.errors import InputError
+from kdc_edge.train.checkpoint import GARDEN_TEACHER, find_teacher
+from kdc_edge.train.config import TrainConfig
+from kdc_edge.train.data.sources import Sample
+from kdc_edge.train.data.tasks import Task
+from kdc_edge.train.loop import StepDone, Trainer
+from kdc_edge.train.objective import Batch, Stopwatch
+
+WARMUP = 2  # steps that are not counted
+OURS, PLAIN_FP16, PLAIN_FP32 = RECIPES = ("cached-latents", "plain-fp16", "plain-fp32")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A recipe's measured speed; shares are of the step's time."""
+
+    recipe: str
+    device: str
+    batch_size: int
+    steps: int
+    images_per_sec: float
+    step_ms: float  # the median
+    peak_memory_bytes: int  # of the device, or of the process on a CPU
+    shares: dict[str, float]  # data, teacher, student, optimizer
+    prepare_sec: float  # encoding before the first step
+
+    def lines(self) -> list[str]:
+        parts = ", ".join(f"{name} {share:.0%}" for name, share in self.shares.items())
+        return [
+            f"{self.recipe} on {self.device}: {self.images_per_sec:.2f} images/s, {self.step_ms:.1f} ms a step of"
+            f" {self.batch_size} (median of {self.steps}), peak {self.peak_memory_bytes / 2**20:.0f} MiB",
+            f"time: {parts}; encoding before the first step {self.prepare_sec:.1f} s",
+            json.dumps(asdict(self)),
+        ]
+
+
+def measure(recipe: str, config: TrainConfig, steps: int) -> Speed:
+    """One of RECIPES, in a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="kdc-edge-") as folder:
+        run = Path(folder) / "run"
+        if recipe == OURS:
+            return measure_run(config, run, steps)
+        return measure_plain(config, run, steps, half=recipe == PLAIN_FP16)
+
+
+def measure_run(config: TrainConfig, run: Path, steps: int) -> Speed:
+    """The speed of the first task's steps; raises InputError for fewer than one."""
+    if steps < 1:
+        raise InputError(f"--benchmark {steps} is too few: use 1 or more")
+    config = replace(config, steps=steps + WARMUP, save_every=steps + WARMUP, log_with="none", sample_every=0)
+    trainer = Trainer(config, run)
+    trainer.watch = Stopwatch(trainer.device, exact=True)
+    started = time.perf_counter()
+    trainer.embed.prepare([*trainer.latents(config.tasks[0]).captions, ""])
+    prepare_sec = time.perf_counter() - started
+    events = trainer.run()
+
+    def step() -> None:
+        if not isinstance(next(events), StepDone):
+            raise RuntimeError("the run ended before the benchmark")
+
+    return _time(step, trainer, OURS, steps, prepare_sec)
+
+
+def measure_plain(config: TrainConfig, run: Path, steps: int, *, half: bool) -> Speed:
+    """The plain recipe on the same task, networks, loss and batch; `half` is under fp16 autocast."""
+    config = replace(config, log_with="none", channels_last=False, compile=False, mixed_precision="no")
+    trainer = Trainer(config, run)
+    trainer.watch = Stopwatch(trainer.device, exact=True)
+    scaler = torch.amp.GradScaler(trainer.device.type, enabled=half)
+    source = config.tasks[0].open()
+    wanted = min(config.samples or 256, 256)  # decoding is not what is compared: the pictures lie in memory
+    samples = [s for s in source.read(size=trainer.size, samples=wanted, seed=0) if isinstance(s, Sample)]
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(trainer.device.type, torch.float16, enabled=half)
+
+    def step() -> None:
+        with trainer.watch("data"), autocast():
+            batch, hidden = _encode_batch(trainer, samples)
+        terms = trainer.objective(trainer.net, batch, hidden, watch=trainer.watch, autocast=autocast())
+        with trainer.watch("student"):
+            trainer.optimizer.zero_grad()
+            torch.autograd.backward(scaler.scale(terms["total"].mean()))
+        with trainer.watch("optimizer"):
+            scaler.unscale_(trainer.optimizer)
+            torch.nn.utils.clip_grad_norm_(trainer.net.parameters(), 1.0)
+            scaler.step(trainer.optimizer)
+            scaler.update()
+            trainer.ema.step(trainer.student.parameters())
+
+    return _time(step, trainer, PLAIN_FP16 if half else PLAIN_FP32, steps, 0.0)
+
+
+@torch.no_grad()
+def _encode_batch(trainer: Trainer, samples: list[Sample]) -> tuple[Batch, Tensor]:
+    """Pictures and captions through the frozen networks, as at every step of a plain script."""
+    device, count = trainer.device, trainer.config.batch_size
+    picked = [samples[i] for i in torch.randint(len(samples), (count,)).tolist()]
+    pictures = torch.stack([torch.from_numpy(s.picture) for s in picked]).permute(0, 3, 1, 2).to(device)
+    latents = trainer.vae.encode(pictures.float() / 127.5 - 1).latent_dist.sample() * trainer.vae.config.scaling_factor
+    ids = torch.from_numpy(trainer.embed.tokenizer.encode([s.caption for s in picked])).to(device)
+    hidden = trainer.embed.text_encoder(ids).last_hidden_state
+    timestep = torch.randint(trainer.schedule.num_train_timesteps, (count,), device=device)
+    sample = latents.float()
+    batch = Batch(sample, torch.randn_like(sample), timestep, timestep < 0, [s.caption for s in picked])
+    return batch, hidden.float()
+
+
+def _time(step: Callable[[], None], trainer: Trainer, recipe: str, steps: int, prepare_sec: float) -> Speed:
+    cuda = trainer.device.type == "cuda"
+    for _ in range(WARMUP):
+        step()
+    trainer.watch.seconds.clear()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    median = sorted(times)[len(times) // 2]
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Speed(
+        recipe=recipe,
+        device=torch.cuda.get_device_name() if cuda else "cpu",
+        batch_size=trainer.config.batch_size,
+        steps=steps,
+        images_per_sec=trainer.config.batch_size / median,
+        step_ms=1000 * median,
+        peak_memory_bytes=peak,
+        shares={name: seconds / sum(times) for name, seconds in trainer.watch.seconds.items()},
+        prepare_sec=prepare_sec,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Our loop against the plain recipe, in turns, a process each.")
+    parser.add_argument("--teacher", default="garden")
+    parser.add_argument("--student", default="garden-student")
+    parser.add_argument("--task", default="flowers=garden:flowers")
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--recipe", choices=RECIPES, nargs="+", default=list(RECIPES))
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--mixed-precision", default="auto", help="of our loop")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    name, _, source = args.task.partition("=")
+    teacher = find_teacher(args.teacher) if args.teacher != "garden" else GARDEN_TEACHER
+    config = TrainConfig(
+        teacher=teacher, student=args.student, tasks=(Task(name, source),), samples=args.samples, replay=0,
+        mixed_precision=args.mixed_precision, channels_last=args.channels_last, compile=args.compile,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )  # fmt: skip
+    fresh = multiprocessing.get_context("spawn")  # peak memory is a process's own, and so is the luck of its start
+    for batch_size in args.batch_size:
+        found: dict[str, list[Speed]] = {recipe: [] for recipe in args.recipe}
+        for _ in range(args.rounds):
+            for recipe in args.recipe:
+                with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+                    found[recipe].append(
+                        pool.submit(measure, recipe, replace(config, batch_size=batch_size), args.steps).result()
+                    )
+        for speeds in found.values():
+            middle = sorted(speeds, key=lambda speed: speed.images_per_sec)[len(speeds) // 2]
+            rates = ", ".join(f"{speed.images_per_sec:.2f}" for speed in speeds)
+            print("\n".join([*middle.lines(), f"images/s of each round: {rates}"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

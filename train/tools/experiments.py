@@ -1,0 +1,202 @@
+"""The evidence that the method works, on the garden: what replay, each part of the loss and inheritance do.
+
+    python -m kdc_edge.train.tools.experiments --out experiments            # everything; see --help for parts of it
+    python -m kdc_edge.train.tools.experiments --out experiments --docs docs    # and docs/experiments.md with its plots
+
+A grid is a list of cells (condition x seed), each a run in OUT/cells/NAME with its result.json. A cell that is done is
+not run again, and one that was interrupted goes on, to the same weights. Runs of one seed that are alike until the
+first task ends share it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kdc_edge.errors import InputError
+from kdc_edge.files import read_json, write_atomic
+from kdc_edge.train.checkpoint import GARDEN_TEACHER
+from kdc_edge.train.config import TrainConfig
+from kdc_edge.train.continuing import branch
+from kdc_edge.train.data.tasks import Task
+from kdc_edge.train.loop import Trainer
+from kdc_edge.train.losses import LossWeights
+from kdc_edge.train.tools.experiment_report import write_report
+
+TASKS = tuple(Task(name, f"garden:{name}") for name in ("flowers", "butterflies", "fish"))
+ALL = Task("all", "garden:flowers+butterflies+fish")
+
+REPLAY = {"no replay": 0.0, "replay 1 %": 0.01, "replay 5 %": 0.05, "replay 20 %": 0.2, "all data jointly": None}
+LOSSES = {
+    "task only": LossWeights(1, 0, 0, 0),
+    "task + output": LossWeights(1, 1, 0, 0),
+    "task + soft": LossWeights(1, 0, 1, 0),
+    "task + features": LossWeights(1, 0, 0, 0.1),
+    "all": LossWeights(),
+}
+STARTS = {"inherited": True, "random": False}
+GRIDS = {"replay": tuple(REPLAY), "losses": tuple(LOSSES), "inheritance": tuple(STARTS)}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large every cell is; the report says so."""
+
+    steps: int = 150  # of a task
+    batch_size: int = 16
+    samples: int = 1200  # pictures of a task
+    pictures: int = 48  # of a task, in each evaluation
+    seeds: int = 3
+
+
+@dataclass(frozen=True)
+class Cell:
+    grid: str
+    condition: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        words = self.condition.replace("%", "percent").replace("+", "and").split()
+        return f"{self.grid}-{'-'.join(words)}-s{self.seed}"
+
+
+def cells(grids: Sequence[str], size: Size, conditions: Sequence[str] = ()) -> list[Cell]:
+    """Seed by seed, so that an interrupted grid has whole seeds; raises InputError for what does not exist."""
+    for grid in grids:
+        if grid not in GRIDS:
+            raise InputError(f"--grid {grid} is unknown: choose from {', '.join(GRIDS)}")
+    found = [Cell(grid, c, seed) for seed in range(size.seeds) for grid in grids for c in GRIDS[grid]]
+    chosen = [cell for cell in found if not conditions or cell.condition in conditions]
+    if not chosen:
+        raise InputError(f"--condition {', '.join(conditions)} is in none of these grids")
+    return chosen
+
+
+def run_cell(cell: Cell, out: Path, size: Size) -> dict[str, object]:
+    """A cell's result: every value of every task at the end, R where there is one, and the seconds it took."""
+    path = out / "cells" / cell.name / "result.json"
+    if path.is_file():
+        return read_json(path, InputError)
+    started = time.perf_counter()
+    config = TrainConfig(
+        teacher=GARDEN_TEACHER, student="garden-student", tasks=TASKS, steps=size.steps, batch_size=size.batch_size,
+        samples=size.samples, eval_pictures=size.pictures, seed=cell.seed, save_every=50, keep=1, log_with="none",
+        cache=out / "cache", replay=0,
+    )  # fmt: skip
+    trainer = {"replay": _replay, "losses": _losses, "inheritance": _inheritance}[cell.grid](cell, out, config)
+    for _ in trainer.run():
+        pass
+    final = trainer.position.values[-1]
+    if len(trainer.config.tasks) == 1 and trainer.config.tasks[0] == ALL:
+        with trainer.averaged() as generator:  # jointly: one task was trained, three are asked for
+            final = [trainer.score(generator, task).values for task in TASKS]
+    result: dict[str, object] = {
+        "grid": cell.grid, "condition": cell.condition, "seed": cell.seed,
+        "final": {task.name: values for task, values in zip(_asked(cell), final, strict=True)},
+        "matrix": trainer.position.matrix, "seconds": round(time.perf_counter() - started, 1),
+    }  # fmt: skip
+    write_atomic(path, json.dumps(result, indent=2))
+    for folder in ("state", "checkpoint"):  # megabytes a cell that nothing needs any more
+        shutil.rmtree(path.parent / folder, ignore_errors=True)
+    return result
+
+
+def _asked(cell: Cell) -> tuple[Task, ...]:
+    return TASKS if cell.grid == "replay" else TASKS[:1]
+
+
+def _replay(cell: Cell, out: Path, config: TrainConfig) -> Trainer:
+    """Three tasks; the buffer holds a share of the pictures of the whole sequence."""
+    share = REPLAY[cell.condition]
+    pictures = len(TASKS) * (config.samples or 0)
+    if share is None:
+        return _open(cell, out, replace(config, tasks=(ALL,), steps=len(TASKS) * config.steps, samples=pictures))
+    home, shared = out / "cells" / cell.name, out / "cells" / f"replay-first-task-s{cell.seed}"
+    config = replace(config, replay=round(share * pictures))
+    if (home / "config.json").is_file():
+        return Trainer(config, home, resume=True)
+    shutil.rmtree(home, ignore_errors=True)  # left by a kill while it was branched
+    largest = replace(config, replay=round(max(s for s in REPLAY.values() if s is not None) * pictures))
+    first = Trainer(largest, shared, resume=(shared / "config.json").is_file())
+    if first.position.task == 0:
+        for _ in first.run():
+            if first.position.task == 1:
+                break
+    return branch(shared, home, config)
+
+
+def _losses(cell: Cell, out: Path, config: TrainConfig) -> Trainer:
+    """One task, equal steps, parts of the loss."""
+    return _open(cell, out, replace(config, tasks=TASKS[:1], loss=LOSSES[cell.condition]))
+
+
+def _inheritance(cell: Cell, out: Path, config: TrainConfig) -> Trainer:
+    """One task, twice the steps: a random start needs them most."""
+    return _open(cell, out, replace(config, tasks=TASKS[:1], steps=2 * config.steps, inherit=STARTS[cell.condition]))
+
+
+def _open(cell: Cell, out: Path, config: TrainConfig) -> Trainer:
+    home = out / "cells" / cell.name
+    return Trainer(config, home, resume=(home / "config.json").is_file())
+
+
+def run(
+    out: Path, size: Size, chosen: Sequence[Cell], say: Callable[[str], None], *, minutes: float | None = None
+) -> list[dict[str, object]]:
+    """Every cell's result; stops before a cell once `minutes` are over."""
+    check_size(out, size)
+    started, results = time.perf_counter(), []
+    for number, cell in enumerate(chosen, 1):
+        if minutes is not None and time.perf_counter() - started > 60 * minutes:
+            say(f"{minutes:g} minutes are over; run it again to go on")
+            break
+        results.append(run_cell(cell, out, size))
+        say(f"{number}/{len(chosen)} {cell.name}: {results[-1]['seconds']} s")
+    return results
+
+
+def check_size(out: Path, size: Size) -> None:
+    """Cells of one folder are of one size: refuse to mix; more seeds may be added."""
+    path = out / "size.json"
+    now = {"steps": size.steps, "batch_size": size.batch_size, "samples": size.samples, "pictures": size.pictures}
+    if path.is_file() and read_json(path, InputError) != now:
+        raise InputError(f"{out} holds cells of another size, {path.read_text()}: choose another folder")
+    write_atomic(path, json.dumps(now))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Experiments on the garden; resumable, cell by cell.")
+    parser.add_argument("--out", type=Path, required=True, help="the folder of the cells")
+    parser.add_argument("--docs", type=Path, help="write experiments.md and its plots here as well")
+    parser.add_argument("--grid", nargs="+", default=list(GRIDS), help=f"of {', '.join(GRIDS)}")
+    parser.add_argument("--condition", nargs="+", default=[], help="only these, e.g. 'no replay'")
+    parser.add_argument("--seeds", type=int, default=Size.seeds)
+    parser.add_argument("--steps", type=int, default=Size.steps, help="of a task")
+    parser.add_argument("--batch-size", type=int, default=Size.batch_size)
+    parser.add_argument("--samples", type=int, default=Size.samples, help="pictures of a task")
+    parser.add_argument("--pictures", type=int, default=Size.pictures, help="of a task, in each evaluation")
+    parser.add_argument("--minutes", type=float, help="start no cell after so many")
+    args = parser.parse_args(arguments)
+    size = Size(args.steps, args.batch_size, args.samples, args.pictures, args.seeds)
+    run(
+        args.out,
+        size,
+        cells(args.grid, size, args.condition),
+        lambda text: print(text, flush=True),
+        minutes=args.minutes,
+    )
+    done = [read_json(path, InputError) for path in sorted((args.out / "cells").glob("*/result.json"))]
+    for folder in (args.out, args.docs):
+        if folder is not None:
+            write_report(folder, done, GRIDS, read_json(args.out / "size.json", InputError))
+    print(args.out / "experiments.md")
+
+
+if __name__ == "__main__":
+    main()

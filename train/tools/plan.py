@@ -1,0 +1,128 @@
+"""What a run would take, before it starts: steps, samples, memory, disk (`kdc-edge train --dry-run`).
+
+Activations are counted, not guessed: a forward pass on fake tensors, which have shapes and no contents, adds up what
+backward would need. (On the meta device attention would keep its whole matrix, which no real device does.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kdc_edge.diffusers_folder import count_parameters, read_model
+from kdc_edge.errors import CheckpointError
+from kdc_edge.files import read_json
+from kdc_edge.presets import find_preset
+from kdc_edge.train.config import TrainConfig
+from kdc_edge.train.student import student_config
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of a run; memory is of one process, without sharding."""
+
+    steps: int
+    samples_seen: int
+    student_parameters: int
+    teacher_parameters: int
+    picture_size: int
+    weights_bytes: int  # teacher, VAE, text encoder, student, gradients, Adam's moments, moving average
+    activation_bytes: int  # of one part of a batch
+    state_bytes: int  # on the disk, each of `keep`
+    keep: int
+    latents_bytes_per_sample: int
+
+    def lines(self) -> list[str]:
+        memory = self.weights_bytes + self.activation_bytes
+        return [
+            f"steps {self.steps}, samples seen {self.samples_seen}, pictures of {self.picture_size} pixels",
+            f"student {self.student_parameters:,} parameters, teacher {self.teacher_parameters:,}",
+            f"memory about {memory / GB:.2f} GB: {self.weights_bytes / GB:.2f} weights, gradients, optimizer and"
+            f" average, {self.activation_bytes / GB:.2f} activations; workspaces come on top",
+            f"disk about {self.keep * self.state_bytes / GB:.2f} GB for {self.keep} saved states,"
+            f" {4 * self.student_parameters / GB:.2f} GB for the checkpoint's U-Net,"
+            f" {self.latents_bytes_per_sample * 1000 / GB:.3f} GB of latents for every 1,000 pictures",
+        ]
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """The plan of a run; reads configurations and the headers of weight files only."""
+    model = read_model(config.teacher)
+    size = config.resolution or model.latent_size * model.vae_scale
+    side = size // model.vae_scale
+    with torch.device("meta"):
+        teacher = UNet2DConditionModel(**_plain(config, "unet"))
+        student = UNet2DConditionModel(**student_config(find_preset(config.student), teacher))
+    low = config.mixed_precision in ("bf16", "fp16") or (config.mixed_precision == "auto" and torch.cuda.is_available())
+    ours = sum(p.numel() for p in student.parameters())
+    theirs = sum(p.numel() for p in teacher.parameters())
+    frozen = sum(count_parameters(config.teacher / part) for part in ("vae", "text_encoder"))
+    adam = 2 if config.optimizer == "adamw8bit" else 8
+    weights = theirs * (2 if low else 4) + frozen * 4 + ours * (4 + 4 + adam + 4)
+    part = max(1, config.batch_size // config.accumulate)
+    activations = _activations(
+        student.config, part, side, config.gradient_checkpointing, torch.bfloat16 if low else None
+    )
+    return Plan(
+        steps=config.steps * len(config.tasks),
+        samples_seen=config.steps * len(config.tasks) * config.batch_size,
+        student_parameters=ours,
+        teacher_parameters=theirs,
+        picture_size=size,
+        weights_bytes=weights,
+        activation_bytes=activations,
+        state_bytes=ours * (4 + 4 + adam),
+        keep=config.keep,
+        latents_bytes_per_sample=2 * 2 * 2 * model.latent_channels * side * side,
+    )
+
+
+def _plain(config: TrainConfig, part: str) -> dict[str, Any]:
+    found = read_json(config.teacher / part / "config.json", CheckpointError)
+    return {name: value for name, value in found.items() if not name.startswith("_")}
+
+
+def _activations(
+    config: Mapping[str, Any], batch: int, side: int, checkpointing: bool, dtype: torch.dtype | None
+) -> int:
+    """Bytes that a forward pass keeps for backward, each tensor once; weights are not among them."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or usual)
+    try:
+        _forward(config, batch, side, checkpointing, keep)
+    finally:
+        torch.set_default_dtype(usual)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _forward(
+    config: Mapping[str, Any], batch: int, side: int, checkpointing: bool, keep: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """A training forward pass on fake tensors; `keep` sees what backward will need, but for weights."""
+    with FakeTensorMode():
+        student = UNet2DConditionModel(**config).train()
+        if checkpointing:
+            student.enable_gradient_checkpointing()
+        weights = {p.untyped_storage()._cdata for p in student.parameters()}
+
+        def keep_activation(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if tensor.untyped_storage()._cdata in weights else keep(tensor)
+
+        text = torch.empty(batch, 77, student.config.cross_attention_dim)
+        sample = torch.empty(batch, student.config.in_channels, side, side)
+        with torch.autograd.graph.saved_tensors_hooks(keep_activation, lambda tensor: tensor):
+            student(sample, torch.zeros(batch, dtype=torch.long), text)

@@ -1,6 +1,6 @@
 """Size against error and prompt accuracy, mixed bits beside plain palettes, on the garden: docs/coreml.md's curve.
 
-    python benchmarks/coreml_mixed.py [FOLDER]        # rows.json and pictures in FOLDER; the search is kept there too
+    python benchmarks/coreml_mixed.py [FOLDER]        # rows.json and images in FOLDER; the search is kept there too
 
 Weights are those that the packages store; arithmetic is PyTorch's, fp32. Calibration and held-out inputs come from
 different prompts.
@@ -54,8 +54,8 @@ class Measure:
         self.unet = part.module.unet
         package = convert(apple_network(part, self.model, unet_batch=2), half=True, target="iOS17")
         seen, unseen = ([s.caption for s in self._scenes(seed)] for seed in (5, 6))
-        calibration = calibrate(GARDEN_TEACHER, seen, 12, seed=0, samples_a_picture=1)
-        heldout = calibrate(GARDEN_TEACHER, unseen, 16, seed=1, samples_a_picture=1)
+        calibration = calibrate(GARDEN_TEACHER, seen, 12, seed=0, samples_an_image=1)
+        heldout = calibrate(GARDEN_TEACHER, unseen, 16, seed=1, samples_an_image=1)
         self.search = Search(self.unet, package, calibration, folder / "search", print)
         self.heldout = Search(self.unet, package, heldout, folder / "search", print)  # for its inputs alone
         embed = TextEmbedder(
@@ -70,21 +70,21 @@ class Measure:
         return [s for subject in SUBJECTS for s in GardenSource((subject,)).scenes(40, seed=seed, split="train")]
 
     def __call__(self, bits: Mapping[str, int] | None) -> tuple[dict[str, Any], list[np.ndarray]]:
-        """A row of the table, and the pictures that are shown; None is the U-Net as it is."""
+        """A row of the table, and the images that are shown; None is the U-Net as it is."""
         row: dict[str, Any] = {"size_bytes": bits and self.search.size_bytes(bits)}
         row["psnr_db"] = bits and self.heldout.psnr_db(bits)
         self.search.set_weights(bits or {})
         scenes = [evaluation_scenes(GardenSource((subject,)), 48) for subject in SUBJECTS]
-        pictures = [self.generate([s.caption for s in chosen], seed=7) for chosen in scenes]
+        images = [self.generate([s.caption for s in chosen], seed=7) for chosen in scenes]
         self.search.restore(list(bits or {}))
-        found = [self.judge.agreement(p, s) for p, s in zip(pictures, scenes, strict=True)]
+        found = [self.judge.agreement(p, s) for p, s in zip(images, scenes, strict=True)]
         row["accuracy"] = [float(np.mean([f[name] for name in LABELS])) for f in found]
-        together = np.concatenate(pictures).astype(float)
+        together = np.concatenate(images).astype(float)
         if self.reference is None:
             self.reference = together
         else:
-            row["picture_psnr_db"] = float(10 * np.log10(255**2 / np.mean((together - self.reference) ** 2)))
-        return row, [pictures[subject][i] for subject, i in SHOWN]
+            row["image_psnr_db"] = float(10 * np.log10(255**2 / np.mean((together - self.reference) ** 2)))
+        return row, [images[subject][i] for subject, i in SHOWN]
 
 
 def main(folder: Path) -> None:
@@ -97,12 +97,12 @@ def main(folder: Path) -> None:
     recipes: dict[str, Mapping[str, int] | None] = {"fp32": None}
     recipes |= {f"palette{bits}": recipe for bits, recipe in plain.items()}
     recipes |= {name: search.bits_after(steps[: search.until_size(steps, size)]) for name, size in budgets.items()}
-    rows, pictures = {}, {}
+    rows, images = {}, {}
     for name, bits in recipes.items():
-        rows[name], pictures[name] = measure(bits)
+        rows[name], images[name] = measure(bits)
         print(name, json.dumps(rows[name]), flush=True)
     (folder / "rows.json").write_text(json.dumps(rows, indent=2))
-    shown = grid([p for name in ROWS for p in pictures[name]], len(SHOWN))
+    shown = grid([p for name in ROWS for p in images[name]], len(SHOWN))
     save_png(folder / "coreml-mixed.png", shown.repeat(2, axis=0).repeat(2, axis=1), None)
     (folder / "coreml-mixed.svg").write_text(chart(rows))
 

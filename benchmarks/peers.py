@@ -4,7 +4,7 @@
     kdc-edge init --preset kdc-482m --out kdc-482m
     python benchmarks/peers.py kdc-482m --work peers --rounds 2 --threads 2
 
-Every measurement is a process of its own, which makes one picture, as a user's command does. Rounds alternate
+Every measurement is a process of its own, which makes one image, as a user's command does. Rounds alternate
 between the candidates, so that an hour in which the machine is slow is slow for all. Bundles are exported into
 the work folder once. The last line on stdout names the JSON file; peers.md beside it is made from it.
 """
@@ -40,7 +40,7 @@ CANDIDATES: dict[str, tuple[str, str, bool]] = {
     "kdc-edge, ONNX fp16": ("kdc-edge", "onnx-fp16", False),
 }
 
-# Yields once loaded, then after each U-Net step (its time, or None for now), and DONE after each picture, endlessly.
+# Yields once loaded, then after each U-Net step (its time, or None for now), and DONE after each image, endlessly.
 Steps = Iterator[float | None]
 DONE = -1.0
 
@@ -107,7 +107,7 @@ def process_age_sec() -> float:
 
 
 def work(name: str, checkpoint: Path, bundles: Path, steps: int, threads: int, *, again: bool) -> dict[str, Any]:
-    """In a process of its own: one picture, and what it took; with `again` a second one, when all is loaded."""
+    """In a process of its own: one image, and what it took; with `again` a second one, when all is loaded."""
     started = time.time() - process_age_sec()
     kind, what, low_memory = CANDIDATES[name]
     if kind == "diffusers":
@@ -157,7 +157,7 @@ def export(checkpoint: Path, bundles: Path) -> None:
 def table(report: dict[str, Any]) -> str:
     """The report as markdown: medians over the rounds."""
     lines = [
-        "| | a U-Net step | a picture, all in all | once loaded | process start to first step | peak RSS | on disk |",
+        "| | a U-Net step | an image, all in all | once loaded | process start to first step | peak RSS | on disk |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in report["rows"].items():
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="patterns of names to run: '*genai*' '*fp16'")
-    parser.add_argument("--again", action="store_true", help="a second picture in each process, all being loaded")
+    parser.add_argument("--again", action="store_true", help="a second image in each process, all being loaded")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     bundles: Path = args.work / "bundles"

@@ -1,8 +1,8 @@
-"""What each precision does to the pictures: PSNR to PyTorch from the same noise, and prompt accuracy by the judge.
+"""What each precision does to the images: PSNR to PyTorch from the same noise, and prompt accuracy by the judge.
 
     python benchmarks/precisions.py runs/latest/checkpoint --formats openvino-fp16 openvino-int8 --work precisions
 
-For a student of the garden. Exports what is not in the work folder yet, makes `--pictures` pictures a subject with
+For a student of the garden. Exports what is not in the work folder yet, makes `--images` images a subject with
 each, and writes precisions.json, precisions.md and precisions.png (a row a format, the first one PyTorch's).
 """
 
@@ -35,14 +35,14 @@ def generate(folder: Path, scenes: list[Scene]) -> np.ndarray:
     return np.stack([pipeline.generate(request) for request in requests])
 
 
-def psnr_db(pictures: np.ndarray, reference: np.ndarray) -> list[float]:
-    errors = np.mean((pictures.astype(float) - reference) ** 2, axis=(1, 2, 3))
+def psnr_db(images: np.ndarray, reference: np.ndarray) -> list[float]:
+    errors = np.mean((images.astype(float) - reference) ** 2, axis=(1, 2, 3))
     return [10 * math.log10(255**2 / max(e, 1e-6)) for e in errors]
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "| | on disk | picture PSNR, median | worst | prompt accuracy | all attributes right |",
+        "| | on disk | image PSNR, median | worst | prompt accuracy | all attributes right |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
@@ -54,14 +54,14 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What each precision does to the pictures.")
+    parser = argparse.ArgumentParser(description="What each precision does to the images.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--formats", nargs="+", required=True, help="such as openvino-int8 onnx-fp16")
     parser.add_argument("--work", type=Path, default=Path("precisions"))
     parser.add_argument("--subjects", nargs="+", default=["flower", "butterfly"])
-    parser.add_argument("--pictures", type=int, default=48, help="of each subject, half of them held out")
+    parser.add_argument("--images", type=int, default=48, help="of each subject, half of them held out")
     args = parser.parse_args()
-    half = args.pictures // 2
+    half = args.images // 2
     scenes = [
         s for subject in args.subjects for split in ("train", "heldout")
         for s in draw_scenes(subject, half, seed=99, split=split)
@@ -71,9 +71,9 @@ def main() -> None:
     shown = [reference[:: half // 3]]
     rows: dict[str, dict[str, Any]] = {}
 
-    def add(name: str, pictures: np.ndarray, size_bytes: int) -> None:
-        found = psnr_db(pictures, reference) if name != REFERENCE else None
-        right = judge.agreement(pictures, scenes)
+    def add(name: str, images: np.ndarray, size_bytes: int) -> None:
+        found = psnr_db(images, reference) if name != REFERENCE else None
+        right = judge.agreement(images, scenes)
         attributes = [v for k, v in right.items() if k != "all"]
         rows[name] = {
             "size_bytes": size_bytes, "psnr_db": found and float(np.median(found)),
@@ -89,9 +89,9 @@ def main() -> None:
             target, precision = name.split("-", 1)
             command = ["kdc-edge", "export", str(args.checkpoint), "--target", target, "--precision", precision]
             subprocess.run([*command, "--out", str(folder)], check=True)
-        pictures = generate(folder, scenes)
-        add(name, pictures, sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
-        shown.append(pictures[:: half // 3])
+        images = generate(folder, scenes)
+        add(name, images, sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
+        shown.append(images[:: half // 3])
     args.work.mkdir(parents=True, exist_ok=True)
     sheet = grid([p for row in shown for p in row], len(shown[0]))
     Image.fromarray(sheet.repeat(2, 0).repeat(2, 1)).save(args.work / "precisions.png")

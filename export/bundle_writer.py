@@ -36,7 +36,7 @@ from kdc_edge.bundle import (
 from kdc_edge.diffusers_folder import hash_checkpoint, read_model
 from kdc_edge.errors import BundleError, CheckpointError, ParityError
 from kdc_edge.export.components import ExportComponent, describe, load_component
-from kdc_edge.export.parity import PICTURES, check_parity
+from kdc_edge.export.parity import IMAGES, check_parity
 from kdc_edge.files import atomic_folder, inside, read_json
 from kdc_edge.formats import Format
 from kdc_edge.noise_schedule import NoiseSchedule
@@ -106,7 +106,7 @@ def write_bundle(
         )
         write_manifest(folder, manifest)
         if verify:
-            parity = check_parity(checkpoint, folder, row, prompts or spread(own_prompts(checkpoint), PICTURES))
+            parity = check_parity(checkpoint, folder, row, prompts or spread(own_prompts(checkpoint), IMAGES))
             parity = parity.model_copy(update={"checks": [*parity.checks, *own_checks]})
             _demand(parity, row)
             write_manifest(folder, manifest.model_copy(update={"parity": parity}))

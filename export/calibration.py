@@ -3,7 +3,7 @@
     calibration = calibrate(checkpoint, prompts, samples=64, seed=0)
     [call["sample"].shape for call in calibration.inputs]                # each (2, C, h, w): both guidance halves
 
-Consecutive steps of a few prompts look alike, so each picture gives a few steps taken at random, and the
+Consecutive steps of a few prompts look alike, so each image gives a few steps taken at random, and the
 prompts are many. Seeded: the same prompts give the same samples.
 """
 
@@ -26,8 +26,8 @@ from kdc_edge.runtimes.base import COMPONENTS, LoadedComponents, LoadOptions, ge
 from kdc_edge.tokenizer import Tokenizer
 
 SAMPLES = 64
-STEPS = 10  # of each picture
-SAMPLES_A_PICTURE = 4
+STEPS = 10  # of each image
+SAMPLES_AN_IMAGE = 4
 GUIDANCE = 7.5
 
 
@@ -43,7 +43,7 @@ def calibrate(
     samples: int | None = None,
     *,
     seed: int = 0,
-    samples_a_picture: int = SAMPLES_A_PICTURE,
+    samples_an_image: int = SAMPLES_AN_IMAGE,
 ) -> Calibration:
     """Generate in PyTorch from prompts drawn at random, and keep `samples` of the U-Net's calls.
 
@@ -66,7 +66,7 @@ def calibrate(
     inputs: list[dict[str, np.ndarray]] = []
     order = [p for _ in range(-(-samples // len(prompts))) for p in rng.permutation(np.array(prompts, object))]
     for number, prompt in enumerate(order):
-        wanted = min(samples_a_picture, samples - len(inputs))
+        wanted = min(samples_an_image, samples - len(inputs))
         if wanted == 0:
             break
         kept = sorted(rng.choice(STEPS, wanted, replace=False))

@@ -58,7 +58,7 @@ class UNet(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """Latents (B, C, h, w), already divided by the scaling factor -> pictures (B, 3, 8h, 8w) in [-1, 1]."""
+    """Latents (B, C, h, w), already divided by the scaling factor -> images (B, 3, 8h, 8w) in [-1, 1]."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()

@@ -4,10 +4,10 @@
     [c.what for c in parity.checks if not c.passed]
 
 The checkpoint denoises a few prompts in fp32 while everything that goes into its components, and comes out,
-is recorded. The bundle's components then compute the same inputs, and the bundle makes the same pictures.
+is recorded. The bundle's components then compute the same inputs, and the bundle makes the same images.
 
-An engine may compute in fewer bits than the artifact has (bfloat16 on some processors). A picture can then turn out
-differently in a detail, a petal more or less, though the artifact is right. So where pictures miss their aim, they are
+An engine may compute in fewer bits than the artifact has (bfloat16 on some processors). An image can then turn out
+differently in a detail, a petal more or less, though the artifact is right. So where images miss their aim, they are
 made again in 32 bits, which is what judges the artifact; as this machine computes them they must still be recognizable.
 """
 
@@ -29,10 +29,10 @@ from kdc_edge.pipeline import Component, Pipeline, Request
 from kdc_edge.runtimes.base import COMPONENTS, LoadOptions, get_runtime, open_pipeline, preferred_engine
 from kdc_edge.tokenizer import Tokenizer
 
-PICTURES = 2  # each one costs STEPS U-Net calls on both sides
+IMAGES = 2  # each one costs STEPS U-Net calls on both sides
 STEPS = 4  # enough to visit noise, structure and detail
 GUIDANCE = 4.0
-RECOGNIZABLE_DB = 20.0  # of two pictures that differ in a detail; pictures of two subjects are at about 10
+RECOGNIZABLE_DB = 20.0  # of two images that differ in a detail; images of two subjects are at about 10
 
 Call = tuple[dict[str, np.ndarray], np.ndarray]  # a component's inputs by name, and its answer
 
@@ -52,14 +52,14 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Reference:
-    """What PyTorch computed: each component's calls, and the pictures."""
+    """What PyTorch computed: each component's calls, and the images."""
 
     calls: dict[str, list[Call]]
-    pictures: list[np.ndarray]  # uint8 (H, W, 3), one a prompt
+    images: list[np.ndarray]  # uint8 (H, W, 3), one a prompt
 
 
 def check_parity(checkpoint: Path, bundle: Path, row: Format, prompts: Sequence[str]) -> Parity:
-    """Compare the bundle with its checkpoint: one check a component, one for the pictures.
+    """Compare the bundle with its checkpoint: one check a component, one for the images.
 
     The checks are returned, passed or not. Raises CheckpointError when PyTorch itself computes no numbers.
     """
@@ -71,9 +71,9 @@ def check_parity(checkpoint: Path, bundle: Path, row: Format, prompts: Sequence[
         for name in COMPONENTS
     ]
     in_32_bits = partial(open_pipeline, bundle, exact=True)
-    checks += check_pictures(reference.pictures, candidate, in_32_bits, requests, row)
+    checks += check_images(reference.images, candidate, in_32_bits, requests, row)
     torch_version, engine = get_runtime("torch").version, get_runtime(preferred_engine(row).name)
-    size = candidate.model.picture_size
+    size = candidate.model.image_size
     return Parity(
         reference=f"the checkpoint in PyTorch {torch_version}, fp32, on the CPU",
         conditions=f"{engine.name} {engine.version}, {len(requests)} prompts, {size}x{size}, {STEPS} steps"
@@ -83,15 +83,15 @@ def check_parity(checkpoint: Path, bundle: Path, row: Format, prompts: Sequence[
 
 
 def record(checkpoint: Path, tokenizer: Path, requests: Iterable[Request]) -> Reference:
-    """Make the pictures with PyTorch, remembering what each component was given and answered."""
+    """Make the images with PyTorch, remembering what each component was given and answered."""
     runtime = get_runtime("torch")
     recorders = {c: Recorder(runtime.load(checkpoint, c, LoadOptions(device="CPU"))) for c in COMPONENTS}
     pipeline = Pipeline(read_model(checkpoint), Tokenizer.from_folder(tokenizer), recorders)
     try:
-        pictures = [pipeline.generate(request) for request in requests]
+        images = [pipeline.generate(request) for request in requests]
     except KdcError as error:
-        raise CheckpointError(f"{checkpoint} makes no picture in PyTorch either: {error}") from None
-    return Reference({name: recorder.calls for name, recorder in recorders.items()}, pictures)
+        raise CheckpointError(f"{checkpoint} makes no image in PyTorch either: {error}") from None
+    return Reference({name: recorder.calls for name, recorder in recorders.items()}, images)
 
 
 def compare(what: str, calls: Sequence[Call], component: Component, threshold_db: float) -> Check:
@@ -103,34 +103,34 @@ def compare(what: str, calls: Sequence[Call], component: Component, threshold_db
     return _worst(what, found, threshold_db)
 
 
-def check_pictures(
+def check_images(
     expected: Sequence[np.ndarray],
     candidate: Pipeline,
     in_32_bits: Callable[[], Pipeline],
     requests: Sequence[Request],
     row: Format,
 ) -> list[Check]:
-    """The whole pictures; in 32 bits as well where they miss their aim and the engine narrows its arithmetic."""
-    found = _compare_pictures(expected, candidate, requests, row.min_image_psnr_db)
+    """The whole images; in 32 bits as well where they miss their aim and the engine narrows its arithmetic."""
+    found = _compare_images(expected, candidate, requests, row.min_image_psnr_db)
     if found.passed or not preferred_engine(row).narrows:
         return [found]
-    exact = _compare_pictures(expected, in_32_bits(), requests, row.min_image_psnr_db)
+    exact = _compare_images(expected, in_32_bits(), requests, row.min_image_psnr_db)
     lower = min(RECOGNIZABLE_DB, row.min_image_psnr_db)
     return [
-        exact.model_copy(update={"what": "picture in 32 bits"}),
+        exact.model_copy(update={"what": "image in 32 bits"}),
         found.model_copy(update={"threshold_db": lower}),
     ]
 
 
-def _compare_pictures(
+def _compare_images(
     expected: Sequence[np.ndarray], pipeline: Pipeline, requests: Sequence[Request], threshold_db: float
 ) -> Check:
     try:
-        pictures = [pipeline.generate(request) for request in requests]
+        images = [pipeline.generate(request) for request in requests]
     except KdcError:  # values that are no numbers reached the end
-        return _worst("picture", [(-math.inf, math.inf)], threshold_db)
-    found = [_distance(p, e, peak=255) for p, e in zip(pictures, expected, strict=True)]
-    return _worst("picture", found, threshold_db)
+        return _worst("image", [(-math.inf, math.inf)], threshold_db)
+    found = [_distance(p, e, peak=255) for p, e in zip(images, expected, strict=True)]
+    return _worst("image", found, threshold_db)
 
 
 def _distance(found: np.ndarray, expected: np.ndarray, peak: float | None = None) -> tuple[float, float]:

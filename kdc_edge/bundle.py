@@ -1,7 +1,7 @@
 """The bundle: a folder that a device can run, and the manifest in it that says what it is.
 
     bundle = Bundle.open(Path("bundles/onnx-fp16"))     # schema, paths and sizes are checked
-    bundle.manifest.model.picture_size                  # 512
+    bundle.manifest.model.image_size                  # 512
     bundle.verify()                                     # every hash; raises BundleError naming the file
 
 The folder keeps diffusers' and optimum's names (unet/model.onnx, tokenizer/vocab.json, model_index.json), so
@@ -12,6 +12,7 @@ name a path outside its folder.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,8 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdc_edge.errors import BundleError
 from kdc_edge.files import inside, read_json, sha256, write_atomic
+from kdc_edge.text import decibels, invalid_field
 
 MANIFEST = "kdc-edge.json"
+MODEL_INDEX = "model_index.json"  # diffusers' and optimum's; bundles and checkpoints have it
 FORMAT_VERSION = 1
 
 Text = Annotated[str, Field(max_length=10_000)]
@@ -39,14 +42,14 @@ class Model(_Record):
     preset: Text | None = None
     unet_parameters: int = Field(ge=0)
     latent_channels: int = Field(ge=1, le=64)
-    latent_size: int = Field(ge=1, le=1024)  # of the pictures it was trained on
+    latent_size: int = Field(ge=1, le=1024)  # of the images it was trained on
     latent_unit: int = Field(ge=1, le=64)  # its sides are multiples of this: the U-Net halves them on its way down
     vae_scale: int = Field(ge=1, le=64)  # pixels a latent, each way
     scaling_factor: float = Field(gt=0, allow_inf_nan=False)  # of the VAE's latents
     scheduler: dict[str, object]  # diffusers' scheduler_config.json
 
     @property
-    def picture_size(self) -> int:
+    def image_size(self) -> int:
         return self.latent_size * self.vae_scale
 
 
@@ -78,7 +81,15 @@ class Check(_Record):
 
     @property
     def passed(self) -> bool:
-        return self.psnr_db is None or self.psnr_db >= self.threshold_db
+        return self.reaches(self.threshold_db)
+
+    def reaches(self, threshold_db: float) -> bool:
+        return self.psnr_db is None or self.psnr_db >= threshold_db
+
+    @property
+    def text(self) -> str:
+        """ "equal", or the PSNR in dB."""
+        return decibels(self.psnr_db)
 
 
 class Parity(_Record):
@@ -95,7 +106,7 @@ class CalibrationInfo(_Record):
     samples: int = Field(ge=1)  # U-Net calls, both guidance halves in each
     seed: int
     sampler: Text
-    steps: int = Field(ge=1)  # of each picture, from which samples were taken at random
+    steps: int = Field(ge=1)  # of each image, from which samples were taken at random
     guidance: float
 
 
@@ -132,6 +143,12 @@ class Manifest(_Record):
     def name(self) -> str:
         return f"{self.target}-{self.precision}"
 
+    @property
+    def image_parity(self) -> Check | None:
+        """The worst check of whole images; None where no image was compared."""
+        images = [c for c in (self.parity.checks if self.parity else ()) if "image" in c.what]
+        return min(images, key=lambda c: math.inf if c.psnr_db is None else c.psnr_db, default=None)
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -154,10 +171,7 @@ class Bundle:
         try:
             manifest = Manifest.model_validate(raw)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = " ".join(".".join(str(part) for part in first["loc"]).split())  # keys may hold anything
-            what = f"{root / MANIFEST} is damaged: {where:.200}: {first['msg']:.200}"
-            raise BundleError(f"{what}; export it again") from None
+            raise BundleError(f"{root / MANIFEST} is damaged: {invalid_field(error)}; export it again") from None
         bundle = cls(root, manifest)
         bundle._check_files()
         return bundle
@@ -206,6 +220,18 @@ class Bundle:
     @property
     def size_bytes(self) -> int:
         return sum(info.size_bytes for info in self.manifest.files.values())
+
+
+def kind_of(folder: Path) -> Literal["bundle", "checkpoint"] | None:
+    """What a folder holds, by its index files alone; None for neither."""
+    if (folder / MANIFEST).is_file():
+        return "bundle"
+    return "checkpoint" if (folder / MODEL_INDEX).is_file() else None
+
+
+def find_bundles(folder: Path) -> list[Path]:
+    """The bundles that lie in `folder`, in order of name; folders of unfinished exports are hidden and left out."""
+    return sorted(p.parent for p in folder.glob(f"*/{MANIFEST}") if not p.parent.name.startswith("."))
 
 
 def list_files(root: Path) -> dict[str, FileInfo]:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from kdc_edge.bundle import Model
+from kdc_edge.bundle import MODEL_INDEX, Model
 from kdc_edge.errors import CheckpointError
 from kdc_edge.files import read_json, sha256
 from kdc_edge.presets import recognise
+from kdc_edge.text import invalid_field
 
 WEIGHTS = {
     "text_encoder": "model.safetensors",
@@ -33,11 +34,11 @@ def check_weights(folder: Path) -> None:
     """Raise CheckpointError unless the folder holds each network as safetensors."""
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}: name a diffusers folder, or run kdc-edge train")
-    if not (folder / "model_index.json").is_file():
+    if not (folder / MODEL_INDEX).is_file():
         pickles = [p.name for pattern in PICKLES for p in folder.glob(pattern)]
         if pickles:
             raise CheckpointError(_refuse_pickle(folder / pickles[0]))
-        raise CheckpointError(f"{folder} is no checkpoint: model_index.json is missing")
+        raise CheckpointError(f"{folder} is no checkpoint: {MODEL_INDEX} is missing")
     for network, name in WEIGHTS.items():
         if (folder / network / name).is_file() or list((folder / network).glob("*.safetensors.index.json")):
             continue
@@ -72,9 +73,7 @@ def read_model(folder: Path) -> Model:
             }
         )
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{folder} cannot be used: {where}: {first['msg']}") from None
+        raise CheckpointError(f"{folder} cannot be used: {invalid_field(error)}") from None
 
 
 def count_parameters(network: Path) -> int:

@@ -2,7 +2,7 @@
 
 The thresholds are peak signal-to-noise ratios against PyTorch fp32, in dB: `min_component_psnr_db` for each
 component's output on recorded inputs (the signal's peak is the reference's largest magnitude),
-`min_image_psnr_db` for a whole picture from the same noise (peak 255).
+`min_image_psnr_db` for a whole image from the same noise (peak 255).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kdc_edge.errors import InputError
+from kdc_edge.text import markdown_table
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ FORMATS: tuple[Format, ...] = (
 # fmt: on
 
 DEFAULT_PRECISION = "fp16"
-GOOD_PSNR_DB = 30.0  # of a whole picture: what differs from PyTorch's is hard to see
+GOOD_PSNR_DB = 30.0  # of a whole image: what differs from PyTorch's is hard to see
 
 
 def targets() -> tuple[str, ...]:
@@ -80,11 +81,11 @@ def find_format(target: str, precision: str) -> Format:
     raise InputError(f"{target} has no precision {precision!r}: choose from {', '.join(known)}")
 
 
-def markdown_table() -> str:
+def formats_table() -> str:
     """The table as the README shows it."""
-    names = ("target", "precision", "what it does", "bytes a weight", "engine", "picture PSNR at least")
+    names = ("target", "precision", "what it does", "bytes a weight", "engine", "image PSNR at least")
     rows = [
         (f.target, f.precision, f.does, f"{f.bytes_per_weight:g}", f.engines[0], f"{f.min_image_psnr_db:g} dB")
         for f in FORMATS
     ]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (names, ("---",) * len(names), *rows))
+    return markdown_table(names, rows)

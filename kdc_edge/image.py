@@ -1,4 +1,4 @@
-"""Pictures: from the decoder's floats to pixels, to a PNG that says how it was made, and back.
+"""Images: from the decoder's floats to pixels, to a PNG that says how it was made, and back.
 
     pixels = to_pixels(image)                                                 # uint8 (B, H, W, 3)
     save_png(Path("out.png"), pixels[0], {"prompt": "a red flower", "Steps": 20, "Seed": 1})
@@ -45,30 +45,30 @@ def to_pixels(images: NDArray[np.floating]) -> NDArray[np.uint8]:
     Raises InputError for values that are no numbers, which an overflow in half precision leaves.
     """
     if np.isnan(images).any():
-        raise InputError("the picture holds values that are no numbers: keep the decoder in fp32")
+        raise InputError("the image holds values that are no numbers: keep the decoder in fp32")
     halved = images.astype(np.float32) * np.float32(0.5)
     unit: NDArray[np.float32] = np.clip(halved + np.float32(0.5), 0, 1)
     return (unit * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
 
 
 def psnr_db(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures of one shape, in dB; infinite when they are equal."""
+    """Peak signal-to-noise ratio of two uint8 images of one shape, in dB; infinite when they are equal."""
     if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8:
-        raise InputError(f"two uint8 pictures of one size are needed, not {a.dtype} {a.shape} and {b.dtype} {b.shape}")
+        raise InputError(f"two uint8 images of one size are needed, not {a.dtype} {a.shape} and {b.dtype} {b.shape}")
     mean_square = float(np.mean((a.astype(np.float64) - b) ** 2))
     return 10 * math.log10(255**2 / mean_square) if mean_square else math.inf
 
 
-def grid(pictures: Sequence[Pixels], columns: int) -> Pixels:
-    """Pictures of one size side by side, row by row, white where none is left: (rows * H, columns * W, 3)."""
-    if not len(pictures) or columns < 1:
-        raise InputError(f"a grid needs a picture and a column, not {len(pictures)} and {columns}")
-    if len({picture.shape for picture in pictures}) > 1:
-        raise InputError("a grid needs pictures of one size: make them with the same --width and --height")
-    height, width, _ = pictures[0].shape
-    rows = math.ceil(len(pictures) / columns)
+def grid(images: Sequence[Pixels], columns: int) -> Pixels:
+    """Images of one size side by side, row by row, white where none is left: (rows * H, columns * W, 3)."""
+    if not len(images) or columns < 1:
+        raise InputError(f"a grid needs an image and a column, not {len(images)} and {columns}")
+    if len({image.shape for image in images}) > 1:
+        raise InputError("a grid needs images of one size: make them with the same --width and --height")
+    height, width, _ = images[0].shape
+    rows = math.ceil(len(images) / columns)
     cells = np.full((rows * columns, height, width, 3), 255, np.uint8)
-    cells[: len(pictures)] = pictures
+    cells[: len(images)] = images
     cells = cells.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)  # (r, H, c, W, 3)
     return cells.reshape(rows * height, columns * width, 3)
 
@@ -103,13 +103,13 @@ def read_parameters(path: Path | str) -> dict[str, str]:
     """What `save_png` or a relative of AUTOMATIC1111's interface wrote; {} when the PNG says nothing.
 
     Only the head of the file is read, no pixels are decoded. Raises InputError for a file that is no PNG, or
-    one with a picture or a text of a size that only an attack has.
+    one with an image or a text of a size that only an attack has.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=["PNG"]) as picture:
-                text = picture.info.get(CHUNK)
+            with Image.open(path, formats=["PNG"]) as image:
+                text = image.info.get(CHUNK)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(f"{path} claims an absurd number of pixels: do not open it") from None
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for a broken PNG

@@ -1,4 +1,4 @@
-"""Seeded normal noise, equal to PyTorch's CPU generator, so that a seed means the same picture everywhere.
+"""Seeded normal noise, equal to PyTorch's CPU generator, so that a seed means the same image everywhere.
 
 `initial_latents(shape, seed)` is `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))`
 without torch, within 1e-6. `NormalStream` is the generator itself: one draw after the other.

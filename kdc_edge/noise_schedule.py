@@ -26,7 +26,7 @@ Latents = NDArray[Any]  # float32 (B, C, h, w)
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
-# Switches of diffusers that change the pictures and that no sampler here has: on, they are refused.
+# Switches of diffusers that change the images and that no sampler here has: on, they are refused.
 UNSUPPORTED = ("trained_betas", "rescale_betas_zero_snr", "thresholding", "clip_sample")
 
 
@@ -65,7 +65,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> NoiseSchedule:
-        """From a scheduler_config.json. Unknown keys are ignored, but no switch that changes the pictures."""
+        """From a scheduler_config.json. Unknown keys are ignored, but no switch that changes the images."""
         for name in UNSUPPORTED:
             if config.get(name):
                 raise InputError(f"the scheduler config sets {name}, which no sampler here supports: turn it off")
@@ -118,7 +118,7 @@ class NoiseSchedule:
         return timesteps[:steps].astype(np.float64)
 
     def split(self, prediction: Latents, x: Latents, a: float) -> tuple[Latents, Latents]:
-        """The picture x0 and the noise eps that the U-Net sees in x, (B, C, h, w) each, at signal share a.
+        """The image x0 and the noise eps that the U-Net sees in x, (B, C, h, w) each, at signal share a.
 
         Epsilon: Ho et al. 2020, eq. 9. v: Salimans & Ho 2022, section 4 and appendix D.
         """

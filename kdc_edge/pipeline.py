@@ -1,9 +1,9 @@
-"""From a prompt to a picture, as a generator of steps; whoever consumes it draws progress, times or stops.
+"""From a prompt to an image, as a generator of steps; whoever consumes it draws progress, times or stops.
 
     pipeline = open_pipeline(Path("bundles/onnx-fp16"))                # kdc_edge.runtimes
     for progress in pipeline.run(Request("a red flower", seed=1)):
         print(progress.stage, progress.step, progress.steps)
-    picture = progress.pixels                                          # uint8 (H, W, 3)
+    image = progress.pixels                                          # uint8 (H, W, 3)
 
 An engine gives the three components; everything between them is numpy.
 """
@@ -70,7 +70,7 @@ class Explained(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to make."""
+    """One image to make."""
 
     prompt: str
     negative_prompt: str = ""
@@ -127,7 +127,7 @@ class Pipeline:
         """(1, C, h, w) for the request; raises InputError for a size that the model cannot make."""
         sides = []
         for name, asked in (("height", request.height), ("width", request.width)):
-            pixels = self.model.picture_size if asked is None else asked
+            pixels = self.model.image_size if asked is None else asked
             unit = self.model.vae_scale * self.model.latent_unit
             if pixels < unit or pixels > MAX_SIDE or pixels % unit:
                 raise InputError(f"--{name} {pixels} cannot be made: use a multiple of {unit} up to {MAX_SIDE}")
@@ -152,7 +152,7 @@ class Pipeline:
     def prepare(self, request: Request) -> Iterator[Progress]:
         """Load every component and compile it for what the request will ask of it, yielding after each.
 
-        A pipeline that was not prepared does the same while it makes its first picture.
+        A pipeline that was not prepared does the same while it makes its first image.
         """
         self.check(request)
         wanted = self._shapes(request, self._tokenize(request))
@@ -177,7 +177,7 @@ class Pipeline:
         return {"text_encoder": [text], "unet": unet, "vae_decoder": [decoder]}
 
     def run(self, request: Request) -> Iterator[Progress]:
-        """Make the picture, yielding after each stage; at each step after the U-Net and after the scheduler."""
+        """Make the image, yielding after each stage; at each step after the U-Net and after the scheduler."""
         self.check(request)
         stream = NormalStream(request.seed)
         shape = self.latent_shape(request)
@@ -208,7 +208,7 @@ class Pipeline:
 
         image = self.components["vae_decoder"](latent_sample=latents / np.float32(self.model.scaling_factor))
         if not np.isfinite(image).all():
-            raise KdcError("the decoder's picture holds values that are no numbers: use a bundle with fp32 weights")
+            raise KdcError("the decoder's image holds values that are no numbers: use a bundle with fp32 weights")
         yield Progress("vae_decoder", 1, 1, pixels=to_pixels(image)[0])
 
     def _tokenize(self, request: Request) -> np.ndarray:
@@ -216,7 +216,7 @@ class Pipeline:
         return self.tokenizer.encode(texts)
 
     def generate(self, request: Request) -> np.ndarray:
-        """The picture alone: uint8 (H, W, 3)."""
+        """The image alone: uint8 (H, W, 3)."""
         *_, last = self.run(request)
         assert last.pixels is not None
         return last.pixels

@@ -24,7 +24,7 @@ class Preset:
     family: str  # "sd1" or "garden": which text encoder, VAE and tokenizer go with it
     unet: Config
     unet_parameters: int
-    picture_size: int  # pixels a side
+    image_size: int  # pixels a side
 
 
 def _unet(
@@ -62,7 +62,7 @@ PRESETS: tuple[Preset, ...] = (
            _unet(_SD1, (320, 640, 1280), 1, mid=True, attention_everywhere=True), 420_423_044, 512),
     Preset("bk-tiny", "three stages with attention in all, no mid block", "sd1",
            _unet(_SD1, (320, 640, 1280), 1, mid=False, attention_everywhere=True), 323_384_964, 512),
-    Preset("garden-teacher", "Stable Diffusion 1.x in small, for 64x64 garden pictures", "garden",
+    Preset("garden-teacher", "Stable Diffusion 1.x in small, for 64x64 garden images", "garden",
            _unet(_GARDEN, _GARDEN_STAGES, 2, mid=True), 4_420_932, 64),
     Preset("garden-student", "the KDC-Diff student in small: one layer a block, no mid block", "garden",
            _unet(_GARDEN, _GARDEN_STAGES, 1, mid=False), 2_548_340, 64),

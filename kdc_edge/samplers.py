@@ -1,4 +1,4 @@
-"""The samplers: from noise to a picture in a few steps, in numpy, equal to diffusers over whole runs.
+"""The samplers: from noise to an image in a few steps, in numpy, equal to diffusers over whole runs.
 
 A sampler is a small object: `timesteps` to visit, then for each index i `scale_model_input` before the
 U-Net and `step` after it. Coefficients are computed in double precision, latents stay float32.

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from kdc_edge.bundle import Bundle, Model
+from kdc_edge.bundle import Bundle, Model, kind_of
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.formats import Format, find_format
@@ -109,8 +109,8 @@ def preferred_engine(row: Format) -> Engine:
 class LoadedComponents(Mapping[str, Component]):
     """The three components, each loaded when it is first asked for.
 
-    So the decoder is not yet in memory while the first picture's U-Net runs. With `low_memory` no two are ever
-    there together: asking for one drops the other, which is loaded again for the next picture. With `early`, one
+    So the decoder is not yet in memory while the first image's U-Net runs. With `low_memory` no two are ever
+    there together: asking for one drops the other, which is loaded again for the next image. With `early`, one
     is compiled while another computes, where memory is not short.
     """
 
@@ -209,7 +209,7 @@ def open_for_bench(folder: Path, *, engine: str | None = None, **options: Any) -
 
 def _choose(folder: Path, engine: str | None) -> tuple[Model, Engine]:
     """What the folder computes, and the engine asked for or preferred; InputError where they do not fit."""
-    if (folder / "model_index.json").is_file() and not (folder / "kdc-edge.json").is_file():
+    if kind_of(folder) == "checkpoint":
         if engine not in (None, "torch"):
             raise InputError(f"{folder} is a checkpoint, which only torch runs: export it for {engine} first")
         return read_model(folder), ENGINES["torch"]
@@ -231,8 +231,3 @@ def check_device(runtime: Runtime, device: str | None) -> str:
     elsewhere: Mapping[str, str] = getattr(runtime, "elsewhere", {})  # what brings devices that are not here
     hint = f"; {device} needs {elsewhere[device.upper()]}" if device.upper() in elsewhere else ""
     raise InputError(f"{runtime.name} has no device {device!r} here: choose from {', '.join(names)}{hint}")
-
-
-def first_line(error: Exception) -> str:
-    """What another library's exception says, short enough to stand inside one line of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

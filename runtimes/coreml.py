@@ -22,9 +22,10 @@ from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError
 from kdc_edge.pipeline import Component
 from kdc_edge.runtimes.apple_layout import PROGRAM, Predict, Stage, adapt, in_turn, packages_of
-from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, first_line
+from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
 from kdc_edge.runtimes.coreml_tools import load_coremltools
 from kdc_edge.runtimes.mil.program import read_program
+from kdc_edge.text import one_line
 
 _ct: Any = load_coremltools("running a Core ML bundle")
 
@@ -66,7 +67,7 @@ def _open(package: Path, compiled: Path, units: Any) -> Stage:
         model = _ct.models.CompiledMLModel(str(compiled), units)
     except Exception as error:  # coremltools and the frameworks under it raise whatever comes
         shutil.rmtree(compiled, ignore_errors=True)  # perhaps it was this that is damaged: the next try makes it anew
-        raise BundleError(f"{package} is refused by Core ML: {first_line(error)}; copy or export it again") from None
+        raise BundleError(f"{package} is refused by Core ML: {one_line(error)}; copy or export it again") from None
     return list(inputs), _predict(package, model)
 
 
@@ -83,7 +84,7 @@ def _predict(package: Path, model: Any) -> Predict:
         try:
             found: Mapping[str, np.ndarray] = model.predict(inputs)
         except Exception as error:
-            raise BundleError(f"{package} cannot compute this: {first_line(error)}") from None
+            raise BundleError(f"{package} cannot compute this: {one_line(error)}") from None
         return found
 
     return predict

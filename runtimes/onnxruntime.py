@@ -21,7 +21,8 @@ from kdc_edge.errors import BundleError, InputError, require
 from kdc_edge.files import atomic_folder
 from kdc_edge.hardware import Processor, this_processor
 from kdc_edge.pipeline import Choice, Component
-from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, first_line
+from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
+from kdc_edge.text import one_line
 
 _ort: Any = require("onnxruntime", extra="onnx", purpose="running an ONNX bundle")
 _ort.disable_telemetry_events()
@@ -97,7 +98,7 @@ class OnnxComponent:
         try:
             (output,) = self._session.run([self._output], feeds)
         except Exception as error:  # the engine's exceptions share no root of their own
-            raise BundleError(f"{self._path} cannot compute this: {first_line(error)}") from None
+            raise BundleError(f"{self._path} cannot compute this: {one_line(error)}") from None
         return np.asarray(output, np.float32)
 
     def explain(self) -> Choice:
@@ -150,7 +151,7 @@ class OnnxRuntime:
             # What a device cannot compute falls to the processor; the session adds that by itself.
             session = _ort.InferenceSession(str(path), options, providers=[(provider.name, given)])
         except Exception as error:  # the engine's exceptions share no root of their own
-            said = first_line(error)
+            said = one_line(error)
             if "pset" in said:
                 raise BundleError(
                     f"{path} is too new for onnxruntime {self.version} ({said}): upgrade onnxruntime"
@@ -174,7 +175,7 @@ def _cached(cache: Path, bundle: Bundle, component: str) -> Path:
 
 
 def _session_options(provider: _Provider, threads: int | None, *, low_memory: bool) -> Any:
-    """For one picture's latency: operators one by one on all threads.
+    """For one image's latency: operators one by one on all threads.
 
     The arena keeps what it once had, and a memory pattern takes a second block of the same size at the second call,
     for no gain that could be measured (docs/benchmarks/onnx.md). Where memory is short there is neither, and the

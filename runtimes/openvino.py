@@ -27,7 +27,8 @@ from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError, InputError, KdcError, require
 from kdc_edge.hardware import this_processor
 from kdc_edge.pipeline import Choice, Component, Shapes
-from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, first_line
+from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
+from kdc_edge.text import one_line
 
 
 def without_telemetry() -> None:
@@ -68,7 +69,7 @@ class OpenVinoComponent:
         try:
             found = request.infer(feeds, share_inputs=True, share_outputs=True)
         except RuntimeError as error:
-            raise BundleError(f"{self._path} cannot compute this: {first_line(error)}") from None
+            raise BundleError(f"{self._path} cannot compute this: {one_line(error)}") from None
         return np.array(found[0], np.float32)  # a copy: the engine writes there again
 
     def prepare(self, shapes: Shapes) -> None:
@@ -124,9 +125,7 @@ class OpenVinoComponent:
             model.reshape({name: list(shape) for name, shape in shapes.items()})
         except RuntimeError as error:
             made = ", ".join(f"{port.any_name} {port.partial_shape}" for port in self._model.inputs)
-            raise InputError(
-                f"{self._path} was not made for this size ({first_line(error)}): it takes {made}"
-            ) from None
+            raise InputError(f"{self._path} was not made for this size ({one_line(error)}): it takes {made}") from None
         _demand_memory(weights)
         try:
             with trimmed(weights):
@@ -135,7 +134,7 @@ class OpenVinoComponent:
             if "bad_alloc" in str(error) or isinstance(error, MemoryError):
                 raise _too_little_memory(weights, None) from None
             raise BundleError(
-                f"{self._path} is refused by openvino {OpenVinoRuntime.version} on {self._device}: {first_line(error)}"
+                f"{self._path} is refused by openvino {OpenVinoRuntime.version} on {self._device}: {one_line(error)}"
             ) from None
 
 
@@ -161,7 +160,7 @@ class OpenVinoRuntime:
             model = _CORE.read_model(path)
         except RuntimeError as error:
             raise BundleError(
-                f"{path} is refused by openvino {self.version}: {first_line(error)}; copy or export it again"
+                f"{path} is refused by openvino {self.version}: {one_line(error)}; copy or export it again"
             ) from None
         _leave_tables(model)
         settings = _settings(chosen, options.threads, exact=options.exact or bundle.manifest.precision == "fp32")
@@ -186,7 +185,7 @@ def _cache_settings(folder: Path, path: Path) -> dict[str, Any]:
 
 
 def _settings(device: str, threads: int | None, *, exact: bool) -> dict[str, Any]:
-    """For one picture's latency."""
+    """For one image's latency."""
     found: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if exact:
         found |= {"INFERENCE_PRECISION_HINT": "f32"} | ({DYNAMIC: 0} if device == "CPU" else {})

@@ -19,7 +19,8 @@ import numpy as np
 from kdc_edge.diffusers_folder import check_weights
 from kdc_edge.errors import CheckpointError, InputError, require
 from kdc_edge.pipeline import Choice, Component
-from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, first_line
+from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
+from kdc_edge.text import one_line
 
 _torch: Any = require("torch", extra="train", purpose="running a checkpoint")
 
@@ -49,7 +50,7 @@ def load_network(checkpoint: Path, component: str) -> Any:
                 folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **dtype
             )
     except Exception as error:  # both libraries raise whatever comes
-        raise CheckpointError(f"{folder} cannot be read as {class_name}: {first_line(error)}") from None
+        raise CheckpointError(f"{folder} cannot be read as {class_name}: {one_line(error)}") from None
     lost = [*found["missing_keys"], *found["mismatched_keys"]]
     if lost:  # the libraries would fill these in at random
         raise CheckpointError(f"{folder} lacks {len(lost)} weights of {class_name}, such as {lost[0]}: save it again")

@@ -1,4 +1,4 @@
-"""The README does what it says: its commands run, its table is the code's, its pictures exist."""
+"""The README does what it says: its commands run, its table is the code's, its images exist."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdc_edge.formats import markdown_table
+from kdc_edge.formats import formats_table
 from kdc_edge.image import read_parameters
 from tests.cli.test_commands import run
 
@@ -27,10 +27,10 @@ SHORT = """
 steps = 2
 batch-size = 2
 samples = 8
-eval-pictures = 2
+eval-images = 2
 replay = 4
 [eval]
-pictures = 2
+images = 2
 [bench]
 steps = 2
 repeats = 1
@@ -50,9 +50,9 @@ def test_the_bare_workflow_and_every_other_command(tmp_path: Path) -> None:
     assert trained.stdout.strip() == "runs/001/checkpoint"
     assert "no precision given: fp16" in exported.stderr
     assert exported.stdout.strip() == "bundles/onnx-fp16"
-    picture = tmp_path / generated.stdout.strip()
-    assert np.asarray(Image.open(picture)).shape == (64, 64, 3)
-    assert ours[2][1] in read_parameters(picture).values()
+    image = tmp_path / generated.stdout.strip()
+    assert np.asarray(Image.open(image)).shape == (64, 64, 3)
+    assert ours[2][1] in read_parameters(image).values()
     assert "onnx-fp16" in benched.stdout
 
     assert (tmp_path / "runs" / "latest").resolve() == tmp_path / "runs" / "002"
@@ -73,7 +73,7 @@ def test_the_other_commands_are_targets_of_the_makefile() -> None:
 
 
 def test_the_table_of_formats_is_the_codes() -> None:
-    assert markdown_table() in README
+    assert formats_table() in README
 
 
 def test_linked_files_exist() -> None:

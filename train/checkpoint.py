@@ -21,6 +21,7 @@ from kdc_edge.errors import CheckpointError, InputError, require
 from kdc_edge.files import atomic_folder, read_json, write_atomic
 from kdc_edge.presets import SCHEDULER, TEXT_ENCODERS, VAES, Preset
 from kdc_edge.runtimes.torch import load_network, quiet
+from kdc_edge.text import one_line
 from kdc_edge.tokenizer import CLIP_FOLDER, write_vocabulary
 from kdc_edge.train.student import Account, make_student
 
@@ -53,7 +54,7 @@ def _fetch(hub_id: str) -> Path:
     try:
         return Path(hub.snapshot_download(hub_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT))
     except Exception as error:  # offline, no such id, no permission, no space: the library has a dozen kinds
-        words = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        words = one_line(error)
         raise CheckpointError(
             f"{hub_id} is neither a folder nor can it be had from the hub: {words:.200};"
             " check the name, the network and HF_HUB_OFFLINE"

@@ -39,7 +39,7 @@ class TrainConfig:
     steps: int = 300  # of each task
     batch_size: int = 16  # samples a step, over all processes
     accumulate: int = 1  # parts in which a process computes its share of a batch, one after the other
-    samples: int | None = None  # pictures of each task; all where None (2,000 of the garden)
+    samples: int | None = None  # images of each task; all where None (2,000 of the garden)
     resolution: int | None = None  # pixels a side; the teacher's own where None
     inherit: bool = True  # start from the teacher's weights
     learning_rate: float = 1e-3
@@ -65,7 +65,7 @@ class TrainConfig:
     keep: int = 2  # saved states, the newest
     sample_every: int = 0  # steps between sample sheets; 0 = none
     log_with: str = "tensorboard"  # or "none", "wandb", "trackio"
-    eval_pictures: int = 32  # of each task, after each task
+    eval_images: int = 32  # of each task, after each task
     metric_weights: Path | None = None  # folder with the weight files of FID, LPIPS and the CLIP score
     cache: Path | None = None  # of latents and embeddings; in the run's folder where None
 
@@ -86,8 +86,8 @@ class TrainConfig:
                 raise InputError(f"{flag(name)} {getattr(self, name)!r} is unknown: choose from {', '.join(choices)}")
         if not 0 < self.learning_rate < 1:
             raise InputError(f"--learning-rate {self.learning_rate} is out of range: 1e-5 to 1e-3 is usual")
-        if self.eval_pictures < 2:
-            raise InputError(f"--eval-pictures {self.eval_pictures} is too few: use 2 or more")
+        if self.eval_images < 2:
+            raise InputError(f"--eval-images {self.eval_images} is too few: use 2 or more")
         if not self.tasks:
             raise InputError("there is nothing to learn: give at least one --task NAME=SOURCE")
         if len({t.name for t in self.tasks}) < len(self.tasks):

@@ -39,7 +39,7 @@ from kdc_edge.train.distributed import make_accelerator, make_optimizer, shard_a
 from kdc_edge.train.objective import QUARTERS, Batch, Distillation, Stopwatch
 from kdc_edge.train.quality.evaluate import Generator, Score
 from kdc_edge.train.quality.held_out import score
-from kdc_edge.train.quality.metrics import PictureMetrics
+from kdc_edge.train.quality.metrics import ImageMetrics
 from kdc_edge.train.quality.report import model_card, write_results
 from kdc_edge.train.quality.sheet import write_sample_sheet
 from kdc_edge.train.replay import ReplayBuffer
@@ -80,7 +80,7 @@ class Trainer:
         self.device: torch.device = self.accelerator.device
         preset = find_preset(config.student)
         self.model = read_model(config.teacher)
-        self.size = self._picture_size()
+        self.size = self._image_size()
         self._claim_folder(resume)  # after what can be refused at once
         teacher = load_network(config.teacher, "unet")
         self.student, self.inherited = make_student(preset, teacher, seed=config.seed, inherit_weights=config.inherit)
@@ -94,7 +94,7 @@ class Trainer:
         self.objective = Distillation(self.teacher, self.student, self.schedule, config.loss, self.device)
         self.watch = Stopwatch(self.device)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.metrics = PictureMetrics(config.metric_weights, self.device)
+        self.metrics = ImageMetrics(config.metric_weights, self.device)
         self._prepare()
         budget = None if config.replay_mb is None else int(config.replay_mb * 1e6)
         capacity = config.replay if budget is None else 10**9
@@ -122,7 +122,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_atomic(path, json.dumps(self.config.as_json(), indent=2))
 
-    def _picture_size(self) -> int:
+    def _image_size(self) -> int:
         size = self.config.resolution or self.model.latent_size * self.model.vae_scale
         unit = self.model.vae_scale * self.model.latent_unit
         if size % unit or size < unit:
@@ -306,12 +306,12 @@ class Trainer:
             return {t.name: self.score(generator, t) for t in self.config.tasks}
 
     def score(self, generator: Generator, task: Task) -> Score:
-        """A picture generator's quality on a task."""
+        """An image generator's quality on a task."""
         return score(self, generator, task)
 
     @contextmanager
     def averaged(self) -> Iterator[Generator]:
-        """A context in which the student has its moving average's weights: gives a picture generator."""
+        """A context in which the student has its moving average's weights: gives an image generator."""
         self.ema.store(self.student.parameters())
         self.ema.copy_to(self.student.parameters())
         self.student.eval()
@@ -328,7 +328,7 @@ class Trainer:
     def _draw_samples(self) -> None:
         with self.averaged() as generator:
             path = write_sample_sheet(self.run_folder, generator, self.config.tasks, self.position.total, self.size)
-        self.tracker.log_picture(path, self.position.total)
+        self.tracker.log_image(path, self.position.total)
 
     # --- saving ---
 

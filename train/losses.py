@@ -39,7 +39,7 @@ def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Te
     """T^2 * KL(softmax_c(teacher / T) || softmax_c(student / T)) over the channels, (B, C, h, w) -> (B,).
 
     Averaged over positions. The authors' `batchmean` sums over positions, which is h * w times larger
-    (4096 at 64x64 latents) and changes with the picture's size. T^2 keeps the gradient's scale (Hinton et al.,
+    (4096 at 64x64 latents) and changes with the image's size. T^2 keeps the gradient's scale (Hinton et al.,
     arXiv 1503.02531, section 2).
     """
     log_student = F.log_softmax(student / temperature, dim=1)  # (B, C, h, w)

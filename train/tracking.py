@@ -33,7 +33,7 @@ class Tracker:
                 {f"loss/{n}": v for n, v in losses.items()} | parts | {"learning rate": rate}, step=step
             )
 
-    def log_picture(self, path: Path, step: int) -> None:
+    def log_image(self, path: Path, step: int) -> None:
         """A sheet of samples."""
         if self.on and self.accelerator.is_main_process:
             for tracker in self.accelerator.trackers:

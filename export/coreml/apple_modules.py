@@ -36,7 +36,7 @@ class AppleUNet(UNet):
 
 
 class AppleVaeDecoder(VaeDecoder):
-    """z (1, C, h, w) -> picture (1, 3, 8h, 8w) in [-1, 1]."""
+    """z (1, C, h, w) -> image (1, 3, 8h, 8w) in [-1, 1]."""
 
     def forward(self, z: Tensor) -> Tensor:
         return super().forward(z)
@@ -94,16 +94,16 @@ def apple_network(part: ExportComponent, model: Model, *, unet_batch: int) -> Ap
             },
             "predicts the noise in latents",
         )
-    side = model.picture_size
+    side = model.image_size
     return AppleNetwork(
         AppleVaeDecoder(inner.vae),
         {"z": floats(1, *latents)},
         {"image": floats(1, int(described["sample"][1]), side, side)},
         {
             "z": "latents, divided by the scaling factor",
-            "image": "the picture in [-1, 1]",
+            "image": "the image in [-1, 1]",
         },
-        "turns latents into a picture",
+        "turns latents into an image",
     )
 
 

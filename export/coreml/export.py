@@ -34,8 +34,8 @@ from kdc_edge.export.rewrites.attention import ATTENTIONS, set_attention
 from kdc_edge.files import refuse_foreign_folder
 from kdc_edge.formats import Format, find_format
 from kdc_edge.runtimes.apple_layout import CHUNKS, PACKAGES, PROGRAM
-from kdc_edge.runtimes.base import first_line
 from kdc_edge.runtimes.coreml_tools import load_coremltools
+from kdc_edge.text import one_line
 
 DEPLOYMENT_TARGETS = ("iOS17", "iOS18")  # macOS 14 and 15
 UNET_BATCHES = (1, 2)
@@ -96,7 +96,7 @@ def export_coreml(
     recipe, calibration = chosen.recipe, None
     if chosen.budget is not None:
         samples = MIXED_SAMPLES if calibration_samples is None else calibration_samples
-        calibration = calibrate(checkpoint, calibration_prompts, samples, samples_a_picture=1)
+        calibration = calibrate(checkpoint, calibration_prompts, samples, samples_an_image=1)
         recipe = export.search(calibration, out.parent)
     return write_bundle(
         checkpoint,
@@ -199,7 +199,7 @@ def convert(network: AppleNetwork, *, half: bool, target: str) -> Any:
                 skip_model_load=True,
             )
         except Exception as error:  # coremltools raises whatever comes
-            raise CheckpointError(f"coremltools {ct.__version__} cannot convert this: {first_line(error)}") from None
+            raise CheckpointError(f"coremltools {ct.__version__} cannot convert this: {one_line(error)}") from None
 
 
 def compress(package: Any, precision: str) -> Any:

@@ -2,7 +2,7 @@
 
     for name, network, package in extra_networks(checkpoint, model): ...
 
-The encoder starts image-to-image; the checker looks at pictures before they are shown, and is exported where the
+The encoder starts image-to-image; the checker looks at images before they are shown, and is exported where the
 checkpoint has one. Neither is part of our own pipeline, so each is proved here on one input, alone.
 """
 
@@ -22,16 +22,16 @@ from kdc_edge.export.coreml.apple_modules import AppleNetwork, floats
 from kdc_edge.export.parity import compare
 from kdc_edge.formats import Format
 from kdc_edge.runtimes.apple_layout import PROGRAM
-from kdc_edge.runtimes.base import first_line
 from kdc_edge.runtimes.mil.evaluator import Evaluator
 from kdc_edge.runtimes.mil.program import read_program
 from kdc_edge.runtimes.torch import load_network
+from kdc_edge.text import one_line
 
 EXTRAS = {"vae_encoder": "VAEEncoder", "safety_checker": "SafetyChecker"}
 
 
 class AppleVaeEncoder(nn.Module):
-    """A picture (1, 3, 8h, 8w) in [-1, 1] and noise -> latents (1, C, h, w), as noisy as the first step wants them."""
+    """An image (1, 3, 8h, 8w) in [-1, 1] and noise -> latents (1, C, h, w), as noisy as the first step wants them."""
 
     def __init__(self, network: Any, scaling_factor: float) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class AppleVaeEncoder(nn.Module):
 
 
 class AppleSafetyChecker(nn.Module):
-    """A picture as CLIP sees it (1, 3, S, S) -> is it unsafe, and by how much (1, concepts)."""
+    """An image as CLIP sees it (1, 3, S, S) -> is it unsafe, and by how much (1, concepts)."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def extra_networks(checkpoint: Path, model: Model) -> Iterator[tuple[str, AppleN
 
 
 def prove(name: str, network: AppleNetwork, package: Path, row: Format) -> Check:
-    """The package's last output against PyTorch's, on one smooth random picture."""
+    """The package's last output against PyTorch's, on one smooth random image."""
     rng = np.random.default_rng(0)
     inputs = {n: _smooth(rng, [int(side) for side in t.shape]) for n, t in network.inputs.items()}
     with torch.no_grad():
@@ -97,7 +97,7 @@ def prove(name: str, network: AppleNetwork, package: Path, row: Format) -> Check
 
 
 def _smooth(rng: np.random.Generator, shape: list[int]) -> np.ndarray:
-    """Values in [-1, 1]; patches of 8 pixels where it is a picture."""
+    """Values in [-1, 1]; patches of 8 pixels where it is an image."""
     if len(shape) < 4 or shape[-1] % 8 or shape[-2] % 8:
         return rng.uniform(0, 1, shape).astype(np.float32)
     small = rng.uniform(-1, 1, [*shape[:2], shape[2] // 8, shape[3] // 8]).astype(np.float32)
@@ -107,7 +107,7 @@ def _smooth(rng: np.random.Generator, shape: list[int]) -> np.ndarray:
 def _vae_encoder(checkpoint: Path, model: Model) -> AppleNetwork:
     network = load_network(checkpoint, "vae_decoder")  # the same file holds both halves
     latents = [1, model.latent_channels, model.latent_size, model.latent_size]
-    side = model.picture_size
+    side = model.image_size
     return AppleNetwork(
         AppleVaeEncoder(network, model.scaling_factor).eval(),
         {
@@ -119,14 +119,14 @@ def _vae_encoder(checkpoint: Path, model: Model) -> AppleNetwork:
         },
         {"latent": floats(*latents)},
         {
-            "sample": "a picture in [-1, 1]",
+            "sample": "an image in [-1, 1]",
             "diagonal_noise": "unit normal, for drawing from the encoder's distribution",
             "noise": "unit normal, added to the latents",
-            "sqrt_alphas_cumprod": "how much of the picture is left at the first step",
+            "sqrt_alphas_cumprod": "how much of the image is left at the first step",
             "sqrt_one_minus_alphas_cumprod": "how much noise there is at the first step",
             "latent": "noisy latents",
         },
-        "turns a picture into latents",
+        "turns an image into latents",
     )
 
 
@@ -136,24 +136,24 @@ def _safety_checker(folder: Path, model: Model) -> AppleNetwork:
     try:
         network = StableDiffusionSafetyChecker.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except Exception as error:  # both libraries raise whatever comes
-        raise CheckpointError(f"{folder} cannot be read as a safety checker: {first_line(error)}") from None
+        raise CheckpointError(f"{folder} cannot be read as a safety checker: {one_line(error)}") from None
     side = int(network.config.vision_config.image_size)
-    pictures = [1, model.picture_size, model.picture_size, 3]
+    images = [1, model.image_size, model.image_size, 3]
     return AppleNetwork(
         AppleSafetyChecker(network.float().eval()),
-        {"clip_input": floats(1, 3, side, side), "images": floats(*pictures), "adjustment": floats(1)},
+        {"clip_input": floats(1, 3, side, side), "images": floats(*images), "adjustment": floats(1)},
         {
-            "filtered_images": floats(*pictures),
+            "filtered_images": floats(*images),
             "has_nsfw_concepts": floats(1),
             "concept_scores": floats(1, len(network.concept_embeds)),
         },
         {
-            "clip_input": "the picture as CLIP sees it, normalized",
-            "images": "pictures to make black where they are unsafe",
+            "clip_input": "the image as CLIP sees it, normalized",
+            "images": "images to make black where they are unsafe",
             "adjustment": "added to every score: more is stricter",
-            "filtered_images": "the pictures, black where they are unsafe",
-            "has_nsfw_concepts": "1 where the picture is unsafe",
-            "concept_scores": "above 0 where a concept is in the picture",
+            "filtered_images": "the images, black where they are unsafe",
+            "has_nsfw_concepts": "1 where the image is unsafe",
+            "concept_scores": "above 0 where a concept is in the image",
         },
-        "says whether a picture is safe to show",
+        "says whether an image is safe to show",
     )

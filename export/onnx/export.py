@@ -114,8 +114,8 @@ def export_onnx(
 
 def static_sizes(model: Model) -> dict[str, int]:
     """What --static puts in place of each free size: one sample, as large as the model was made for."""
-    latent, picture = model.latent_size, model.picture_size
-    return {"batch_size": 1, "latent_height": latent, "latent_width": latent, "height": picture, "width": picture}
+    latent, image = model.latent_size, model.image_size
+    return {"batch_size": 1, "latent_height": latent, "latent_width": latent, "height": image, "width": image}
 
 
 def _fixed(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ Activations are uint8 (one scale a tensor), weights int8 (one scale an output ch
 VNNI, AMX and Arm's dot products want them: QLinearConv, whose output is uint8 as well, and MatMulIntegerToFloat. The
 ranges are the smallest and largest values of the student's own generation. Then each layer's quantized twin computes
 beside it, from the same float input: where the twin's answer is too far off, the layer stays in float. So do those
-that read or write the latents: they cost nothing and every error of theirs is in the picture.
+that read or write the latents: they cost nothing and every error of theirs is in the image.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     store_bits(model, 4)             # matrices in 4 bits, in blocks; convolutions in 8 bits
 
 Nothing here changes what is computed in: 32 bits. (MatMulNBits could round activations to 8 bits on the way, accuracy
-level 4: a U-Net step is then a tenth faster, and a picture of the garden fell from 39 to 26 dB.)
+level 4: a U-Net step is then a tenth faster, and an image of the garden fell from 39 to 26 dB.)
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Upsampling in less than half the arithmetic: four small convolutions instead of one on a picture of repeated pixels.
+"""Upsampling in less than half the arithmetic: four small convolutions instead of one on an image of repeated pixels.
 
     split_upsampling(module)        # in place, before it is traced; the answers stay the same
 
-SD's networks double a picture's sides by repeating each pixel, and convolve 3x3. Of the nine pixels that a window
-reads, most are the same ones: it covers 2x2 pixels of the small picture, which 2x2 it is depends on whether row and
-column are even or odd. So each of the four cases is a 2x2 convolution of the small picture with sums of the nine
+SD's networks double an image's sides by repeating each pixel, and convolve 3x3. Of the nine pixels that a window
+reads, most are the same ones: it covers 2x2 pixels of the small image, which 2x2 it is depends on whether row and
+column are even or odd. So each of the four cases is a 2x2 convolution of the small image with sums of the nine
 weights, four products in place of nine (Shi et al., "Is the deconvolution layer the same as a convolutional layer?",
 arXiv 1609.07009). The price: 16 weights where 9 were. In the 482M student that is 5 % of the U-Net's weights for 7 % of
 its arithmetic, in the decoder 3 % of the weights for 15 %; docs/benchmarks/onnx.md has the times.

@@ -4,7 +4,7 @@
     choose(rows, budget)                       # a Row, or None
     nearest(rows, budget)                      # the row that misses by the smallest factor
 
-Cheapest, in this order: the most steps (a picture of fewer steps is another picture, and its PSNR, which compares with
+Cheapest, in this order: the most steps (an image of fewer steps is another image, and its PSNR, which compares with
 the same steps in PyTorch, does not tell how much worse), the sampler named first, the least time, the least peak
 memory, the smallest folder. Times within 5 % of the least count as equal. Pure functions: nothing is measured here.
 """
@@ -31,14 +31,14 @@ class Budget:
     """What a device or its user allows; None where anything goes."""
 
     max_size_bytes: int | None = None  # of the folder
-    max_sec: float | None = None  # for a picture from the prompt to the PNG, warm, median
+    max_sec: float | None = None  # for an image from the prompt to the PNG, warm, median
     max_memory_bytes: int | None = None  # the process's peak, loading included
-    min_psnr_db: float | None = None  # of the picture against PyTorch's from the same noise, steps and sampler
+    min_psnr_db: float | None = None  # of the image against PyTorch's from the same noise, steps and sampler
 
     def describe(self) -> str:
         """'at most 300 MB, at most 10 s, at least 30 dB'."""
         words = [f"at most {bytes_text(self.max_size_bytes)} on disk"] if self.max_size_bytes is not None else []
-        words += [f"at most {self.max_sec:g} s a picture"] if self.max_sec is not None else []
+        words += [f"at most {self.max_sec:g} s an image"] if self.max_sec is not None else []
         words += [f"at most {bytes_text(self.max_memory_bytes)} of memory"] if self.max_memory_bytes is not None else []
         words += [f"at least {self.min_psnr_db:g} dB"] if self.min_psnr_db is not None else []
         return ", ".join(words) or "no limit"
@@ -53,7 +53,7 @@ class Shortfall:
 
 
 def quality_db(row: Row) -> float | None:
-    """PSNR of the picture, infinite for an equal one; a reference's own is its export's proof. None: not known."""
+    """PSNR of the image, infinite for an equal one; a reference's own is its export's proof. None: not known."""
     found = values(row)
     if found["psnr"] is None and row.reference and row.parity is None:
         return math.inf
@@ -121,7 +121,7 @@ class Offer:
 
     folder: Path
     size_bytes: int
-    parity_db: float | None  # the export's proof; infinite for equal pictures
+    parity_db: float | None  # the export's proof; infinite for equal images
 
 
 @dataclass(frozen=True)
@@ -215,14 +215,14 @@ def _alike(candidate: Candidate, tried: Mapping[Candidate, Row]) -> Iterator[Row
 
 
 def expected_sec(row: Row, steps: int) -> float | None:
-    """What a picture of so many steps would take, from one of `row.steps`; None where its steps were not timed."""
+    """What an image of so many steps would take, from one of `row.steps`; None where its steps were not timed."""
     if row.timings is None or row.timings.unet_step is None:
         return None
     return row.timings.end_to_end.median_sec - (row.steps - steps) * row.timings.unet_step.median_sec
 
 
 def generate_command(row: Row, prompt: str | None = None) -> str:
-    """The kdc-edge generate command that makes a picture as this row did."""
+    """The kdc-edge generate command that makes an image as this row did."""
     words = ["kdc-edge", "generate", row.prompt if prompt is None else prompt, "--bundle", row.folder]
     words += ["--steps", str(row.steps), "--scheduler", row.sampler, "--guidance", f"{row.guidance:g}"]
     options = {

@@ -22,7 +22,7 @@ from kdc_edge.errors import InputError
 
 HEADER = ("Row", "What", "Old", "New", "Ratio", "95 % interval", "Verdict")
 TITLES = {
-    "end_to_end_sec": "picture",
+    "end_to_end_sec": "image",
     "unet_step_sec": "U-Net step",
     "vae_decoder_sec": "decoder",
     "cold_sec": "cold",

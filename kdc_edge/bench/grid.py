@@ -69,7 +69,7 @@ def grid(
 
 
 def references(what: str | Path, cases: Sequence[Case]) -> list[Case]:
-    """What makes, once and not to be timed, the picture of each request in the cases."""
+    """What makes, once and not to be timed, the image of each request in the cases."""
     folder, engine = split_baseline(what)
     requests = {replace(case.request, guidance_mode=None): None for case in cases}
     return [Case(folder, request, repeats=1, warmup=0, engine=engine) for request in requests]

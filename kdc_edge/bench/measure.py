@@ -3,7 +3,7 @@
     found = measure(partial(open_pipeline, folder), Request("a red flower"), repeats=5, warmup=1)
     found.timings.end_to_end.median_sec
 
-What it says of memory and of the first picture is about this process: runner.py gives each measurement a fresh one.
+What it says of memory and of the first image is about this process: runner.py gives each measurement a fresh one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from kdc_edge.errors import InputError, KdcError
 from kdc_edge.image import encode_png
 from kdc_edge.pipeline import Choice, Explained, Pipeline, Progress, Request
 
-Laps = dict[str, list[float]]  # of one picture, by stage
-MIN_PICTURES, MAX_PICTURES = 5, 50  # that count, where nobody says how many
-FILL_SEC = 2.0  # and as long: what disturbs a machine comes and goes, a picture of 0.2 s may fall between
+Laps = dict[str, list[float]]  # of one image, by stage
+MIN_IMAGES, MAX_IMAGES = 5, 50  # that count, where nobody says how many
+FILL_SEC = 2.0  # and as long: what disturbs a machine comes and goes, an image of 0.2 s may fall between
 ONCE = ("tokenize", "text_encoder", "unet_first_step", "scheduler", "vae_decoder", "png", "end_to_end")
 
 
@@ -32,12 +32,12 @@ class Measurement:
 
     timings: Timings
     peak_rss_bytes: int | None  # of this process so far
-    energy_joules: float | None  # per counted picture
+    energy_joules: float | None  # per counted image
     disturbance: Disturbance
     provider: str | None
     arithmetic: str | None
-    pixels: np.ndarray  # uint8 (H, W, 3), the last picture
-    prompt_pictures: np.ndarray  # uint8 (N, H, W, 3), one a prompt
+    pixels: np.ndarray  # uint8 (H, W, 3), the last image
+    prompt_images: np.ndarray  # uint8 (N, H, W, 3), one a prompt
 
 
 def measure(
@@ -50,11 +50,11 @@ def measure(
     started: float | None = None,
     prompts: Sequence[str] = (),
 ) -> Measurement:
-    """Open, run `warmup` pictures that do not count and `repeats` that do; every sample is kept.
+    """Open, run `warmup` images that do not count and `repeats` that do; every sample is kept.
 
     `repeats` None: 5, and more until they fill two seconds.
     `started` is when the process was (time.perf_counter), the call itself where None. With `low_memory`, where no two
-    components are in memory together, they are loaded within each picture. Last, and not timed, come the pictures of
+    components are in memory together, they are loaded within each image. Last, and not timed, come the images of
     `prompts`, from seeds that count up.
     """
     check_counts(repeats, warmup)
@@ -69,19 +69,19 @@ def measure(
             loading[progress.stage] = loading.get(progress.stage, 0.0) + now - last
             last = now
     choices: dict[str, Choice] = {}
-    pictures: list[Laps] = []
+    images: list[Laps] = []
     pixels = np.empty(0)
     cold_sec = 0.0
-    while not _enough(pictures[warmup:], repeats):
-        if len(pictures) == warmup:
+    while not _enough(images[warmup:], repeats):
+        if len(images) == warmup:
             watch = Watch(earlier=whole)
         ready = perf_counter()
-        laps, pixels = _time_picture(pipeline, request, choices)
-        pictures.append(laps)
-        if len(pictures) == 1:
+        laps, pixels = _time_image(pipeline, request, choices)
+        images.append(laps)
+        if len(images) == 1:
             cold_sec = ready - (begin if started is None else started) + laps["end_to_end"][0]
         watch.look()
-    laps = {stage: [s for p in pictures[warmup:] for s in p[stage]] for stage in pictures[0]}
+    laps = {stage: [s for p in images[warmup:] for s in p[stage]] for stage in images[0]}
     timings = Timings(
         load=_timing([loading["load"]]),
         compile=Timing.of([loading["compile"]] if "compile" in loading else []),
@@ -99,20 +99,20 @@ def measure(
         provider=_provider(choices),
         arithmetic=choices["unet"].arithmetic if "unet" in choices else None,
         pixels=pixels,
-        prompt_pictures=np.array([pipeline.generate(r) for r in asked], np.uint8).reshape(-1, *pixels.shape),
+        prompt_images=np.array([pipeline.generate(r) for r in asked], np.uint8).reshape(-1, *pixels.shape),
     )
 
 
-def _enough(pictures: Sequence[Laps], repeats: int | None) -> bool:
-    """Do these pictures tell how long one takes?"""
+def _enough(images: Sequence[Laps], repeats: int | None) -> bool:
+    """Do these images tell how long one takes?"""
     if repeats is not None:
-        return len(pictures) >= repeats
-    filled = sum(laps["end_to_end"][0] for laps in pictures) >= FILL_SEC
-    return len(pictures) >= (MIN_PICTURES if filled else MAX_PICTURES)
+        return len(images) >= repeats
+    filled = sum(laps["end_to_end"][0] for laps in images) >= FILL_SEC
+    return len(images) >= (MIN_IMAGES if filled else MAX_IMAGES)
 
 
-def _time_picture(pipeline: Pipeline, request: Request, choices: dict[str, Choice]) -> tuple[Laps, np.ndarray]:
-    """The laps of one picture, and the picture; `choices` is filled with what the components' engines chose."""
+def _time_image(pipeline: Pipeline, request: Request, choices: dict[str, Choice]) -> tuple[Laps, np.ndarray]:
+    """The laps of one image, and the image; `choices` is filled with what the components' engines chose."""
     laps: Laps = {stage: [] for stage in (*ONCE, "unet_step")}
     pixels, whole_sec = None, 0.0
     last = perf_counter()
@@ -128,7 +128,7 @@ def _time_picture(pipeline: Pipeline, request: Request, choices: dict[str, Choic
             del component  # a pipeline that is short of memory drops it before it loads the next
         last = perf_counter()
     if pixels is None:
-        raise KdcError("the pipeline ended without a picture")
+        raise KdcError("the pipeline ended without an image")
     last = perf_counter()
     encode_png(pixels)
     laps["png"].append(perf_counter() - last)
@@ -145,7 +145,7 @@ def _stage(progress: Progress) -> str:
 
 def _timing(samples_sec: list[float]) -> Timing:
     timing = Timing.of(samples_sec)
-    assert timing is not None  # the pipeline yields this stage for every picture
+    assert timing is not None  # the pipeline yields this stage for every image
     return timing
 
 

@@ -1,9 +1,9 @@
-"""A benchmark as one HTML page: the verdict first, then charts, pictures, every number, conditions, and the raw data.
+"""A benchmark as one HTML page: the verdict first, then charts, images, every number, conditions, and the raw data.
 
-    html = benchmark_page(report, pictures)                   # pictures[i] belongs to report.rows[i], or is None
-    html = benchmark_page(report, pictures, budget=Budget(max_sec=10, min_psnr_db=30))
+    html = benchmark_page(report, images)                   # images[i] belongs to report.rows[i], or is None
+    html = benchmark_page(report, images, budget=Budget(max_sec=10, min_psnr_db=30))
 
-Where nobody gave a budget, the verdict is for pictures that differ from PyTorch's by little (30 dB).
+Where nobody gave a budget, the verdict is for images that differ from PyTorch's by little (30 dB).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from kdc_edge.bench.budget import Budget, choose, generate_command, nearest, quality_db, shortfalls
 from kdc_edge.bench.record import Environment, Report, Row, Timing, to_json
-from kdc_edge.bench.reference import picture_key
+from kdc_edge.bench.reference import image_key
 from kdc_edge.bench.tables import byte_unit_of, bytes_text, columns, conditions, notes, rows_as_csv, time_text, unit_of
 from kdc_edge.bench.values import labels, values
 from kdc_edge.formats import GOOD_PSNR_DB
@@ -28,19 +28,19 @@ from kdc_edge.report.html import (
     command,
     data_table,
     downloads,
+    image_cards,
     page,
     paragraph,
-    picture_cards,
     side_by_side,
     stacked_bars,
     tiles,
 )
 from kdc_edge.report.scatter import Axis, Point, scatter_chart
 
-Pictures = Sequence[np.ndarray | None]  # uint8 (H, W, 3), one a row
+Images = Sequence[np.ndarray | None]  # uint8 (H, W, 3), one a row
 
 GOOD = Budget(min_psnr_db=GOOD_PSNR_DB)
-# What a picture's time is made of: its name, and the stages that it sums up.
+# What an image's time is made of: its name, and the stages that it sums up.
 PARTS = {
     "text": ("tokenize", "text_encoder"),
     "U-Net, first step": ("unet_first_step",),
@@ -51,7 +51,7 @@ PARTS = {
 }
 
 
-def benchmark_page(report: Report, pictures: Pictures = (), *, budget: Budget = GOOD, more: Sequence[str] = ()) -> str:
+def benchmark_page(report: Report, images: Images = (), *, budget: Budget = GOOD, more: Sequence[str] = ()) -> str:
     """The whole document; `more` are lines for the verdict's section."""
     rows = report.rows
     title, lead = verdict(rows, budget)
@@ -59,7 +59,7 @@ def benchmark_page(report: Report, pictures: Pictures = (), *, budget: Budget = 
         Section("In short", _in_short(rows, budget, more)),
         Section("Speed, memory, size, quality", _scatters(rows, budget)),
         Section("Where the time goes", _bars(rows)),
-        Section("Pictures", _pictures(rows, pictures)),
+        Section("Images", _images(rows, images)),
         Section("Every row", _table(rows)),
         Section("Conditions", [bullets(_conditions(report))]),
         Section("Data", _data(report)),
@@ -84,7 +84,7 @@ def verdict(rows: Sequence[Row], budget: Budget) -> tuple[str, str]:
     chosen = choose(rows, budget)
     if chosen is not None:
         found = values(chosen)
-        facts = [f"{time_text(found['end_to_end_sec'])} a picture"]
+        facts = [f"{time_text(found['end_to_end_sec'])} an image"]
         if found["peak_rss_bytes"] is not None:
             facts.append(f"{bytes_text(found['peak_rss_bytes'])} of memory at the peak")
         facts += [f"{bytes_text(found['size_bytes'])} on disk", f"{_db(chosen)} against PyTorch"]
@@ -103,7 +103,7 @@ def _in_short(rows: Sequence[Row], budget: Budget, more: Sequence[str]) -> list[
     if shown is not None:
         found = values(shown)
         figures = [
-            (time_text(found["end_to_end_sec"]), "for a picture"),
+            (time_text(found["end_to_end_sec"]), "for an image"),
             (bytes_text(found["peak_rss_bytes"]), "of memory at the peak"),
             (bytes_text(found["size_bytes"]), "on disk"),
             (_db(shown), "against PyTorch"),
@@ -163,7 +163,7 @@ def _scatters(rows: Sequence[Row], budget: Budget) -> list[Html]:
         scatter_chart(
             speed,
             title="Time and memory: the lower left is best",
-            x=Axis(f"time for a picture, {time_unit}", _scaled(budget.max_sec, sec), "the most time allowed"),
+            x=Axis(f"time for an image, {time_unit}", _scaled(budget.max_sec, sec), "the most time allowed"),
             y=Axis(f"peak memory, {memory_unit}", _scaled(budget.max_memory_bytes, memory), "the most memory allowed"),
             groups=groups,
         ),
@@ -181,7 +181,7 @@ def _scatters(rows: Sequence[Row], budget: Budget) -> list[Html]:
         line = f"Equal to the reference to the last bit, so not in the chart of quality: {', '.join(equal)}."
         blocks.append(paragraph(line, small=True))
     if proved := [label for label, row, found in named if row.target and found["psnr"] is None and row.parity]:
-        line = f"In the chart of quality by the proof of their export, which made other pictures: {', '.join(proved)}."
+        line = f"In the chart of quality by the proof of their export, which made other images: {', '.join(proved)}."
         blocks.append(paragraph(line, small=True))
     return blocks
 
@@ -191,7 +191,7 @@ def _scaled(value: float | None, factor: float) -> float | None:
 
 
 def _bars(rows: Sequence[Row]) -> list[Html]:
-    """A picture's time by stage, and what comes before the first one."""
+    """An image's time by stage, and what comes before the first one."""
     measured = [(label, row.timings) for label, row in zip(labels(rows), rows, strict=True) if row.timings]
     if not measured:
         return []
@@ -207,9 +207,9 @@ def _bars(rows: Sequence[Row]) -> list[Html]:
     for label, t in measured:
         load, compiled = t.load.median_sec, _once(t.compile)
         rest = max(t.cold.median_sec - load - compiled, 0.0)
-        cold[label] = {"load": load, "compile": compiled, "the rest, with the first picture": rest}
+        cold[label] = {"load": load, "compile": compiled, "the rest, with the first image": rest}
     blocks = []
-    for title, bars in (("A picture, warm, mean", warm), ("From the start to the first picture", cold)):
+    for title, bars in (("An image, warm, mean", warm), ("From the start to the first image", cold)):
         unit, scale = unit_of(sum(parts.values()) for parts in bars.values())
         scaled = {label: {part: sec * scale for part, sec in parts.items()} for label, parts in bars.items()}
         blocks.append(stacked_bars(scaled, title=title, unit=unit))
@@ -220,13 +220,13 @@ def _once(timing: Timing | None) -> float:
     return 0.0 if timing is None else timing.median_sec
 
 
-def _pictures(rows: Sequence[Row], pictures: Pictures) -> list[Html]:
-    """Every row's picture beside its difference to the reference's of the same request."""
-    made = [(label, row, p) for label, row, p in zip(labels(rows), rows, pictures, strict=False) if p is not None]
-    references = {picture_key(row): pixels for _, row, pixels in made if row.reference}
+def _images(rows: Sequence[Row], images: Images) -> list[Html]:
+    """Every row's image beside its difference to the reference's of the same request."""
+    made = [(label, row, p) for label, row, p in zip(labels(rows), rows, images, strict=False) if p is not None]
+    references = {image_key(row): pixels for _, row, pixels in made if row.reference}
     cards = []
     for label, row, pixels in made:
-        reference = None if row.reference else references.get(picture_key(row))
+        reference = None if row.reference else references.get(image_key(row))
         same = reference is not None and reference.shape == pixels.shape
         note = "the reference" if row.reference else _db(row)
         cards.append(Card(label, note, pixels, reference if same else None))
@@ -236,10 +236,8 @@ def _pictures(rows: Sequence[Row], pictures: Pictures) -> list[Html]:
     said = "; ".join(f"“{prompt}”" for prompt in prompts)
     line = f"{said}, from the same noise."
     if references:
-        line += (
-            f" Beside each picture is its difference to the reference's, {AMPLIFIED} times as strong; black is equal."
-        )
-    return [paragraph(line), picture_cards(cards)]
+        line += f" Beside each image is its difference to the reference's, {AMPLIFIED} times as strong; black is equal."
+    return [paragraph(line), image_cards(cards)]
 
 
 def _table(rows: Sequence[Row]) -> list[Html]:

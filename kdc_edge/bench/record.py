@@ -1,7 +1,7 @@
 """What a benchmark knows: one `Row` a measurement, one `Environment` a machine, and both as one JSON document.
 
     text = to_json(Report(rows=rows, environment=here()))
-    report = from_json(text)                     # InputError for anything else than kdc-edge/bench/2
+    report = from_json(text)                     # InputError for anything else than kdc-edge/bench/3
 
 Every sample is kept. Times are in seconds, sizes in bytes, shares between 0 and 1, and what is not known is None.
 The names in the JSON document are the fields' names below (docs/bench-schema.md); a later schema gets another number.
@@ -26,7 +26,7 @@ from kdc_edge.bundle import Check
 from kdc_edge.errors import InputError
 from kdc_edge.hardware import this_machine
 
-SCHEMA: Literal["kdc-edge/bench/2"] = "kdc-edge/bench/2"
+SCHEMA: Literal["kdc-edge/bench/3"] = "kdc-edge/bench/3"
 PACKAGES = ("numpy", "onnxruntime", "openvino", "coremltools", "torch", "diffusers", "transformers")
 MAX_REPORT_BYTES = 256 * 2**20
 
@@ -46,7 +46,7 @@ class Timing:
 
     @classmethod
     def of(cls, samples_sec: Sequence[float]) -> Timing | None:
-        """None where nothing was measured, as for the second step of a one-step picture."""
+        """None where nothing was measured, as for the second step of a one-step image."""
         if not samples_sec:
             return None
         median, p90 = np.percentile(samples_sec, [50, 90])
@@ -56,21 +56,21 @@ class Timing:
 
 @dataclass(frozen=True)
 class Timings:
-    """The stages of a picture; from `tokenize` to `png` they add up to its end to end.
+    """The stages of an image; from `tokenize` to `png` they add up to its end to end.
 
-    A stage's share of a picture: sum(stage.samples_sec) / sum(end_to_end.samples_sec).
+    A stage's share of an image: sum(stage.samples_sec) / sum(end_to_end.samples_sec).
     """
 
     __pydantic_config__ = _CLOSED
 
     load: Timing  # opening the folder and its networks, in a process that had opened none: one sample
     compile: Timing | None  # the engine's preparation for these shapes: one sample; None where it is part of loading
-    cold: Timing  # from the start of the process to the first picture's PNG, imports included: one sample
+    cold: Timing  # from the start of the process to the first image's PNG, imports included: one sample
     tokenize: Timing  # all that comes before the text encoder: checks, noise, tokens
     text_encoder: Timing
-    unet_first_step: Timing  # each picture's first step, both halves of the guidance
-    unet_step: Timing | None  # every later step by itself; None for pictures of one step
-    scheduler: Timing  # a picture's guidance mixing and sampler arithmetic, all steps together
+    unet_first_step: Timing  # each image's first step, both halves of the guidance
+    unet_step: Timing | None  # every later step by itself; None for images of one step
+    scheduler: Timing  # an image's guidance mixing and sampler arithmetic, all steps together
     vae_decoder: Timing  # up to the pixels
     png: Timing  # the pixels as the bytes of a PNG
     end_to_end: Timing  # from the prompt to these bytes, warm
@@ -78,29 +78,29 @@ class Timings:
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What the machine did beside the counted pictures, as far as the system tells."""
+    """What the machine did beside the counted images, as far as the system tells."""
 
     __pydantic_config__ = _CLOSED
 
     others_share: float | None = None  # of the time of the processors that this process may use
-    frequency_mhz: tuple[float, ...] | None = None  # mean of the processors, after each counted picture
-    temperature_celsius: tuple[float, ...] | None = None  # of the hottest sensor, after each counted picture
+    frequency_mhz: tuple[float, ...] | None = None  # mean of the processors, after each counted image
+    temperature_celsius: tuple[float, ...] | None = None  # of the hottest sensor, after each counted image
     verdict: str | None = None  # how it shows that the machine was noisy; None where nothing shows it
 
 
 @dataclass(frozen=True)
 class Psnr:
-    """How near the picture is to a reference's, made from the same request and noise."""
+    """How near the image is to a reference's, made from the same request and noise."""
 
     __pydantic_config__ = _CLOSED
 
     reference: str  # in words: "torch:runs/latest/checkpoint", "onnx-fp32, the most precise of the table"
-    db: float | None  # peak 255, last picture of each; None where both are equal to the last bit ("exact")
+    db: float | None  # peak 255, last image of each; None where both are equal to the last bit ("exact")
 
 
 @dataclass(frozen=True)
 class PromptQuality:
-    """What pictures of a file of prompts are worth, one picture a prompt."""
+    """What images of a file of prompts are worth, one image a prompt."""
 
     __pydantic_config__ = _CLOSED
 
@@ -122,13 +122,13 @@ class Row:
     precision: str | None
     checkpoint_sha256: str | None  # of the checkpoint that a bundle was exported from
     size_bytes: int | None
-    parity: Check | None  # the manifest's worst check of whole pictures against PyTorch
+    parity: Check | None  # the manifest's worst check of whole images against PyTorch
     # on what
     engine: str | None
     device: str | None  # as asked for; None means the engine's default; so for threads
     threads: int | None
     low_memory: bool
-    # the picture
+    # the image
     prompt: str
     negative_prompt: str
     prompt_sha256: str  # of both, one a line
@@ -151,10 +151,10 @@ class Row:
     peak_rss_bytes: int | None = None  # the kernel's high-water mark; of a failed row: as last seen
     # Shared pages by their share. There is no high-water mark of it: sampled, so that short peaks can be missed.
     peak_pss_bytes: int | None = None
-    energy_joules: float | None = None  # per counted picture, of the processor packages with all that ran on them
+    energy_joules: float | None = None  # per counted image, of the processor packages with all that ran on them
     disturbance: Disturbance | None = None
-    # how good the picture is
-    reference: bool = False  # the other rows' pictures are compared with this one's
+    # how good the image is
+    reference: bool = False  # the other rows' images are compared with this one's
     psnr: Psnr | None = None  # None for the reference itself, and where there is none
     prompt_quality: PromptQuality | None = None
 
@@ -183,7 +183,7 @@ class Report:
     rows: tuple[Row, ...]
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     command: str | None = None  # the command line that made it
-    schema: Literal["kdc-edge/bench/2"] = SCHEMA
+    schema: Literal["kdc-edge/bench/3"] = SCHEMA
 
 
 _REPORT = TypeAdapter(Report)

@@ -1,9 +1,9 @@
-"""Quality beside speed: each picture against a reference that was made from the same request and the same noise.
+"""Quality beside speed: each image against a reference that was made from the same request and the same noise.
 
-    rows = compare_pictures(measured)                       # the PSNR of every row, and which one is the reference
+    rows = compare_images(measured)                       # the PSNR of every row, and which one is the reference
 
-The reference is a checkpoint in the table, else the pictures of another folder, else the table's most precise bundle
-of the same checkpoint. Rows that ask for another picture (steps, sampler, guidance, size, prompt, seed) have another
+The reference is a checkpoint in the table, else the images of another folder, else the table's most precise bundle
+of the same checkpoint. Rows that ask for another image (steps, sampler, guidance, size, prompt, seed) have another
 reference. What a file of prompts is worth is measured where a judge is: in kdc_edge.train.
 """
 
@@ -21,13 +21,13 @@ from kdc_edge.formats import find_format
 from kdc_edge.image import psnr_db
 
 
-def compare_pictures(measured: Sequence[Measured], others: Sequence[Measured] = ()) -> list[Row]:
-    """The rows with their PSNR; `others` are measured for their pictures alone and give no rows."""
+def compare_images(measured: Sequence[Measured], others: Sequence[Measured] = ()) -> list[Row]:
+    """The rows with their PSNR; `others` are measured for their images alone and give no rows."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for i, found in enumerate(measured):
         if found.pixels is not None:
-            groups[picture_key(found.row)].append(i)
-    outside = {picture_key(found.row): found for found in others if found.pixels is not None}
+            groups[image_key(found.row)].append(i)
+    outside = {image_key(found.row): found for found in others if found.pixels is not None}
     rows = [found.row for found in measured]
     for key, members in groups.items():
         baselines = [i for i in members if measured[i].row.target is None]
@@ -46,8 +46,8 @@ def compare_pictures(measured: Sequence[Measured], others: Sequence[Measured] = 
     return rows
 
 
-def picture_key(row: Row) -> Hashable:
-    """What decides a picture; how it is computed (threads, engine, one U-Net call or two) is not part of it."""
+def image_key(row: Row) -> Hashable:
+    """What decides an image; how it is computed (threads, engine, one U-Net call or two) is not part of it."""
     return (
         row.prompt, row.negative_prompt, row.steps, row.guidance, row.guidance_interval, row.sampler, row.seed,
         row.width, row.height,

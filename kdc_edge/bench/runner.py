@@ -1,10 +1,10 @@
-"""A process of its own for each measurement, so that its memory and its first picture are its own.
+"""A process of its own for each measurement, so that its memory and its first image are its own.
 
     found = measure_in_fresh_process(folder, Request("a red flower"), repeats=None, warmup=1)
     found.row.failure or found.row.timings.end_to_end.median_sec
 
 The same network may run a third slower in one process than in the next, all its life long. So what is over soon is
-measured in three processes, one after the other, when nobody says how many pictures are to count.
+measured in three processes, one after the other, when nobody says how many images are to count.
 
 Whatever goes wrong in there, the kernel's out-of-memory killer included, becomes the row's reason.
 """
@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from kdc_edge.bench.measure import MIN_PICTURES, check_counts
+from kdc_edge.bench.measure import MIN_IMAGES, check_counts
 from kdc_edge.bench.record import Disturbance, Row, Timing, Timings, text_sha256
 from kdc_edge.bench.sensors import disturbances, peak_rss_of, pss_of
-from kdc_edge.bundle import MANIFEST, Bundle, Check, Manifest
+from kdc_edge.bundle import Bundle, kind_of
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError, KdcError
 from kdc_edge.formats import find_format
@@ -44,11 +44,11 @@ LOOK_SHARE = 0.02  # of the time may go into looking, which holds the child up
 
 @dataclass(frozen=True)
 class Measured:
-    """A row, and the pictures that belong to it."""
+    """A row, and the images that belong to it."""
 
     row: Row
-    pixels: np.ndarray | None = None  # uint8 (H, W, 3), the last picture that was timed; None where it failed
-    prompt_pictures: np.ndarray | None = None  # uint8 (N, H, W, 3), one a prompt, none where none was asked
+    pixels: np.ndarray | None = None  # uint8 (H, W, 3), the last image that was timed; None where it failed
+    prompt_images: np.ndarray | None = None  # uint8 (N, H, W, 3), one a prompt, none where none was asked
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Job:
     warmup: int
     prompts: tuple[str, ...]
     started: float  # time.perf_counter(), one clock for all processes
-    out: str  # folder for result.json and pictures.npz
+    out: str  # folder for result.json and images.npz
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def measure_in_fresh_process(
     """Measure a bundle or checkpoint in a child process.
 
     Whatever goes wrong in there, a refusal, a crash or the kernel's out-of-memory killer, becomes the row's
-    `failure`, and no picture. Ctrl-C ends the child and is raised here. Raises InputError for wrong counts.
+    `failure`, and no image. Ctrl-C ends the child and is raised here. Raises InputError for wrong counts.
     """
     check_counts(repeats, warmup)
     row = describe(
@@ -116,7 +116,7 @@ def measure_in_fresh_process(
     asked = {key: value for key, value in vars(request).items() if key != "latents"}
     job = Job(opener, str(folder), engine, device, threads, low_memory, asked, repeats, warmup, tuple(prompts), 0.0, "")
     begin = time.monotonic()
-    outcome, pixels, prompt_pictures = _one_process(job, timeout_sec)
+    outcome, pixels, prompt_images = _one_process(job, timeout_sec)
     outcomes = [outcome]
     while repeats is None and outcomes[-1].failure is None and len(outcomes) < PROCESSES:
         spent = time.monotonic() - begin
@@ -130,17 +130,17 @@ def measure_in_fresh_process(
     if outcome.timings is None or pixels is None:
         return Measured(row)
     row = replace(row, repeats=len(outcome.timings.end_to_end.samples_sec))
-    return Measured(replace(row, width=pixels.shape[1], height=pixels.shape[0]), pixels, prompt_pictures)
+    return Measured(replace(row, width=pixels.shape[1], height=pixels.shape[0]), pixels, prompt_images)
 
 
 def _one_process(job: Job, timeout_sec: float | None) -> tuple[Outcome, np.ndarray | None, np.ndarray | None]:
-    """What came of it, the picture, and those of the prompts; none where it failed."""
+    """What came of it, the image, and those of the prompts; none where it failed."""
     with tempfile.TemporaryDirectory(prefix="kdc-edge-bench-") as out:
         outcome = _run_child(replace(job, started=time.perf_counter(), out=out), timeout_sec)
         if outcome.failure is not None:
             return outcome, None, None
-        with np.load(Path(out) / "pictures.npz", allow_pickle=False) as found:
-            return outcome, found["pixels"], found["prompt_pictures"]
+        with np.load(Path(out) / "images.npz", allow_pickle=False) as found:
+            return outcome, found["pixels"], found["prompt_images"]
 
 
 def _together(outcomes: Sequence[Outcome]) -> Outcome:
@@ -192,7 +192,7 @@ def describe(
         threads=threads,
         low_memory=low_memory,
         prompt_sha256=text_sha256(request.prompt, request.negative_prompt),
-        repeats=MIN_PICTURES if repeats is None else repeats,
+        repeats=MIN_IMAGES if repeats is None else repeats,
         warmup=warmup,
         **asked,
     )
@@ -203,7 +203,7 @@ def describe(
 
 
 def _with_folder(row: Row, folder: Path) -> Row:
-    if (folder / MANIFEST).is_file() or not (folder / "model_index.json").is_file():
+    if kind_of(folder) != "checkpoint":
         bundle = Bundle.open(folder)
         manifest, model = bundle.manifest, bundle.manifest.model
         row = replace(
@@ -213,20 +213,13 @@ def _with_folder(row: Row, folder: Path) -> Row:
             checkpoint_sha256=manifest.provenance.checkpoint_sha256,
             engine=row.engine or find_format(manifest.target, manifest.precision).engines[0],
             size_bytes=bundle.size_bytes,
-            parity=picture_parity(manifest),
+            parity=manifest.image_parity,
         )
     else:
         model = read_model(folder)
         size_bytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         row = replace(row, engine=row.engine or "torch", size_bytes=size_bytes)
-    return replace(row, width=row.width or model.picture_size, height=row.height or model.picture_size)
-
-
-def picture_parity(manifest: Manifest) -> Check | None:
-    """The worst of the manifest's checks of whole pictures; None where no picture was compared."""
-    checks = manifest.parity.checks if manifest.parity else []
-    pictures = [c for c in checks if "picture" in c.what or "image" in c.what]
-    return min(pictures, key=lambda c: float("inf") if c.psnr_db is None else c.psnr_db, default=None)
+    return replace(row, width=row.width or model.image_size, height=row.height or model.image_size)
 
 
 def _run_child(job: Job, timeout_sec: float | None) -> Outcome:

@@ -17,7 +17,7 @@ from pathlib import Path
 from kdc_edge.bench.budget import MODES, Budget, Candidate, Mode, Offer, next_candidate
 from kdc_edge.bench.grid import Case, run
 from kdc_edge.bench.record import Row
-from kdc_edge.bench.reference import compare_pictures
+from kdc_edge.bench.reference import compare_images
 from kdc_edge.bench.runner import OPENER, Measured
 from kdc_edge.pipeline import Request
 
@@ -27,7 +27,7 @@ class Found:
     """What is known so far."""
 
     rows: list[Row]  # with their PSNR
-    measured: list[Measured]  # the same, with the pictures
+    measured: list[Measured]  # the same, with the images
     over: bool = False  # nothing was measured since the last one, and nothing will be
     complete: bool = False  # for nothing is left that could change the answer; else the time was used up
 
@@ -50,7 +50,7 @@ def search(
 ) -> Iterator[Found]:
     """Measure one bundle after the other until the answer is known, or `budget_sec` seconds are over.
 
-    `reference` is the checkpoint: PyTorch makes its picture once for each number of steps and sampler. Without it the
+    `reference` is the checkpoint: PyTorch makes its image once for each number of steps and sampler. Without it the
     most precise bundle measured is the reference.
     """
     end = None if budget_sec is None else time.monotonic() + budget_sec
@@ -62,7 +62,7 @@ def search(
         return None if end is None else end - time.monotonic()
 
     while True:
-        rows = compare_pictures(measured)
+        rows = compare_images(measured)
         tried = {c: row for c, row in zip(candidates, rows, strict=True) if c is not None}
         todo = next_candidate(offers, steps, samplers or [request.sampler], modes, budget, tried)
         if todo is None or (left() or 1) <= 0:
@@ -78,4 +78,4 @@ def search(
         levels.add(level)
         measured += run([case], budget_sec=left(), opener=opener)
         candidates.append(todo)
-        yield Found(compare_pictures(measured), list(measured))
+        yield Found(compare_images(measured), list(measured))

@@ -1,11 +1,11 @@
 """What the machine tells of itself beside the stopwatch: memory, energy, frequency, heat, other processes.
 
     watch = Watch()
-    for ...: make_a_picture(); watch.look()
+    for ...: make_an_image(); watch.look()
     watch.energy_joules, watch.disturbance(samples_sec)
 
 Whatever the system does not tell is None. A machine counts as noisy by what can be seen: other processes' share of the
-processors, a frequency that falls, or times of the same picture that lie far apart, within or between processes.
+processors, a frequency that falls, or times of the same image that lie far apart, within or between processes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Watch:
         self._earlier = earlier._begin if earlier else self._begin
 
     def look(self) -> None:
-        """After each counted picture: outside of what is timed, for sensors can be slow."""
+        """After each counted image: outside of what is timed, for sensors can be slow."""
         self._last = _clocks()
         self._energy.read()
         if (frequency := _frequency_mhz()) is not None:
@@ -56,7 +56,7 @@ class Watch:
         return self._energy.joules
 
     def disturbance(self, samples_sec: Sequence[float]) -> Disturbance:
-        """What was seen, judged together with the times that the same picture took."""
+        """What was seen, judged together with the times that the same image took."""
         begin = self._begin if self._last[0] - self._begin[0] >= MIN_WATCH_SEC else self._earlier
         elapsed, busy, own = (now - before for now, before in zip(self._last, begin, strict=True))
         others = None
@@ -84,7 +84,7 @@ def verdict(
         reasons.append(f"its frequency went between {max(frequency_mhz):.0f} and {min(frequency_mhz):.0f} MHz")
     low, median, high = np.percentile(samples_sec, [25, 50, 75])
     if median > 0 and (high - low) / median > SPREAD:
-        reasons.append(f"times of the same picture lie {_percent((high - low) / median)} apart (between quartiles)")
+        reasons.append(f"times of the same image lie {_percent((high - low) / median)} apart (between quartiles)")
     medians = [float(np.median(samples)) for samples in processes]
     if median > 0 and medians and (apart := (max(medians) - min(medians)) / median) > SPREAD:
         reasons.append(f"medians of {len(medians)} processes lie {_percent(apart)} apart")
@@ -92,7 +92,7 @@ def verdict(
 
 
 def disturbances(each: Sequence[Disturbance], times: Sequence[Timing]) -> Disturbance:
-    """What several processes of the same measurement saw, as one; `times` are their pictures'."""
+    """What several processes of the same measurement saw, as one; `times` are their images'."""
     others = max((d.others_share for d in each if d.others_share is not None), default=None)
     frequency = [f for d in each for f in d.frequency_mhz or ()]
     temperature = [t for d in each for t in d.temperature_celsius or ()]

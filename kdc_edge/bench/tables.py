@@ -41,7 +41,7 @@ STAGES = {
     "scheduler": "Scheduler",
     "vae_decoder": "VAE",
     "png": "PNG",
-    "end_to_end": "Picture",
+    "end_to_end": "Image",
 }
 
 
@@ -51,8 +51,8 @@ class Column:
     cells: tuple[str, ...]
 
 
-def render(report: Report, format: Format, pictures: Sequence[np.ndarray | None] = ()) -> str:
-    """The report as text in one of the formats; the page shows the rows' pictures, uint8 (H, W, 3)."""
+def render(report: Report, format: Format, images: Sequence[np.ndarray | None] = ()) -> str:
+    """The report as text in one of the formats; the page shows the rows' images, uint8 (H, W, 3)."""
     rows, environment = report.rows, report.environment
     if format == "json":
         return to_json(report)
@@ -63,7 +63,7 @@ def render(report: Report, format: Format, pictures: Sequence[np.ndarray | None]
     if format == "html":
         from kdc_edge.bench.page import benchmark_page  # which is made of what stands here
 
-        return benchmark_page(report, pictures)
+        return benchmark_page(report, images)
     console = Console(file=io.StringIO(), width=TABLE_COLUMNS, force_terminal=False)
     console.print(table(rows))
     for line in (*notes(rows), *conditions(rows, environment)):
@@ -101,21 +101,21 @@ def conditions(rows: Sequence[Row], environment: Environment) -> list[str]:
     fresh = "a fresh process" if processes == "1" else f"{processes} fresh processes"
     size = _values(f"{row.width} × {row.height}" for row in rows if row.width and row.height) or "unknown size"
     lines = [
-        f"Picture: {size} pixels, {_values(row.steps for row in rows)} steps, "
+        f"Image: {size} pixels, {_values(row.steps for row in rows)} steps, "
         f"guidance {_values(f'{row.guidance:g}' for row in rows)}, "
         f"sampler {_values(row.sampler for row in rows)}, "
         f"seed {_values(row.seed for row in rows)}.",
-        f"Times are medians of {_span(row.repeats for row in timed)} pictures after "
+        f"Times are medians of {_span(row.repeats for row in timed)} images after "
         f"{_span(row.warmup for row in timed)} for warm-up, each row in {fresh}, from the prompt to the PNG; "
-        "p90 is the 90th percentile; the step column leaves each picture's first step out. Cold is the first picture "
+        "p90 is the 90th percentile; the step column leaves each image's first step out. Cold is the first image "
         "from the start of the process, with everything that it loads.",
         "Peak memory is the most resident memory of a process, loading included. Parity is the PSNR of "
-        "whole pictures against PyTorch in 32 bits as the export proved it; “exact” where they were equal.",
+        "whole images against PyTorch in 32 bits as the export proved it; “exact” where they were equal.",
     ]
     if references := _values(row.psnr.reference for row in rows if row.psnr):
-        lines.append(f"PSNR compares the picture, made from the same noise, with that of {references}.")
+        lines.append(f"PSNR compares the image, made from the same noise, with that of {references}.")
     if asked := _values(row.prompt_quality.prompts for row in rows if row.prompt_quality):
-        lines.append(f"{asked} prompts, a picture each, for {_values(_metrics(rows).values())}.")
+        lines.append(f"{asked} prompts, an image each, for {_values(_metrics(rows).values())}.")
     formats = {(row.target, row.precision) for row in rows if row.target and row.precision}
     lines += [
         f"{target}-{precision}: {does}." for target, precision in sorted(formats) if (does := _does(target, precision))
@@ -242,7 +242,7 @@ def _span(found: Iterable[int]) -> str:
 
 
 def rows_as_csv(rows: Sequence[Row]) -> str:
-    """A line a row, full precision, unknown as an empty field; an infinite PSNR is that of equal pictures."""
+    """A line a row, full precision, unknown as an empty field; an infinite PSNR is that of equal images."""
     plain = (
         "name",
         "folder",

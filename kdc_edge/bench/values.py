@@ -40,7 +40,7 @@ def timing(row: Row, stage: str) -> Timing | None:
 
 
 def values(row: Row) -> dict[str, float | None]:
-    """Medians of the stages (`end_to_end_sec`), bytes, joules, and qualities; an equal picture's PSNR is infinite."""
+    """Medians of the stages (`end_to_end_sec`), bytes, joules, and qualities; an equal image's PSNR is infinite."""
     found: dict[str, float | None] = {}
     for stage in STAGES:
         measured = timing(row, stage)

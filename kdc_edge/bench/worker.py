@@ -1,4 +1,4 @@
-"""The child process of a benchmark: a job as JSON on standard input, result.json and pictures.npz in a folder.
+"""The child process of a benchmark: a job as JSON on standard input, result.json and images.npz in a folder.
 
     python -m kdc_edge.bench.worker < job.json
 
@@ -24,7 +24,7 @@ OOM_SCORE = 500  # of 1000; a process may raise its own
 
 
 def work(job: Job) -> Outcome:
-    """Measure, and leave the pictures in the job's folder; a failure that can be caught becomes a reason."""
+    """Measure, and leave the images in the job's folder; a failure that can be caught becomes a reason."""
     try:
         module, _, function = job.opener.partition(":")
         opener = getattr(importlib.import_module(module), function)
@@ -47,7 +47,7 @@ def work(job: Job) -> Outcome:
         return Outcome(failure=OUT_OF_MEMORY)
     except Exception as error:
         return Outcome(failure=f"{type(error).__name__}: {_one_line(error)}")
-    np.savez(Path(job.out) / "pictures.npz", pixels=found.pixels, prompt_pictures=found.prompt_pictures)
+    np.savez(Path(job.out) / "images.npz", pixels=found.pixels, prompt_images=found.prompt_images)
     return Outcome(
         timings=found.timings,
         provider=found.provider,

@@ -30,7 +30,7 @@ def bench(
         list[str] | None,
         Argument(help="Bundles, checkpoints, or torch:CKPT for PyTorch as the reference; all in bundles/ when none."),
     ] = None,
-    prompt: Annotated[str, Option(help="What the picture shows.")] = "a red flower with five petals",
+    prompt: Annotated[str, Option(help="What the image shows.")] = "a red flower with five petals",
     steps: Annotated[str, Option(metavar="N[,N]", help="Steps of the sampler; several are measured in turn.")] = "20",
     guidance: Guidance = 7.5,
     guidance_mode: Annotated[
@@ -44,11 +44,9 @@ def bench(
     height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     repeats: Annotated[
         int | None,
-        Option(
-            help="Pictures that count, in one process. Not given: 5 or more, in three processes when they are short."
-        ),
+        Option(help="Images that count, in one process. Not given: 5 or more, in three processes when they are short."),
     ] = None,
-    warmup: Annotated[int, Option(help="Pictures before that, which do not count.")] = 1,
+    warmup: Annotated[int, Option(help="Images before that, which do not count.")] = 1,
     engine: Engine = None,
     device: Annotated[
         str | None, Option(metavar="NAME[,NAME]", help="In turn; or one a component, unet=GPU,text_encoder=CPU.")
@@ -59,7 +57,7 @@ def bench(
         float | None, Option(help="For the whole; what is not reached is a row that says so.")
     ] = None,
     reference: Annotated[
-        str | None, Option(help="A bundle or checkpoint whose pictures the others are compared with.")
+        str | None, Option(help="A bundle or checkpoint whose images the others are compared with.")
     ] = None,
     prompts: Annotated[
         Path | None, Option(help="A prompt a line: prompt accuracy of the garden's captions, else the CLIP score.")
@@ -113,8 +111,8 @@ def bench(
     )
     others = references(reference, cases) if reference else []
 
-    def write(rows: list[Row], pictures: list[Any]) -> None:
-        _write(render(_report(rows), cast(Format, format), pictures), out)
+    def write(rows: list[Row], images: list[Any]) -> None:
+        _write(render(_report(rows), cast(Format, format), images), out)
 
     rows = _measure(others, cases, budget_sec, score, write)
     _judge(rows, limits)
@@ -126,7 +124,7 @@ def _measure(
 ) -> list[Row]:  # fmt: skip
     """Measure everything, and write: what was reached, too, when Ctrl-C ends it, which is raised again."""
     from kdc_edge.bench.grid import not_measured, run
-    from kdc_edge.bench.reference import compare_pictures
+    from kdc_edge.bench.reference import compare_images
     from kdc_edge.errors import KdcError
 
     measured: list[Measured] = []
@@ -137,12 +135,12 @@ def _measure(
             if len(measured) < len(others) and row.failure:
                 raise KdcError(f"--reference {row.folder}: {row.failure}")
             measured.append(score(found))
-            took = f"{row.timings.end_to_end.median_sec:.3g} s a picture" if row.timings else row.failure
+            took = f"{row.timings.end_to_end.median_sec:.3g} s an image" if row.timings else row.failure
             say(f"{len(measured)}/{len(others) + len(cases)} {row.folder}: {took}")
     except KeyboardInterrupt:
         interrupted = True
         measured += [not_measured(case, "interrupted") for case in [*others, *cases][len(measured) :]]
-    rows = compare_pictures(measured[len(others) :], measured[: len(others)])
+    rows = compare_images(measured[len(others) :], measured[: len(others)])
     write(rows, [found.pixels for found in measured[len(others) :]])
     if interrupted:
         say("interrupted: the rows so far are written")
@@ -180,9 +178,9 @@ def _scorer(path: Path | None, weights: Path | None) -> tuple[Callable[[Measured
     score = open_scorer(prompts, weights)
 
     def scored(found: Measured) -> Measured:
-        if found.prompt_pictures is None or not len(found.prompt_pictures):
+        if found.prompt_images is None or not len(found.prompt_images):
             return found
-        return replace(found, row=replace(found.row, prompt_quality=score(found.prompt_pictures)))
+        return replace(found, row=replace(found.row, prompt_quality=score(found.prompt_images)))
 
     return scored, prompts
 

@@ -31,7 +31,7 @@ def find_engines() -> list[dict[str, Any]]:
     """Each engine with its version and devices, or with why it cannot run here (`missing`)."""
     from kdc_edge.errors import InputError, MissingPackageError
     from kdc_edge.runtimes import ENGINES, get_runtime
-    from kdc_edge.runtimes.base import first_line
+    from kdc_edge.text import one_line
 
     found: list[dict[str, Any]] = []
     for name, engine in ENGINES.items():
@@ -44,7 +44,7 @@ def find_engines() -> list[dict[str, Any]]:
         except InputError as error:  # of another system
             row["missing"] = str(error).removeprefix(f"{name} ")
         except Exception as error:  # a package that is there and does not work must not hide the others
-            row["missing"] = f"cannot be loaded ({first_line(error)}): pip install --force-reinstall {engine.package}"
+            row["missing"] = f"cannot be loaded ({one_line(error)}): pip install --force-reinstall {engine.package}"
         found.append(row)
     return found
 

@@ -1,4 +1,4 @@
-"""kdc-edge eval: how good a checkpoint's pictures are, task by task, and what each exported precision keeps of it."""
+"""kdc-edge eval: how good a checkpoint's images are, task by task, and what each exported precision keeps of it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from kdc_edge.errors import CheckpointError, InputError, KdcError
 
 if TYPE_CHECKING:
     from kdc_edge.train.data.tasks import Task
-    from kdc_edge.train.quality.evaluate import Evaluated, MakesPictures
+    from kdc_edge.train.quality.evaluate import Evaluated, MakesImages
 
-    Evaluate = Callable[[MakesPictures], dict[str, Evaluated]]
+    Evaluate = Callable[[MakesImages], dict[str, Evaluated]]
 
 
 def evaluate(
@@ -33,8 +33,8 @@ def evaluate(
         list[Path] | None,
         Option(metavar="DIR", help="Bundles of this checkpoint, or a folder of them: does a precision forget more?"),
     ] = None,
-    pictures: Annotated[int, Option(help="Of each task.")] = 64,
-    teacher: Annotated[str | None, Option(help="Compare with this checkpoint's pictures (LPIPS).")] = None,
+    images: Annotated[int, Option(help="Of each task.")] = 64,
+    teacher: Annotated[str | None, Option(help="Compare with this checkpoint's images (LPIPS).")] = None,
     metric_weights: Annotated[Path | None, Option(help="Folder with the weight files of FID, LPIPS, CLIP.")] = None,
     steps: Annotated[int, Option(help="Of DPM-Solver++ 2M.")] = 12,
     guidance: Annotated[float, Option(help="Guidance scale.")] = 4.0,
@@ -48,23 +48,23 @@ def evaluate(
     from kdc_edge.diffusers_folder import hash_checkpoint, read_model
     from kdc_edge.train.checkpoint import find_teacher
     from kdc_edge.train.quality.evaluate import evaluate_tasks, open_generator
-    from kdc_edge.train.quality.metrics import PictureMetrics
+    from kdc_edge.train.quality.metrics import ImageMetrics
     from kdc_edge.train.quality.precisions import BundleGenerator, refuse_strangers
 
-    if pictures < 2:
-        raise InputError(f"--pictures {pictures} is too few: use 2 or more")
+    if images < 2:
+        raise InputError(f"--images {images} is too few: use 2 or more")
     checkpoint, run = _find(what)
     folders = [folder for given in bundles or () for folder in bundles_in(given)]
     if folders:
         refuse_strangers(folders, hash_checkpoint(checkpoint))
     tasks = _tasks(run, task, caption)
-    metrics = PictureMetrics(metric_weights)
+    metrics = ImageMetrics(metric_weights)
     if any(not t.source.startswith("garden:") for t in tasks):
         for line in metrics.missing():
             say(f"not measured: {line}")
     taught = open_generator(find_teacher(teacher), steps=steps, guidance=guidance) if teacher else None
     measure = partial(
-        evaluate_tasks, tasks=tasks, pictures=pictures, size=read_model(checkpoint).picture_size, metrics=metrics,
+        evaluate_tasks, tasks=tasks, images=images, size=read_model(checkpoint).image_size, metrics=metrics,
         teacher=taught, seed=seed,
     )  # fmt: skip
     own = measure(open_generator(checkpoint, steps=steps, guidance=guidance))
@@ -78,7 +78,7 @@ def evaluate(
             for folder in folders
         ],
         "run": _history(run),
-        "conditions": f"{pictures} pictures a task, DPM-Solver++ 2M {steps} steps, guidance {guidance:g}, seed {seed}",
+        "conditions": f"{images} images a task, DPM-Solver++ 2M {steps} steps, guidance {guidance:g}, seed {seed}",
     }
     typer.echo(json.dumps(document, indent=2) if as_json else "\n".join(_lines(document)))
 
@@ -178,7 +178,7 @@ def _lines(document: dict[str, Any]) -> list[str]:
 def _by_precision(document: dict[str, Any]) -> list[str]:
     """R's last row for the checkpoint and for every bundle, as a table."""
     tasks = list(document["quality"])
-    table = [("", *tasks, "forgets more", "picture PSNR", "size")]
+    table = [("", *tasks, "forgets more", "image PSNR", "size")]
     table.append(("checkpoint", *_cells(document["quality"]), "", "", ""))
     for row in document["bundles"]:
         if row["failure"]:

@@ -11,6 +11,7 @@ from typer import Argument, Option
 from kdc_edge.cli.project import BUNDLES, Config, command_line, latest_checkpoint, need_export, say
 from kdc_edge.errors import InputError
 from kdc_edge.formats import DEFAULT_PRECISION, Format, find_format, targets
+from kdc_edge.text import megabytes
 
 if TYPE_CHECKING:
     from kdc_edge.export.coreml.export import CoreMLOptions
@@ -94,9 +95,8 @@ def export(
         say("not proved: --no-verify was given")
     else:
         for check in bundle.manifest.parity.checks:
-            found = "equal" if check.psnr_db is None else f"{check.psnr_db:.1f} dB"
-            say(f"{check.what}: {found} (at least {check.threshold_db:.0f} dB)")
-    say(f"{bundle.size_bytes / 2**20:.1f} MiB")
+            say(f"{check.what}: {check.text} (at least {check.threshold_db:.0f} dB)")
+    say(megabytes(bundle.size_bytes))
     typer.echo(out)
 
 

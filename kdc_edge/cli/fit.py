@@ -30,7 +30,7 @@ WRITTEN = (".html", ".md", ".json", ".csv")
 DEFINITIONS = (
     "Cheapest: the most steps; then the scheduler named first; then the least time, where 5 % count as equal; then the"
     " least memory.",
-    "PSNR compares with PyTorch's picture of the same steps, scheduler and noise: it tells what the export changed, not"
+    "PSNR compares with PyTorch's image of the same steps, scheduler and noise: it tells what the export changed, not"
     " what fewer steps did.",
 )
 
@@ -40,9 +40,9 @@ def fit(
         Path | None, Argument(help="A diffusers folder; the latest run's, else the bundles as they are.")
     ] = None,
     max_size: Annotated[str | None, Option(metavar="SIZE", help="Of the bundle's folder, such as 300MB.")] = None,
-    max_sec: Annotated[float | None, Option(help="For a picture, warm, from the prompt to the PNG.")] = None,
+    max_sec: Annotated[float | None, Option(help="For an image, warm, from the prompt to the PNG.")] = None,
     max_memory: Annotated[str | None, Option(metavar="SIZE", help="At the peak, such as 1GB.")] = None,
-    min_psnr: Annotated[float, Option(help="Of the picture against PyTorch's, in dB.")] = GOOD_PSNR_DB,
+    min_psnr: Annotated[float, Option(help="Of the image against PyTorch's, in dB.")] = GOOD_PSNR_DB,
     formats: Annotated[
         str | None,
         Option(
@@ -52,7 +52,7 @@ def fit(
     ] = None,
     bundles: Annotated[Path, Option(metavar="DIR", help="Where they are, and where exports go.")] = BUNDLES,
     export: Annotated[bool, Option("--export/--no-export", help="Make the bundles that are missing.")] = True,
-    prompt: Annotated[str, Option(help="What the picture shows.")] = "a red flower with five petals",
+    prompt: Annotated[str, Option(help="What the image shows.")] = "a red flower with five petals",
     steps: Annotated[str, Option(metavar="N[,N]", help="The most that the budget allows is taken.")] = "20",
     scheduler: Annotated[str, Option(metavar="NAME[,NAME]", help="In order of preference.")] = "dpm++2m",
     guidance: Guidance = 7.5,
@@ -64,11 +64,9 @@ def fit(
     seed: Annotated[int, Option(help="Of the initial noise.")] = 0,
     repeats: Annotated[
         int | None,
-        Option(
-            help="Pictures that count, in one process. Not given: 5 or more, in three processes when they are short."
-        ),
+        Option(help="Images that count, in one process. Not given: 5 or more, in three processes when they are short."),
     ] = None,
-    warmup: Annotated[int, Option(help="Pictures before that, which do not count.")] = 1,
+    warmup: Annotated[int, Option(help="Images before that, which do not count.")] = 1,
     budget_sec: Annotated[float | None, Option(help="For all measuring; then the best so far is named.")] = None,
     out: Annotated[
         list[Path] | None,
@@ -199,9 +197,8 @@ def _existing(folder: Path, sha256: str | None, wanted: Sequence[Format]) -> lis
 
 def _offer(bundle: Any) -> Offer:
     from kdc_edge.bench.budget import Offer
-    from kdc_edge.bench.runner import picture_parity
 
-    check = picture_parity(bundle.manifest)
+    check = bundle.manifest.image_parity
     parity_db = None if check is None else math.inf if check.psnr_db is None else check.psnr_db
     return Offer(bundle.root, bundle.size_bytes, parity_db)
 
@@ -255,8 +252,8 @@ def _write(found: Found, budget: Budget, out: Sequence[Path], *, as_json: bool) 
     title, sentence = verdict(found.rows, budget)
     for path in out:
         if path.suffix == ".html":
-            pictures = [measured.pixels for measured in found.measured]
-            text = benchmark_page(report, pictures, budget=budget, more=[*unfinished, *DEFINITIONS])
+            images = [measured.pixels for measured in found.measured]
+            text = benchmark_page(report, images, budget=budget, more=[*unfinished, *DEFINITIONS])
         else:
             text = render(report, cast(Written, path.suffix[1:]))
         if path.suffix == ".md":

@@ -1,4 +1,4 @@
-"""kdc-edge generate: a picture from a prompt."""
+"""kdc-edge generate: an image from a prompt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kdc_edge.cli.project import Config, best_bundle, say
 
 
 def generate(
-    prompt: Annotated[str, Argument(help="What the picture shows.")],
+    prompt: Annotated[str, Argument(help="What the image shows.")],
     bundle: Annotated[
         Path | None,
         Option(help="A bundle, or a checkpoint (through torch); the smallest good one in bundles/ when not given."),
@@ -35,7 +35,7 @@ def generate(
     guidance_interval: GuidanceInterval = "0.0:1.0",
     seed: Annotated[int, Option(help="Of the initial noise.")] = 0,
     scheduler: Annotated[str, Option(help="ddim, pndm, euler, dpm++2m, dpm++2m-karras or lcm.")] = "dpm++2m",
-    negative_prompt: Annotated[str, Option(help="What the picture should not show.")] = "",
+    negative_prompt: Annotated[str, Option(help="What the image should not show.")] = "",
     width: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     out: Annotated[Path | None, Option(help="A PNG file; named after the prompt when not given.")] = None,
@@ -49,7 +49,7 @@ def generate(
     exact: Exact = False,
     config: Config = None,
 ) -> None:
-    """Generate a picture, without PyTorch where a bundle is given."""
+    """Generate an image, without PyTorch where a bundle is given."""
     del config
     from kdc_edge.cli.progress import Progress
     from kdc_edge.errors import InputError
@@ -62,7 +62,7 @@ def generate(
         raise InputError(f"--out {out} is no PNG file: give it a name that ends in .png")
     if bundle is None:
         bundle = best_bundle()
-        say(f"no bundle given: {bundle}, the smallest of good pictures that runs here")
+        say(f"no bundle given: {bundle}, the smallest of good images that runs here")
     request = make_request(
         prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, guidance_mode=guidance_mode,
         guidance_interval=guidance_interval, seed=seed, sampler=scheduler, width=width, height=height,
@@ -87,4 +87,4 @@ def generate(
 
 def _slug(prompt: str) -> str:
     """A file name from a prompt."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"

@@ -29,10 +29,11 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Describe a bundle or a checkpoint."""
-    from kdc_edge.bundle import MANIFEST, Bundle
+    from kdc_edge.bundle import Bundle, kind_of
     from kdc_edge.diffusers_folder import read_model
+    from kdc_edge.text import megabytes
 
-    if not (folder / MANIFEST).is_file() and (folder / "model_index.json").is_file():
+    if kind_of(folder) == "checkpoint":
         model = read_model(folder)
         facts = {"kind": "checkpoint", **model.model_dump(exclude={"scheduler"})}
     else:
@@ -46,9 +47,9 @@ def info(
         facts |= {
             n: ", ".join(f"{i} {t.dtype}{t.shape}" for i, t in c.inputs.items()) for n, c in manifest.components.items()
         }
-        facts["size_mib"] = round(bundle.size_bytes / 2**20, 1)
+        facts["size"] = megabytes(bundle.size_bytes)
         for check in manifest.parity.checks if manifest.parity else ():
-            facts[f"parity {check.what}"] = "equal" if check.psnr_db is None else f"{check.psnr_db:.1f} dB"
+            facts[f"parity {check.what}"] = check.text
         facts["proved by"] = manifest.parity.conditions if manifest.parity else "nothing: --no-verify was given"
         facts["made by"] = manifest.provenance.command
     if as_json:

@@ -103,7 +103,9 @@ def latest_checkpoint() -> Path:
 
 def all_bundles() -> list[Path]:
     """Every bundle in bundles/, in order of name."""
-    found = sorted(p.parent for p in BUNDLES.glob("*/kdc-edge.json"))
+    from kdc_edge.bundle import find_bundles
+
+    found = find_bundles(BUNDLES)
     if not found:
         raise InputError("no bundles in bundles/: name one, or make one with kdc-edge export --target onnx")
     return found
@@ -111,19 +113,19 @@ def all_bundles() -> list[Path]:
 
 def bundles_in(given: Path) -> list[Path]:
     """A bundle itself, or every bundle in a folder of them; what is neither is refused when it is opened."""
-    within = sorted(path.parent for path in given.glob("*/kdc-edge.json"))
-    return within if within and not (given / "kdc-edge.json").is_file() else [given]
+    from kdc_edge.bundle import find_bundles, kind_of
+
+    return [given] if kind_of(given) else find_bundles(given) or [given]
 
 
 def best_bundle() -> Path:
-    """The bundle for this machine: the smallest whose pictures are as good as PyTorch's to the eye.
+    """The bundle for this machine: the smallest whose images are as good as PyTorch's to the eye.
 
     Bundles whose engine is not installed are left out; reference engines, and bundles whose proof shows less than
     GOOD_PSNR_DB, or that have none, come last.
     """
     import importlib.util
 
-    from kdc_edge.bench.runner import picture_parity
     from kdc_edge.bundle import Bundle
     from kdc_edge.formats import GOOD_PSNR_DB, find_format
     from kdc_edge.runtimes.base import preferred_engine
@@ -132,8 +134,8 @@ def best_bundle() -> Path:
     for path in all_bundles():
         bundle = Bundle.open(path)
         engine = preferred_engine(find_format(bundle.manifest.target, bundle.manifest.precision))
-        check = picture_parity(bundle.manifest)
-        good = check is not None and (check.psnr_db is None or check.psnr_db >= GOOD_PSNR_DB)
+        check = bundle.manifest.image_parity
+        good = check is not None and check.reaches(GOOD_PSNR_DB)
         if importlib.util.find_spec(engine.package):
             ranked.append((engine.reference, not good, bundle.size_bytes, path))
     if not ranked:

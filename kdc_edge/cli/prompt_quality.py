@@ -1,4 +1,4 @@
-"""What pictures of a file of prompts are worth: prompt accuracy of the garden's captions, CLIP score of other text."""
+"""What images of a file of prompts are worth: prompt accuracy of the garden's captions, CLIP score of other text."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 def open_scorer(prompts: Sequence[str], weights: Path | None) -> Callable[[np.ndarray], PromptQuality]:
-    """A function of pictures uint8 (N, H, W, 3), one a prompt; what it lacks, PyTorch or weights, is raised here."""
+    """A function of images uint8 (N, H, W, 3), one a prompt; what it lacks, PyTorch or weights, is raised here."""
     need_training("--prompts")
     import numpy as np
 
     from kdc_edge.bench.record import PromptQuality, text_sha256
-    from kdc_edge.train.quality.evaluate import ask_prompts, score_pictures
-    from kdc_edge.train.quality.metrics import PictureMetrics
+    from kdc_edge.train.quality.evaluate import ask_prompts, score_images
+    from kdc_edge.train.quality.metrics import ImageMetrics
 
     asked = ask_prompts(prompts)
-    metrics = None if asked.scenes else PictureMetrics(weights)
+    metrics = None if asked.scenes else ImageMetrics(weights)
     if metrics is not None and not metrics.has_clip:
         needs = next(line for line in metrics.missing() if line.startswith("the CLIP score"))
         raise InputError(f"--prompts: not all are captions of the garden, which the judge could read, and {needs}")
@@ -34,8 +34,8 @@ def open_scorer(prompts: Sequence[str], weights: Path | None) -> Callable[[np.nd
             np.zeros((1, 64, 64, 3), np.uint8), prompts[:1]
         )  # weights that cannot be read: now, not later
 
-    def score(pictures: np.ndarray) -> PromptQuality:
-        found = score_pictures(pictures, asked, metrics).values
+    def score(images: np.ndarray) -> PromptQuality:
+        found = score_images(images, asked, metrics).values
         return PromptQuality(found, len(prompts), text_sha256(*prompts))
 
     return score

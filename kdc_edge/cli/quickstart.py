@@ -15,8 +15,8 @@ def quickstart(
     out: Annotated[Path, Option(help="A new folder for runs, bundles and report.html.")] = Path("quickstart"),
     steps: Annotated[int, Option(help="Training steps of each task.")] = 250,
     batch_size: Annotated[int, Option(help="Samples a step.")] = 16,
-    samples: Annotated[int, Option(help="Pictures of each task.")] = 1200,
-    eval_pictures: Annotated[int, Option(help="Pictures of each task, after each task.")] = 48,
+    samples: Annotated[int, Option(help="Images of each task.")] = 1200,
+    eval_images: Annotated[int, Option(help="Images of each task, after each task.")] = 48,
     repeats: Annotated[int | None, Option(help="Of each benchmark; as in kdc-edge bench.")] = None,
     seed: Annotated[int, Option(help="Of everything random.")] = 0,
 ) -> None:
@@ -47,7 +47,7 @@ def quickstart(
     config = TrainConfig(
         teacher=GARDEN_TEACHER, student="garden-student",
         tasks=(Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies")),
-        steps=steps, batch_size=batch_size, samples=samples, eval_pictures=eval_pictures, seed=seed, save_every=steps,
+        steps=steps, batch_size=batch_size, samples=samples, eval_images=eval_images, seed=seed, save_every=steps,
         log_with="none", keep=1,
     )  # fmt: skip
 
@@ -83,7 +83,7 @@ def quickstart(
 
     scenes = [evaluation_scenes(GardenSource((s,)), 4)[i] for s in ("flower", "butterfly") for i in (0, 1, 3)]
     requests = [Request(s.caption, steps=12, guidance=4.0, seed=seed + i) for i, s in enumerate(scenes)]
-    pictures = {}
+    images = {}
     sources = {
         "teacher": GARDEN_TEACHER,
         "student": checkpoint,
@@ -92,7 +92,7 @@ def quickstart(
     for name, folder in (sources | {f"bundle {b.root.name}": b.root for b in bundles}).items():
         say(f"generating with {name}")
         pipeline = open_pipeline(folder)
-        pictures[name] = [pipeline.generate(r) for r in requests]
+        images[name] = [pipeline.generate(r) for r in requests]
 
     rows = []
     for folder in (checkpoint, *(b.root for b in bundles)):
@@ -101,11 +101,11 @@ def quickstart(
         rows.append(found.row)
     environment = here()
     write_atomic(out / "bench.json", to_json(BenchReport(environment, tuple(rows), command=command_line())))
-    shown = [p for name in ("teacher", "student", "bundle onnx-fp16") for p in pictures[name]]
-    save_png(out / "pictures.png", grid(shown, len(requests)).repeat(2, axis=0).repeat(2, axis=1), None)
+    shown = [p for name in ("teacher", "student", "bundle onnx-fp16") for p in images[name]]
+    save_png(out / "images.png", grid(shown, len(requests)).repeat(2, axis=0).repeat(2, axis=1), None)
     story = Story(
         config=config, teacher_scores=teacher_scores, runs={"with replay": kept, "without replay": bare},
-        prompts=[s.caption for s in scenes], pictures=pictures, bundles=bundles, rows=rows, environment=environment,
+        prompts=[s.caption for s in scenes], images=images, bundles=bundles, rows=rows, environment=environment,
     )  # fmt: skip
     write_report(out / "report.html", story)
     typer.echo(out / "report.html")

@@ -20,9 +20,9 @@ from kdc_edge.report.html import (
     bullets,
     data_table,
     heat_table,
+    image_grid,
     page,
     paragraph,
-    picture_grid,
     side_by_side,
     tiles,
 )
@@ -47,7 +47,7 @@ class Story:
     teacher_scores: Mapping[str, Score]
     runs: Mapping[str, Trainer]  # "with replay", "without replay"
     prompts: Sequence[str]
-    pictures: Mapping[str, Sequence[np.ndarray]]
+    images: Mapping[str, Sequence[np.ndarray]]
     bundles: Sequence[Bundle]
     rows: Sequence[Row]
     environment: Environment
@@ -58,7 +58,7 @@ def write_report(path: Path, story: Story) -> None:
     share = average(kept.position.matrix) / np.mean([s.quality for s in story.teacher_scores.values()])
     sections = [
         Section("In short", [_headline(story, float(share))]),
-        Section("Pictures", _pictures(story)),
+        Section("Images", _images(story)),
         Section("Learning", _learning(story)),
         Section("Remembering", _remembering(story)),
         Section("The proof", _proof(story)),
@@ -91,10 +91,10 @@ def kept_parameters(story: Story) -> tuple[int, int]:
     return sum(p.numel() for p in kept.teacher.parameters()), sum(p.numel() for p in kept.student.parameters())
 
 
-def _pictures(story: Story) -> list[Html]:
+def _images(story: Story) -> list[Html]:
     return [
         paragraph("The same prompts from the same noise: 12 steps of DPM-Solver++ 2M at guidance 4."),
-        picture_grid(list(story.pictures.items()), story.prompts),
+        image_grid(list(story.images.items()), story.prompts),
     ]
 
 
@@ -135,13 +135,13 @@ def _remembering(story: Story) -> list[Html]:
             f"{name}: forgetting {forgetting(matrix):.3f} (maximum minus last); every attribute right at the end:"
             + "".join(f" {task} {value:.0%}" for task, value in zip(names, exact, strict=True))
         )
-    count = story.config.eval_pictures
+    count = story.config.eval_images
     return [
         side_by_side(*tables),
         bullets(lines),
         paragraph(
-            f"Prompt accuracy: the share of asked attributes that the judge finds in {count} pictures a task, half of"
-            f" them of combinations that nobody was trained on. A share from {count} pictures with five attributes each"
+            f"Prompt accuracy: the share of asked attributes that the judge finds in {count} images a task, half of"
+            f" them of combinations that nobody was trained on. A share from {count} images with five attributes each"
             f" is good to about {100 * 0.5 / np.sqrt(5 * count):.0f} points.",
             small=True,
         ),

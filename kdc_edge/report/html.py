@@ -31,19 +31,19 @@ __all__ = [
     "data_table",
     "downloads",
     "heat_table",
+    "image_cards",
+    "image_grid",
     "line_chart",
     "page",
     "paragraph",
-    "picture_cards",
-    "picture_grid",
     "side_by_side",
     "stacked_bars",
     "tiles",
 ]
 
-SMALL_PICTURE = 128  # pixels a side; up to here pixels are shown as they are, not smoothed
-CARD_PICTURE = 256  # pixels a side; larger ones are reduced, so that a page of many stays light
-AMPLIFIED = 8  # times, the differences between pictures
+SMALL_IMAGE = 128  # pixels a side; up to here pixels are shown as they are, not smoothed
+CARD_IMAGE = 256  # pixels a side; larger ones are reduced, so that a page of many stays light
+AMPLIFIED = 8  # times, the differences between images
 MOST_HEAT = 72  # per cent of the colour in the strongest cell, so that its number stays readable
 
 # Belt and braces: even text that slipped through unescaped could run and fetch nothing.
@@ -153,25 +153,25 @@ def heat_table(
     return _table("heat", title, title, head, lines)
 
 
-def picture_grid(rows: Sequence[tuple[str, Sequence[np.ndarray | None]]], captions: Sequence[str]) -> Html:
+def image_grid(rows: Sequence[tuple[str, Sequence[np.ndarray | None]]], captions: Sequence[str]) -> Html:
     """The same prompts (`captions`, one a column) from several models (one a row); None where one failed.
 
-    Pictures are uint8 (H, W, 3).
+    Images are uint8 (H, W, 3).
     """
     head = "<td></td>" + "".join(f'<th scope="col">{escape(caption)}</th>' for caption in captions)
     lines = []
-    for name, pictures in rows:
+    for name, images in rows:
         cells = "".join(
-            f"<td>{_picture(pixels, f'{caption}, by {name}')}</td>"
-            for caption, pixels in zip(captions, pictures, strict=True)
+            f"<td>{_image(pixels, f'{caption}, by {name}')}</td>"
+            for caption, pixels in zip(captions, images, strict=True)
         )
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
-    return _table("pictures", "", "Pictures", head, lines)
+    return _table("images", "", "Images", head, lines)
 
 
 @dataclass(frozen=True)
 class Card:
-    """A picture under its name; beside it, where there is a reference, what differs from that."""
+    """An image under its name; beside it, where there is a reference, what differs from that."""
 
     name: str
     note: str
@@ -179,22 +179,22 @@ class Card:
     reference: np.ndarray | None = None  # of the same shape
 
 
-def picture_cards(cards: Sequence[Card]) -> Html:
-    """Pictures with their amplified differences, as many in a row as the window holds."""
+def image_cards(cards: Sequence[Card]) -> Html:
+    """Images with their amplified differences, as many in a row as the window holds."""
     items = []
     for card in cards:
-        shown = _picture(_reduced(card.pixels), f"Picture of {card.name}")
+        shown = _image(_reduced(card.pixels), f"Image of {card.name}")
         if card.reference is not None:
             apart = np.abs(card.pixels.astype(np.int16) - card.reference) * AMPLIFIED
             difference = _reduced(np.minimum(apart, 255).astype(np.uint8))
-            shown += _picture(difference, f"Difference to the reference, {AMPLIFIED} times, of {card.name}")
+            shown += _image(difference, f"Difference to the reference, {AMPLIFIED} times, of {card.name}")
         caption = f'{escape(card.name)}<span class="small">{escape(card.note)}</span>'
         items.append(f'<li><figure><div class="pair">{shown}</div><figcaption>{caption}</figcaption></figure></li>')
     return Html(f'<ul class="cards">{"".join(items)}</ul>')
 
 
 def _reduced(pixels: np.ndarray) -> np.ndarray:
-    factor = math.ceil(max(pixels.shape[:2]) / CARD_PICTURE)
+    factor = math.ceil(max(pixels.shape[:2]) / CARD_IMAGE)
     return pixels if factor == 1 else np.asarray(Image.fromarray(pixels).reduce(factor))
 
 
@@ -215,13 +215,13 @@ def downloads(files: Sequence[tuple[str, str, str]]) -> Html:
     return Html(f'<ul class="list">{"".join(links)}</ul>')
 
 
-def _picture(pixels: np.ndarray | None, alt: str) -> str:
+def _image(pixels: np.ndarray | None, alt: str) -> str:
     if pixels is None:
-        return '<div class="missing">no picture</div>'
+        return '<div class="missing">no image</div>'
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG", optimize=True)
     height, width = pixels.shape[:2]
-    small = ' class="small-picture"' if max(height, width) <= SMALL_PICTURE else ""
+    small = ' class="small-image"' if max(height, width) <= SMALL_IMAGE else ""
     data = base64.b64encode(out.getvalue()).decode()
     size = f'width="{width}" height="{height}"'
     return f'<img{small} src="data:image/png;base64,{data}" {size} alt="{escape(alt)}"/>'

@@ -130,17 +130,17 @@ table { border-collapse: collapse; font-size: .9rem; line-height: 1.4; font-vari
   background: color-mix(in srgb, var(--heat) calc(var(--share) * 1%), var(--card)); }
 .heat .none { color: var(--quiet); font-weight: 400; }
 
-.pictures { border-collapse: separate; border-spacing: 0; --side: clamp(96px, 10.5vw, 148px); }
-.pictures th { font-weight: 500; text-align: left; padding: 0 .9rem .5rem 0; }
-.pictures thead th { color: var(--quiet); font-size: .82rem; line-height: 1.35; vertical-align: bottom;
+.images { border-collapse: separate; border-spacing: 0; --side: clamp(96px, 10.5vw, 148px); }
+.images th { font-weight: 500; text-align: left; padding: 0 .9rem .5rem 0; }
+.images thead th { color: var(--quiet); font-size: .82rem; line-height: 1.35; vertical-align: bottom;
   width: calc(var(--side) + .6rem); padding: 0 .6rem .5rem 0; overflow-wrap: anywhere; }
-.pictures tbody th { font-size: .9rem; vertical-align: middle; width: 8rem;
+.images tbody th { font-size: .9rem; vertical-align: middle; width: 8rem;
   min-width: 5.2rem; position: sticky; left: 0; background: var(--ground); line-height: 1.3; overflow-wrap: anywhere; }
-.pictures td { padding: 0 .6rem .6rem 0; }
-.pictures img { display: block; width: var(--side); height: auto; border-radius: 6px;
+.images td { padding: 0 .6rem .6rem 0; }
+.images img { display: block; width: var(--side); height: auto; border-radius: 6px;
   background: var(--card); }
-.pictures img.small-picture { image-rendering: pixelated; }
-.pictures .missing { width: var(--side); aspect-ratio: 1; display: grid; place-items: center;
+.images img.small-image { image-rendering: pixelated; }
+.images .missing { width: var(--side); aspect-ratio: 1; display: grid; place-items: center;
   border: 1px dashed var(--axis); border-radius: 6px; color: var(--quiet); font-size: .8rem; }
 .cards { list-style: none; padding: 0; margin: 0 0 1.8rem; display: grid; gap: 1.6rem 1.8rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
@@ -149,13 +149,13 @@ table { border-collapse: collapse; font-size: .9rem; line-height: 1.4; font-vari
 .cards figcaption .small { display: block; font-weight: 400; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 4px; }
 .pair img { display: block; width: 100%; height: auto; border-radius: 6px; background: var(--card); }
-.pair img.small-picture { image-rendering: pixelated; }
+.pair img.small-image { image-rendering: pixelated; }
 .option { display: inline-block; max-width: 100%; }
 pre { font: .9rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; margin: 0 0 1.4rem;
   padding: .8rem 1rem; background: var(--card); border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere;
   max-width: 86ch; }
 @media (max-width: 480px) {
-  .pictures tbody th { width: auto; font-size: .8rem; padding-right: .5rem; }
+  .images tbody th { width: auto; font-size: .8rem; padding-right: .5rem; }
   .data tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 6.6rem; }
 }
 @media print { section { break-inside: avoid; } .box { overflow: visible; } nav { display: none; } }

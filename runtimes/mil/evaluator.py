@@ -21,10 +21,11 @@ from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError, KdcError
 from kdc_edge.pipeline import Component
 from kdc_edge.runtimes.apple_layout import PROGRAM, adapt, in_turn, packages_of
-from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, first_line
+from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
 from kdc_edge.runtimes.mil.ops import KERNELS
 from kdc_edge.runtimes.mil.program import NUMPY, Operation, Program, TensorType, Value, read_program
 from kdc_edge.runtimes.mil.weights import CONSTEXPR
+from kdc_edge.text import one_line
 
 ITERABLE = {"values"}  # arguments that are lists even when they hold one value
 
@@ -67,7 +68,7 @@ class Evaluator:
             except Exception as error:  # numpy raises whatever comes for a damaged program
                 raise BundleError(
                     f"{self.program.path}: {operation.type} at {operation.name!r:.200} cannot be computed:"
-                    f" {first_line(error)}; export it again"
+                    f" {one_line(error)}; export it again"
                 ) from None
             for name in dead:
                 del values[name]

@@ -152,7 +152,7 @@ def make_row(name: str = "onnx-fp16", scale: float = 1.0, **changes: object) -> 
         threads=2,
         low_memory=False,
         size_bytes=3 * 2**20,
-        parity=check("picture", 51.7),
+        parity=check("image", 51.7),
         prompt="a red flower",
         negative_prompt="",
         prompt_sha256=text_sha256("a red flower", ""),

@@ -93,7 +93,7 @@ def test_an_engine_that_is_not_installed_is_a_row(bundle: Path, tmp_path: Path) 
 
 
 def test_ctrl_c_keeps_the_rows_so_far(bundle: Path, tmp_path: Path) -> None:
-    """A picture of 1 step, then one of 900, in which it is interrupted, then another."""
+    """An image of 1 step, then one of 900, in which it is interrupted, then another."""
     command = [*COMMAND, str(bundle), "--steps", "1,900,2", "--repeats", "9", "--format", "json", "--out", "found.json"]
     process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -118,7 +118,7 @@ def test_compare_reads_what_bench_writes(measured: Path) -> None:
     (measured / "old.json").write_text(json.dumps(old))
     done = run("bench", "--compare", "old.json", "bench.json", cwd=measured, code=1)
     assert done.stderr == (
-        "kdc-edge: old.json: this report is kdc-edge/bench/1 and this kdc-edge reads kdc-edge/bench/2: measure again\n"
+        "kdc-edge: old.json: this report is kdc-edge/bench/1 and this kdc-edge reads kdc-edge/bench/3: measure again\n"
     )
 
 

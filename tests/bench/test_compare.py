@@ -27,8 +27,8 @@ def report(*rows: Row) -> Report:
     return Report(MACHINE, rows)
 
 
-def picture(old: Report, new: Report) -> Change:
-    """The change of the first row's time for a picture."""
+def image(old: Report, new: Report) -> Change:
+    """The change of the first row's time for an image."""
     return next(c for c in compare(old, new) if c.value == "end_to_end_sec")
 
 
@@ -36,7 +36,7 @@ STEADY = (1.0, 1.01, 0.99, 1.0, 1.02)
 
 
 def test_the_same_samples_differ_by_nothing() -> None:
-    change = picture(report(taken(*STEADY)), report(taken(*STEADY)))
+    change = image(report(taken(*STEADY)), report(taken(*STEADY)))
     assert (change.ratio, change.verdict) == (1.0, "within the noise")
     assert change.low is not None
     assert change.high is not None
@@ -47,7 +47,7 @@ def test_the_same_samples_differ_by_nothing() -> None:
     ("factor", "verdict"), [(1.2, "slower"), (0.8, "faster"), (1.04, "within the noise"), (0.96, "within the noise")]
 )
 def test_a_difference_counts_where_it_is_more_than_processes_differ(factor: float, verdict: str) -> None:
-    change = picture(report(taken(*STEADY)), report(taken(*(s * factor for s in STEADY))))
+    change = image(report(taken(*STEADY)), report(taken(*(s * factor for s in STEADY))))
     assert change.ratio == pytest.approx(factor)
     assert change.verdict == verdict
 
@@ -55,8 +55,8 @@ def test_a_difference_counts_where_it_is_more_than_processes_differ(factor: floa
 def test_three_processes_a_side_tell_smaller_differences() -> None:
     old = [taken(*(s * f for s in STEADY)) for f in (1.0, 1.002, 0.998)]
     new = [taken(*(s * f * 1.04 for s in STEADY)) for f in (1.0, 1.002, 0.998)]
-    assert picture(report(*old), report(*new)).verdict == "slower"
-    assert picture(report(*old[:2]), report(*new)).verdict == "within the noise"
+    assert image(report(*old), report(*new)).verdict == "slower"
+    assert image(report(*old[:2]), report(*new)).verdict == "within the noise"
 
 
 def test_processes_that_differ_widen_the_interval() -> None:
@@ -81,16 +81,16 @@ def test_the_interval_is_rarely_wrong() -> None:
 
 
 def test_one_sample_a_side_has_no_spread() -> None:
-    change = picture(report(taken(1.0)), report(taken(3.0)))
+    change = image(report(taken(1.0)), report(taken(3.0)))
     assert (change.ratio, change.low, change.verdict) == (3.0, None, "one sample a side: its spread is not known")
 
 
 def test_a_noisy_machine_is_said_where_a_difference_is_claimed() -> None:
     noisy = Disturbance(verdict="the machine was noisy: other processes used 37 % of the processor")
     slower = tuple(s * 2 for s in STEADY)
-    change = picture(report(taken(*STEADY, disturbance=noisy)), report(taken(*slower)))
+    change = image(report(taken(*STEADY, disturbance=noisy)), report(taken(*slower)))
     assert change.verdict == "slower, but the machine was noisy (old)"
-    assert picture(report(taken(*STEADY)), report(taken(*STEADY, disturbance=noisy))).verdict == "within the noise"
+    assert image(report(taken(*STEADY)), report(taken(*STEADY, disturbance=noisy))).verdict == "within the noise"
 
 
 def test_rows_are_matched_by_what_they_are() -> None:
@@ -139,7 +139,7 @@ def test_changes_as_json_and_csv() -> None:
 @pytest.mark.parametrize("format", ["table", "md"])
 def test_changes_for_people(format: str) -> None:
     text = render_changes(CHANGES, format)
-    line = next(line for line in text.splitlines() if " picture " in line)
+    line = next(line for line in text.splitlines() if " image " in line)
     for words in ("onnx-fp16", "1.00 s", "2.00 s", "2.000", "slower"):
         assert words in line
     assert "not in the new report" in text

@@ -95,7 +95,7 @@ def test_what_is_missed_and_by_how_much() -> None:
     assert memory.factor == pytest.approx(1.5)
     assert psnr.factor == pytest.approx(2.0, rel=0.01)  # six decibels
     assert psnr.words == "24.0 dB where at least 30 dB are asked"
-    assert budget.describe().startswith("at most 10.0 MB on disk, at most 3 s a picture, at most 200 MB of memory")
+    assert budget.describe().startswith("at most 10.0 MB on disk, at most 3 s an image, at most 200 MB of memory")
 
 
 def test_the_nearest_misses_by_the_smallest_factor() -> None:
@@ -112,7 +112,7 @@ def test_quality_is_the_psnr_or_of_a_reference_the_proof() -> None:
     assert quality_db(GOOD) == 40.0
     equal = dataclasses.replace(GOOD, psnr=Psnr("x", None))
     assert quality_db(equal) == math.inf
-    proved = row("reference", 1.0, 10, None, reference=True, parity=check("picture", 89.0))
+    proved = row("reference", 1.0, 10, None, reference=True, parity=check("image", 89.0))
     assert quality_db(proved) == 89.0
 
 

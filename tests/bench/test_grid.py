@@ -10,7 +10,7 @@ import pytest
 
 from kdc_edge.bench.grid import grid, references, run
 from kdc_edge.bench.record import PromptQuality, Psnr, Row
-from kdc_edge.bench.reference import compare_pictures
+from kdc_edge.bench.reference import compare_images
 from kdc_edge.bench.runner import Measured
 from kdc_edge.bench.values import NAMES, Limit, broken_limits, labels, values
 from kdc_edge.errors import InputError
@@ -33,7 +33,7 @@ def test_a_grid_is_every_combination_in_order() -> None:
     assert len(set(found)) == 16
 
 
-def test_a_reference_makes_each_picture_once() -> None:
+def test_a_reference_makes_each_image_once() -> None:
     cases = grid(["a", "b"], Request("x"), steps=[4, 20], threads=[1, 2], guidance_modes=["batched", "sequential"])
     found = references("torch:c", cases)
     assert [(str(c.folder), c.engine, c.request.steps, c.repeats, c.warmup) for c in found] == [
@@ -85,7 +85,7 @@ def test_the_budget_bounds_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def measured(value: int | None, **changes: object) -> Measured:
-    """A row with a picture of one colour."""
+    """A row with an image of one colour."""
     pixels = None if value is None else np.full((64, 64, 3), value, np.uint8)
     failure = "broken" if value is None else None
     return Measured(make_row(**{"psnr": None, "failure": failure, **changes}), pixels)  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def measured(value: int | None, **changes: object) -> Measured:
 
 def test_the_checkpoint_is_the_reference() -> None:
     baseline = measured(100, name="ckpt", folder="ckpt", target=None, precision=None, engine="torch")
-    rows = compare_pictures([measured(100), measured(110), measured(None), baseline], [measured(0)])
+    rows = compare_images([measured(100), measured(110), measured(None), baseline], [measured(0)])
     assert rows[0].psnr == Psnr("torch:ckpt", None)  # equal to the last bit
     assert rows[1].psnr is not None
     assert rows[1].psnr.db == pytest.approx(20 * math.log10(255 / 10))
@@ -103,18 +103,18 @@ def test_the_checkpoint_is_the_reference() -> None:
 
 
 def test_another_folder_is_the_reference() -> None:
-    rows = compare_pictures([measured(100)], [measured(101, folder="elsewhere/fp32")])
+    rows = compare_images([measured(100)], [measured(101, folder="elsewhere/fp32")])
     assert rows[0].psnr is not None
     assert rows[0].psnr.reference == "elsewhere/fp32"
     assert not rows[0].reference
 
 
 def test_else_the_most_precise_of_the_same_checkpoint_and_request() -> None:
-    rows = compare_pictures(
+    rows = compare_images(
         [
             measured(100, precision="fp16"),
             measured(102, precision="fp32", folder="bundles/onnx-fp32"),
-            measured(103, precision="fp32", steps=4),  # another picture, and alone in it
+            measured(103, precision="fp32", steps=4),  # another image, and alone in it
             measured(104, precision="fp16", checkpoint_sha256="1" * 64),  # of another checkpoint
             measured(105, target="openvino", precision="int8"),
         ]

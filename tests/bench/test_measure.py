@@ -20,7 +20,7 @@ import pytest
 from kdc_edge.bench import measure as stopwatch
 from kdc_edge.bench.measure import measure
 from kdc_edge.bench.record import Timing
-from kdc_edge.bench.runner import JOB, OUTCOME, Job, measure_in_fresh_process, picture_parity
+from kdc_edge.bench.runner import JOB, OUTCOME, Job, measure_in_fresh_process
 from kdc_edge.bench.sensors import peak_rss_bytes
 from kdc_edge.bundle import Check, Manifest
 from kdc_edge.errors import InputError
@@ -32,16 +32,16 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_laps_are_what_the_components_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, pictures, steps = 100.0, 0, 0
+    now, images, steps = 100.0, 0, 0
 
     def work(component: str) -> None:
-        """Picture n takes n times as long; a first step 5, the others 2."""
-        nonlocal now, pictures, steps
+        """Image n takes n times as long; a first step 5, the others 2."""
+        nonlocal now, images, steps
         if component == "text_encoder":
-            pictures, steps = pictures + 1, 0
+            images, steps = images + 1, 0
         steps += component == "unet"
         units = {"text_encoder": 1.0, "unet": 5.0 if steps == 1 else 2.0, "vae_decoder": 3.0}[component]
-        now += units * pictures
+        now += units * images
 
     def opener() -> Pipeline:
         nonlocal now
@@ -57,7 +57,7 @@ def test_laps_are_what_the_components_take(monkeypatch: pytest.MonkeyPatch) -> N
     assert timings.cold.samples_sec == (7.0 + 1.0 + 5.0 + 3 * 2.0 + 3.0,)
     assert timings.scheduler.samples_sec == timings.png.samples_sec == (0.0, 0.0, 0.0)
     assert timings.tokenize.samples_sec == (0.0, 0.0, 0.0)
-    assert timings.text_encoder.samples_sec == (2.0, 3.0, 4.0)  # the first picture was for warm-up
+    assert timings.text_encoder.samples_sec == (2.0, 3.0, 4.0)  # the first image was for warm-up
     assert timings.unet_first_step.samples_sec == (10.0, 15.0, 20.0)
     assert timings.unet_step is not None
     assert timings.unet_step.samples_sec == (4.0,) * 3 + (6.0,) * 3 + (8.0,) * 3
@@ -69,15 +69,15 @@ def test_laps_are_what_the_components_take(monkeypatch: pytest.MonkeyPatch) -> N
     assert (found.pixels == found.pixels[0, 0, 0]).all()
 
 
-@pytest.mark.parametrize(("picture_sec", "counted"), [(10.0, 5), (0.25, 8), (0.01, 50)])
-def test_short_pictures_are_repeated_until_they_fill_two_seconds(
-    picture_sec: float, counted: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("image_sec", "counted"), [(10.0, 5), (0.25, 8), (0.01, 50)])
+def test_short_images_are_repeated_until_they_fill_two_seconds(
+    image_sec: float, counted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
 
     def work(component: str) -> None:
         nonlocal now
-        now += picture_sec * (component == "vae_decoder")
+        now += image_sec * (component == "vae_decoder")
 
     monkeypatch.setattr(stopwatch, "perf_counter", lambda: now)
     found = measure(partial(make_pipeline, work), Request("a", steps=1, sampler="ddim"), repeats=None, warmup=1)
@@ -104,7 +104,7 @@ class CompiledUnet:
         return Choice("GPU", "bf16")
 
 
-def test_compiling_is_apart_from_loading_and_from_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_is_apart_from_loading_and_from_images(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
 
     def wait(units: float) -> None:
@@ -151,12 +151,12 @@ def test_the_samplers_arithmetic_is_the_scheduler(monkeypatch: pytest.MonkeyPatc
     assert timings.unet_first_step.samples_sec == (0.0, 0.0)
 
 
-def test_pictures_of_prompts_come_after_what_is_timed() -> None:
+def test_images_of_prompts_come_after_what_is_timed() -> None:
     found = measure(make_pipeline, Request("a", steps=2, seed=5), repeats=1, warmup=0, prompts=["b", "c"])
     assert len(found.timings.end_to_end.samples_sec) == 1
     expected = [make_pipeline().generate(Request(p, steps=2, seed=s)) for p, s in (("b", 5), ("c", 6))]
-    np.testing.assert_array_equal(found.prompt_pictures, expected)
-    assert measure(make_pipeline, Request("a", steps=2), repeats=1, warmup=0).prompt_pictures.shape == (0, 64, 64, 3)
+    np.testing.assert_array_equal(found.prompt_images, expected)
+    assert measure(make_pipeline, Request("a", steps=2), repeats=1, warmup=0).prompt_images.shape == (0, 64, 64, 3)
 
 
 def test_stages_add_up_to_the_end_to_end() -> None:
@@ -171,7 +171,7 @@ def test_stages_add_up_to_the_end_to_end() -> None:
     assert total == pytest.approx(sum(timings.end_to_end.samples_sec), rel=1e-6)
 
 
-def test_a_picture_of_one_step_has_no_later_steps() -> None:
+def test_an_image_of_one_step_has_no_later_steps() -> None:
     assert measure(make_pipeline, Request("a", steps=1, sampler="ddim"), repeats=2, warmup=0).timings.unet_step is None
 
 
@@ -239,8 +239,8 @@ def test_a_row_that_is_ended_says_what_memory_was_seen(tmp_path: Path) -> None:
 
 
 def test_a_bundle_in_its_own_process(tmp_path: Path) -> None:
-    pictures = [check("unet", 20.0), check("picture", None), check("picture of seed 2", 51.7)]
-    folder = make_bundle(tmp_path / "flowers", pictures)
+    images = [check("unet", 20.0), check("image", None), check("image of seed 2", 51.7)]
+    folder = make_bundle(tmp_path / "flowers", images)
     # The parent's size must not be taken for the child's: fill this process, then look at the row.
     block = np.ones(256 * 2**20, np.uint8)
     found = measure_in_fresh_process(
@@ -252,7 +252,7 @@ def test_a_bundle_in_its_own_process(tmp_path: Path) -> None:
     assert len(row.timings.end_to_end.samples_sec) == 2
     assert (row.name, row.target, row.precision, row.engine) == ("flowers", "onnx", "fp16", "onnxruntime")
     assert (row.width, row.height, row.size_bytes, row.threads) == (96, 64, 1000, 1)
-    assert row.parity == pictures[2]
+    assert row.parity == images[2]
     assert row.peak_rss_bytes is not None
     assert 10 * 2**20 < row.peak_rss_bytes < block.nbytes
     assert pixels is not None
@@ -298,7 +298,7 @@ def test_a_failing_child_becomes_a_row_with_its_reason(opener: str, reason: str,
     row = found.row
     assert row.failure is not None
     assert re.search(reason, row.failure)
-    assert (row.timings, found.pixels, found.prompt_pictures) == (None, None, None)
+    assert (row.timings, found.pixels, found.prompt_images) == (None, None, None)
     assert (row.size_bytes, row.width) == (1000, 64)  # what the folder says of itself stays
 
 
@@ -353,11 +353,11 @@ def test_ctrl_c_ends_the_child(tmp_path: Path) -> None:
     assert not psutil.pid_exists(seen[0])
 
 
-def test_the_worst_picture_is_the_parity(tmp_path: Path) -> None:
+def test_the_worst_image_is_the_parity(tmp_path: Path) -> None:
     def worst(*checks: Check) -> Check | None:
         folder = make_bundle(tmp_path / str(len(list(tmp_path.iterdir()))), checks)
-        return picture_parity(Manifest.model_validate_json((folder / "kdc-edge.json").read_text()))
+        return Manifest.model_validate_json((folder / "kdc-edge.json").read_text()).image_parity
 
     assert worst(check("unet", 10.0)) is None
-    assert worst(check("picture", None)) == check("picture", None)
-    assert worst(check("picture", None), check("image 2", 40.0), check("picture", 50.0)) == check("image 2", 40.0)
+    assert worst(check("image", None)) == check("image", None)
+    assert worst(check("image", None), check("image 2", 40.0), check("image", 50.0)) == check("image 2", 40.0)

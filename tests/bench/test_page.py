@@ -16,7 +16,7 @@ from kdc_edge.bench.budget import Budget
 from kdc_edge.bench.page import benchmark_blocks, benchmark_page, verdict
 from kdc_edge.bench.record import Psnr, Report, from_json
 from kdc_edge.report.charts import stacked_bars
-from kdc_edge.report.html import Card, command, picture_cards
+from kdc_edge.report.html import Card, command, image_cards
 from kdc_edge.report.scatter import Axis, Point, scatter_chart
 from tests.bench.rows import FAILED, HOSTILE, MACHINE, make_row, timing
 
@@ -25,7 +25,7 @@ GOOD = make_row("openvino-int8", 1.0, target="openvino", precision="int8", psnr=
 SLOW = make_row("onnx-fp32", 9.0, precision="fp32", psnr=Psnr("torch:x", None))
 
 
-def pictures_in(html: str) -> list[np.ndarray]:
+def images_in(html: str) -> list[np.ndarray]:
     found = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
 
@@ -34,7 +34,7 @@ def test_the_verdict_comes_first() -> None:
     title, sentence = verdict([FAST, GOOD, SLOW], Budget(min_psnr_db=30))
     assert title == "openvino-int8: 375 ms, 262 MB"
     assert sentence == (
-        "For this machine and at least 30 dB: openvino-int8, 375 ms a picture, 262 MB of memory at the peak,"
+        "For this machine and at least 30 dB: openvino-int8, 375 ms an image, 262 MB of memory at the peak,"
         " 3.15 MB on disk, 42.0 dB against PyTorch."
     )
     page = benchmark_page(Report(MACHINE, (FAST, GOOD, SLOW)))
@@ -44,7 +44,7 @@ def test_the_verdict_comes_first() -> None:
 
 def test_a_verdict_without_a_choice_says_what_is_nearest_or_that_all_failed() -> None:
     title, sentence = verdict([FAST, SLOW], Budget(max_sec=1.0, min_psnr_db=30))
-    assert title == "Nothing meets at most 1 s a picture, at least 30 dB"
+    assert title == "Nothing meets at most 1 s an image, at least 30 dB"
     assert sentence == "The nearest on this machine: onnx-fp16, 24.0 dB where at least 30 dB are asked."
     assert verdict([FAILED], Budget())[0] == "Nothing could be measured"
     page = benchmark_page(Report(MACHINE, (FAILED,)))
@@ -69,14 +69,14 @@ def test_a_difference_is_amplified_against_the_reference_of_the_same_request() -
         make_row("b", psnr=Psnr("torch", 40.0), steps=4),
         make_row("alone", steps=9),
     ]
-    pictures = [flat, flat + 50, flat + 2, flat + 43, flat]
-    shown = pictures_in(benchmark_page(Report(MACHINE, tuple(rows)), pictures))
+    images = [flat, flat + 50, flat + 2, flat + 43, flat]
+    shown = images_in(benchmark_page(Report(MACHINE, tuple(rows)), images))
     assert [int(p[0, 0, 0]) for p in shown] == [100, 150, 102, 2 * 8, 143, 7 * 8, 100]
 
 
-def test_strong_differences_end_at_white_and_large_pictures_are_reduced() -> None:
+def test_strong_differences_end_at_white_and_large_images_are_reduced() -> None:
     pixels = np.zeros((512, 768, 3), np.uint8)
-    made, apart = pictures_in(picture_cards([Card("a", "", pixels, pixels + 200)]))
+    made, apart = images_in(image_cards([Card("a", "", pixels, pixels + 200)]))
     assert made.shape == apart.shape == (171, 256, 3)
     assert (apart == 255).all()
 
@@ -98,7 +98,7 @@ def test_blocks_for_other_reports_hold_charts_table_and_conditions() -> None:
 def test_what_cannot_run_here_stands_in_the_chart_of_quality_by_its_proof() -> None:
     elsewhere = make_row("coreml-w8", target="coreml", timings=None, peak_rss_bytes=None, failure="needs macOS")
     charts, note, *_ = benchmark_blocks([FAST, elsewhere], MACHINE)
-    assert "by the proof of their export, which made other pictures: coreml-w8." in note
+    assert "by the proof of their export, which made other images: coreml-w8." in note
     speed, quality = charts.split("<figure")[1:]
     assert ">fp16<" in speed
     assert ">w8<" not in speed
@@ -166,8 +166,8 @@ def test_stacked_bars_are_in_proportion_and_said() -> None:
     assert any("a: 4 s, of which text 1, steps 3" in e.attrib.get("aria-label", "") for e in figure.iter("svg"))
 
 
-def test_the_bars_show_what_a_picture_takes_on_average() -> None:
-    """Two pictures, of a first step and three others; start-up is the cold picture without loading and compiling."""
+def test_the_bars_show_what_an_image_takes_on_average() -> None:
+    """Two images, of a first step and three others; start-up is the cold image without loading and compiling."""
     assert GOOD.timings is not None
     stages = dataclasses.replace(
         GOOD.timings, unet_first_step=timing(1, 3), unet_step=timing(1, 1, 1, 2, 2, 2), end_to_end=timing(9, 9),
@@ -175,4 +175,4 @@ def test_the_bars_show_what_a_picture_takes_on_average() -> None:
     )  # fmt: skip
     html = "".join(benchmark_blocks([dataclasses.replace(GOOD, timings=stages)], MACHINE))
     assert "U-Net, first step 2, U-Net, other steps 4.5, " in html
-    assert "openvino-int8: 11 s, of which load 2, compile 3, the rest, with the first picture 6." in html
+    assert "openvino-int8: 11 s, of which load 2, compile 3, the rest, with the first image 6." in html

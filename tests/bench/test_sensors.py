@@ -49,9 +49,9 @@ def test_energy_is_unknown_where_no_counter_can_be_read(tmp_path: Path) -> None:
         (0.37, [], [1.0, 1.0], "the machine was noisy: other processes used 37 % of the processor"),
         (0.09, [3000.0, 2800.0], [1.0, 1.05, 0.97, 1.0, 1.02], None),
         (None, [3000.0, 2600.0], [1.0], "the machine was noisy: its frequency went between 3000 and 2600 MHz"),
-        (None, [], [1.0, 1.0, 1.3, 1.3], "times of the same picture lie 26 % apart"),
-        (0.5, [], [1.0, 1.0, 1.3, 1.3], "50 % of the processor; times of the same picture"),
-        (0.0, [], [1.0, 1.0, 1.0, 1.0, 9.0], None),  # one slow picture of five does not move the median
+        (None, [], [1.0, 1.0, 1.3, 1.3], "times of the same image lie 26 % apart"),
+        (0.5, [], [1.0, 1.0, 1.3, 1.3], "50 % of the processor; times of the same image"),
+        (0.0, [], [1.0, 1.0, 1.0, 1.0, 9.0], None),  # one slow image of five does not move the median
         (0.0, [], [0.0, 0.0], None),
     ],
 )

@@ -40,7 +40,7 @@ def test_json_keeps_everything() -> None:
     assert from_json(text) == report
     assert render(report, "json") == text
     plain = json.loads(text)
-    assert plain["schema"] == "kdc-edge/bench/2"
+    assert plain["schema"] == "kdc-edge/bench/3"
     assert plain["rows"][0]["timings"]["end_to_end"]["samples_sec"] == [0.25, 0.5]
     assert plain["rows"][1]["timings"] is None
 
@@ -48,7 +48,7 @@ def test_json_keeps_everything() -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ({"schema": "kdc-edge/bench/1"}, "is kdc-edge/bench/1 and this kdc-edge reads kdc-edge/bench/2: measure again"),
+        ({"schema": "kdc-edge/bench/1"}, "is kdc-edge/bench/1 and this kdc-edge reads kdc-edge/bench/3: measure again"),
         ({"schema": "another"}, "schema"),
         ({"extra": 1}, "extra"),
         ({"rows": [{}]}, "rows"),
@@ -72,14 +72,14 @@ def test_csv_has_a_line_a_row_in_base_units() -> None:
 
 
 def test_markdown_has_one_unit_a_column_and_its_conditions() -> None:
-    slow = make_row("a|b", scale=4, steps=8, parity=check("picture", None))
+    slow = make_row("a|b", scale=4, steps=8, parity=check("image", None))
     text = render(Report(MACHINE, (make_row(), slow, FAILED)), "md")
     head, rule, *lines = (line for line in text.splitlines() if line.startswith("|"))
     cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in (head, rule, *lines)]
     assert len({len(line) for line in cells}) == 1
     columns = {line[0].strip(): [cell.strip() for cell in line[1:]] for line in zip(*cells, strict=True)}
     assert columns["Bundle"][1:] == ["onnx-fp16", "a\\|b", "coreml"]
-    assert columns["Picture, s"][1:] == ["0.375", "1.50", "–"]
+    assert columns["Image, s"][1:] == ["0.375", "1.50", "–"]
     assert columns["Parity, dB"][1:] == ["51.7", "exact", "–"]
     assert columns["Peak, MB"][1:] == ["262", "262", "–"]
     for condition in (
@@ -131,8 +131,8 @@ def test_quality_stands_beside_speed() -> None:
     assert columns["Energy, J"] == ("12.5", "–", "–", "–")
     assert columns["Engine"][1] == "onnxruntime, 2 threads, bf16"
     assert "fp16: the machine was noisy: other processes used 37 % of the processor." in text
-    assert "PSNR compares the picture, made from the same noise, with that of bundles/fp32" in text
-    assert "32 prompts, a picture each, for prompt accuracy." in text
+    assert "PSNR compares the image, made from the same noise, with that of bundles/fp32" in text
+    assert "32 prompts, an image each, for prompt accuracy." in text
 
 
 # the schema
@@ -156,7 +156,7 @@ def test_a_report_in_a_file_is_read_or_refused_in_one_line(tmp_path: Path) -> No
     path = tmp_path / "bench.json"
     path.write_text(to_json(report))
     assert read_report(path) == report
-    for text, words in (("{", "no kdc-edge/bench/2 report"), ("[1]", "no kdc-edge/bench/2 report"), ("[" * 9999, "no")):
+    for text, words in (("{", "no kdc-edge/bench/3 report"), ("[1]", "no kdc-edge/bench/3 report"), ("[" * 9999, "no")):
         path.write_text(text)
         with pytest.raises(InputError, match=words) as refused:
             read_report(path)

@@ -21,7 +21,7 @@ from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.loop import Trainer
 
 CONFIG = TrainConfig(
-    teacher=GARDEN_TEACHER, student="garden-student", steps=2, batch_size=2, samples=8, replay=4, eval_pictures=2,
+    teacher=GARDEN_TEACHER, student="garden-student", steps=2, batch_size=2, samples=8, replay=4, eval_images=2,
     save_every=1, log_with="none", replay_teacher="student", replay_policy="balanced",
     tasks=(Task("flowers", "garden:flowers"), Task("fish", "garden:fish")),
 )  # fmt: skip

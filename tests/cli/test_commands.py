@@ -53,7 +53,7 @@ def complaint(*arguments: object, cwd: Path, code: int = 1) -> str:
 
 
 def test_seeds_repeat(bundle: Path, tmp_path: Path) -> None:
-    pictures = []
+    images = []
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         run(
             "generate",
@@ -68,9 +68,9 @@ def test_seeds_repeat(bundle: Path, tmp_path: Path) -> None:
             f"{name}.png",
             cwd=tmp_path,
         )
-        pictures.append(np.asarray(Image.open(tmp_path / f"{name}.png")))
-    assert np.array_equal(pictures[0], pictures[1])
-    assert not np.array_equal(pictures[0], pictures[2])
+        images.append(np.asarray(Image.open(tmp_path / f"{name}.png")))
+    assert np.array_equal(images[0], images[1])
+    assert not np.array_equal(images[0], images[2])
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_seeds_repeat(bundle: Path, tmp_path: Path) -> None:
         (["--engine", "abacus"], "abacus"),
         (["--device", "TOASTER"], "TOASTER"),
         (["--threads", 0], "--threads 0"),
-        (["--out", "picture.jpg"], "picture.jpg"),
+        (["--out", "image.jpg"], "image.jpg"),
     ],
 )
 def test_values_that_cannot_be_get_one_line(bundle: Path, tmp_path: Path, arguments: list[object], words: str) -> None:
@@ -156,7 +156,7 @@ def test_init_makes_a_checkpoint_that_trains_on(tmp_path: Path) -> None:
 def test_a_run_that_was_killed_and_then_stopped_goes_on(tmp_path: Path) -> None:
     (tmp_path / "kdc-edge.toml").write_text(
         "[train]\ntask = ['fish=garden:fish']\nsteps = 30\nsave-every = 3\nbatch-size = 2\nsamples = 8\n"
-        "eval-pictures = 2\n"
+        "eval-images = 2\n"
     )
     run_folder = tmp_path / "runs" / "001"
     _stop(tmp_path, signal.SIGKILL, after_step=5)
@@ -187,7 +187,7 @@ def _stop(cwd: Path, how: signal.Signals, *arguments: str, after_step: int) -> t
     return running.returncode, said
 
 
-def test_the_best_bundle_is_the_smallest_of_good_pictures(
+def test_the_best_bundle_is_the_smallest_of_good_images(
     bundle: Path, bundle_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kdc_edge.cli.project import best_bundle

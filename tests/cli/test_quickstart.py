@@ -13,18 +13,18 @@ from tests.cli.test_commands import complaint, run
 
 
 class Text(HTMLParser):
-    """The page's words, headings and pictures."""
+    """The page's words, headings and images."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
         self.headings: list[str] = []
-        self.pictures = 0
+        self.images = 0
         self._heading = False
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._heading = tag == "h2"
-        self.pictures += tag == "img" and (dict(attrs)["src"] or "").startswith("data:image/png;base64,")
+        self.images += tag == "img" and (dict(attrs)["src"] or "").startswith("data:image/png;base64,")
 
     def handle_data(self, data: str) -> None:
         if self._heading and data.strip():
@@ -35,14 +35,14 @@ class Text(HTMLParser):
 @pytest.mark.usefixtures("traced_once")
 def test_quickstart_goes_from_teacher_to_report(tmp_path: Path) -> None:
     done = run(
-        "quickstart", "--out", "demo", "--steps", 2, "--batch-size", 2, "--samples", 8, "--eval-pictures", 2,
+        "quickstart", "--out", "demo", "--steps", 2, "--batch-size", 2, "--samples", 8, "--eval-images", 2,
         "--repeats", 1, cwd=tmp_path,
     )  # fmt: skip
     assert done.stdout.strip() == "demo/report.html"
     page = (tmp_path / "demo" / "report.html").read_text("utf-8")
     text = Text(page)
-    assert text.headings == ["In short", "Pictures", "Learning", "Remembering", "The proof", "Speed and size"]
-    assert text.pictures == 5 * 6  # teacher, two students, two bundles; six prompts
+    assert text.headings == ["In short", "Images", "Learning", "Remembering", "The proof", "Speed and size"]
+    assert text.images == 5 * 6  # teacher, two students, two bundles; six prompts
     assert not re.search(r"(src|href)=\"https?:", page)
     assert "forgetting" in page
 

@@ -35,7 +35,7 @@ def refusal(bundle: Path) -> str:
 def test_opens_and_verifies(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     assert opened.manifest.name == "onnx-fp16"
-    assert opened.manifest.model.picture_size == 64
+    assert opened.manifest.model.image_size == 64
     assert opened.size_bytes == sum(p.stat().st_size for p in bundle.rglob("*") if p.is_file() and p.name != MANIFEST)
     assert opened.verify() == len(opened.manifest.files)
     assert opened.component("unet")[1] == bundle / "unet" / "model.onnx"

@@ -50,9 +50,9 @@ def test_the_chunk_reads_as_user_interfaces_write_it() -> None:
 def test_pixels_and_parameters_come_back(tmp_path: Path) -> None:
     save_png(tmp_path / "a.png", PIXELS, USUAL)
     assert read_parameters(tmp_path / "a.png") == {name: str(value) for name, value in USUAL.items()}
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.mode == "RGB"
-        assert np.array_equal(np.asarray(picture), PIXELS)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.mode == "RGB"
+        assert np.array_equal(np.asarray(image), PIXELS)
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
 
@@ -146,7 +146,7 @@ def test_other_pixels_are_refused_and_nothing_is_written(tmp_path: Path, pixels:
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_write_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_leaves_the_old_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.png"
     save_png(path, PIXELS, USUAL)
     old = path.read_bytes()
@@ -228,7 +228,7 @@ def test_to_pixels_equals_diffusers() -> None:
     theirs = VaeImageProcessor().postprocess(images, output_type="pil")
     ours = to_pixels(images.numpy())
     assert ours.dtype == np.uint8
-    assert np.array_equal(ours, np.stack([np.asarray(picture) for picture in theirs]))
+    assert np.array_equal(ours, np.stack([np.asarray(image) for image in theirs]))
 
 
 def test_to_pixels_refuses_what_is_no_number() -> None:
@@ -244,26 +244,26 @@ def test_psnr_is_its_definition() -> None:
     assert psnr_db(np.full_like(a, 3), np.full_like(a, 1)) == pytest.approx(20 * math.log10(255 / 2))
 
 
-def test_psnr_refuses_other_pictures() -> None:
+def test_psnr_refuses_other_images() -> None:
     a = np.zeros((4, 4, 3), np.uint8)
     for other in (a[:2], a.astype(np.float32)):
-        with pytest.raises(InputError, match="two uint8 pictures"):
+        with pytest.raises(InputError, match="two uint8 images"):
             psnr_db(a, other)
 
 
-def test_grid_places_pictures_row_by_row() -> None:
-    pictures = [np.full((2, 3, 3), shade, np.uint8) for shade in (10, 20, 30)]
-    sheet = grid(pictures, columns=2)
+def test_grid_places_images_row_by_row() -> None:
+    images = [np.full((2, 3, 3), shade, np.uint8) for shade in (10, 20, 30)]
+    sheet = grid(images, columns=2)
     assert sheet.shape == (4, 6, 3)
     assert [int(sheet[y, x, 0]) for y in (0, 2) for x in (0, 3)] == [10, 20, 30, 255]
-    assert np.array_equal(grid(np.stack(pictures), columns=3)[:, 3:6], pictures[1])
+    assert np.array_equal(grid(np.stack(images), columns=3)[:, 3:6], images[1])
 
 
 @pytest.mark.parametrize(
-    ("pictures", "columns"),
+    ("images", "columns"),
     [([], 2), ([PIXELS], 0), ([PIXELS, PIXELS[:2]], 2)],
     ids=["none", "columns", "sizes"],
 )
-def test_a_grid_that_cannot_be_is_refused(pictures: list[np.ndarray], columns: int) -> None:
+def test_a_grid_that_cannot_be_is_refused(images: list[np.ndarray], columns: int) -> None:
     with pytest.raises(InputError, match="a grid needs"):
-        grid(pictures, columns)
+        grid(images, columns)

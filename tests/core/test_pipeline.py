@@ -83,7 +83,7 @@ def latents(pipeline: Pipeline, request: Request) -> np.ndarray:
     return last.latents
 
 
-def test_both_modes_make_the_same_picture(pipeline: Pipeline) -> None:
+def test_both_modes_make_the_same_image(pipeline: Pipeline) -> None:
     batched, sequential = (
         latents(pipeline, Request("a red flower", "blue", steps=3, guidance=3, guidance_mode=mode))
         for mode in ("batched", "sequential")
@@ -171,7 +171,7 @@ def test_devices_by_component() -> None:
             split_devices(wrong)
 
 
-def test_low_memory_makes_the_same_picture(bundle: Path) -> None:
+def test_low_memory_makes_the_same_image(bundle: Path) -> None:
     request = Request("a red flower", steps=2, seed=3)
     usual, frugal = (open_pipeline(bundle, threads=1, low_memory=low).generate(request) for low in (False, True))
     assert np.abs(usual.astype(int) - frugal).max() <= 1  # sums in another order

@@ -183,7 +183,7 @@ def test_lcm_goes_on_with_a_stream_or_a_seed_alike() -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_perfect_denoiser_gets_the_picture_back(name: str) -> None:
+def test_a_perfect_denoiser_gets_the_image_back(name: str) -> None:
     """Against the mathematics: when eps is exact, every sampler that ends at sigma 0 must end at x0."""
     schedule = NoiseSchedule(set_alpha_to_one=True, steps_offset=0)
     sampler = make_sampler(name, schedule, 7)

@@ -101,7 +101,7 @@ def test_the_proof_was_computed_here(coreml_bundle: Path) -> None:
     parity = Bundle.open(coreml_bundle).manifest.parity
     assert parity is not None
     assert parity.conditions.startswith("mil ")
-    assert [c.what for c in parity.checks] == ["text_encoder", "unet", "vae_decoder", "picture", "vae_encoder"]
+    assert [c.what for c in parity.checks] == ["text_encoder", "unet", "vae_decoder", "image", "vae_encoder"]
     for check in parity.checks:
         assert check.psnr_db is not None
         assert check.psnr_db > 45  # random weights of the garden's shape; 35 dB are demanded
@@ -203,12 +203,12 @@ def test_attention_layouts_through_core_ml(kind: str, target: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize(("kind", "target"), [("original", "iOS17"), ("split-einsum", "iOS17"), ("sdpa", "iOS18")])
-def test_whole_pictures_with_each_attention_layout(kind: str, target: str, tmp_path: Path) -> None:
+def test_whole_images_with_each_attention_layout(kind: str, target: str, tmp_path: Path) -> None:
     options = CoreMLOptions(attention=kind, deployment_target=target)
     made = export_coreml(GARDEN_TEACHER, tmp_path / kind, precision="fp16", options=options)
     parity = made.manifest.parity
     assert parity is not None
-    assert {"unet", "picture"} <= {c.what for c in parity.checks}
+    assert {"unet", "image"} <= {c.what for c in parity.checks}
     assert all(c.passed and (c.psnr_db or 99) >= 35 for c in parity.checks)
 
 
@@ -277,15 +277,15 @@ def test_a_safety_checker_is_exported_where_there_is_one(own_checkpoint: Path, t
     program = read_program(package / PROGRAM)
     assert list(program.inputs) == ["clip_input", "images", "adjustment"]
     assert program.outputs.keys() == {"filtered_images", "has_nsfw_concepts", "concept_scores"}
-    picture = np.random.default_rng(0).standard_normal((1, 3, 32, 32), np.float32)
+    image = np.random.default_rng(0).standard_normal((1, 3, 32, 32), np.float32)
     for adjustment, unsafe in ((-3.0, 0.0), (3.0, 1.0)):
-        inputs = {"clip_input": picture, "images": np.ones((1, 64, 64, 3), np.float32)}
+        inputs = {"clip_input": image, "images": np.ones((1, 64, 64, 3), np.float32)}
         found = Evaluator(program)(**inputs, adjustment=np.full(1, adjustment, np.float32))
         assert found["has_nsfw_concepts"].tolist() == [unsafe]
         assert found["filtered_images"].max() == 1 - unsafe
     # The scores are diffusers' own, where nothing is special.
     expected = torch.nn.functional.cosine_similarity(
-        checker.visual_projection(checker.vision_model(torch.from_numpy(picture))[1]), checker.concept_embeds
+        checker.visual_projection(checker.vision_model(torch.from_numpy(image))[1]), checker.concept_embeds
     ) - checker.concept_embeds_weights  # fmt: skip
     found = Evaluator(program)(**inputs, adjustment=np.zeros(1, np.float32))
     np.testing.assert_allclose(found["concept_scores"][0], expected.detach().numpy(), atol=3e-3)
@@ -328,7 +328,7 @@ def test_damaged_weights_fail_the_export(checkpoint: Path, tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_picture_on_any_machine_and_no_benchmark(coreml_bundle: Path, tmp_path: Path) -> None:
+def test_an_image_on_any_machine_and_no_benchmark(coreml_bundle: Path, tmp_path: Path) -> None:
     done = run("generate", "a red flower", "--bundle", coreml_bundle, "--steps", 1, "--out", "a.png", cwd=tmp_path)
     assert (tmp_path / "a.png").is_file()
     assert "coremltools" not in done.stderr

@@ -88,7 +88,7 @@ def test_every_precision_is_proved_and_smaller(bundles: dict[str, Path]) -> None
     for precision, root in bundles.items():
         bundle = Bundle.open(root)
         assert bundle.manifest.parity is not None
-        assert [c.what for c in bundle.manifest.parity.checks] == ["text_encoder", "unet", "vae_decoder", "picture"]
+        assert [c.what for c in bundle.manifest.parity.checks] == ["text_encoder", "unet", "vae_decoder", "image"]
         assert all(c.passed for c in bundle.manifest.parity.checks)
         sizes[precision] = (root / "unet" / "openvino_model.bin").stat().st_size
     assert sizes["fp16"] < 0.55 * sizes["fp32"]
@@ -287,5 +287,5 @@ def test_the_cache_is_opt_in(fp32: Path, tmp_path: Path) -> None:
     kept = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
     assert len(kept) == 3
     assert sum(p.stat().st_size for p in kept) < 0.2 * Bundle.open(fp32).size_bytes  # the weights are not kept twice
-    for picture in cached:
-        assert np.abs(picture.astype(int) - usual).max() <= 1
+    for image in cached:
+        assert np.abs(image.astype(int) - usual).max() <= 1

@@ -11,7 +11,7 @@ import pytest
 from kdc_edge.bundle import Bundle, Check
 from kdc_edge.errors import CheckpointError, ParityError
 from kdc_edge.export.onnx.export import export_onnx
-from kdc_edge.export.parity import Call, check_pictures, compare, record
+from kdc_edge.export.parity import Call, check_images, compare, record
 from kdc_edge.formats import find_format
 from kdc_edge.pipeline import Pipeline, Request
 from kdc_edge.runtimes.base import COMPONENTS
@@ -58,11 +58,11 @@ def test_what_was_recorded(checkpoint: Path) -> None:
         "vae_decoder": 1,
     }
     assert reference.calls["unet"][0][0]["sample"].shape == (2, 4, 16, 16)
-    assert reference.pictures[0].shape == (64, 64, 3)
+    assert reference.images[0].shape == (64, 64, 3)
 
 
 class Painter(Pipeline):
-    """Paints one grey, or a tenth of the picture another."""
+    """Paints one grey, or a tenth of the image another."""
 
     def __init__(self, *, detail: int) -> None:  # it has no networks
         self.pixels = np.full((20, 20, 3), 100, np.uint8)
@@ -83,11 +83,11 @@ def test_arithmetic_in_fewer_bits_is_not_held_against_the_artifact(
     def check(name: str) -> list[Check]:
         candidate, exact = (Painter(detail=d) for d in (detail, detail_in_32_bits))
         expected = [Painter(detail=0).pixels]
-        return check_pictures(expected, candidate, lambda: exact, [Request("a flower")], find_format(name, "fp16"))
+        return check_images(expected, candidate, lambda: exact, [Request("a flower")], find_format(name, "fp16"))
 
     found = check("openvino")
     assert [c.passed for c in found] == passed
-    assert found[-1].what == "picture"
+    assert found[-1].what == "image"
     assert len(check("onnx")) == 1  # which computes in 32 bits anyway
     assert check("onnx")[0].passed == (detail == 1)
 
@@ -96,10 +96,10 @@ def test_arithmetic_in_fewer_bits_is_not_held_against_the_artifact(
 def test_the_numbers_stand_in_the_bundle(bundle: Path, bundle_fp32: Path, precision: str, least: float) -> None:
     parity = Bundle.open(bundle if precision == "fp16" else bundle_fp32).manifest.parity
     assert parity is not None
-    assert [c.what for c in parity.checks] == [*COMPONENTS, "picture"]
+    assert [c.what for c in parity.checks] == [*COMPONENTS, "image"]
     for check in parity.checks:
         assert check.passed
-        assert check.psnr_db is None or check.psnr_db > (least if check.what != "picture" else 50)
+        assert check.psnr_db is None or check.psnr_db > (least if check.what != "image" else 50)
     assert "PyTorch" in parity.reference
     assert "2 prompts, 64x64, 4 steps of" in parity.conditions
 
@@ -144,6 +144,6 @@ def test_a_checkpoint_of_no_numbers_is_told_apart(own_checkpoint: Path, tmp_path
     tensors = load_file(weights)
     tensors["decoder.conv_out.bias"] = torch.full_like(tensors["decoder.conv_out.bias"], torch.nan)
     save_file(tensors, weights, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="makes no picture in PyTorch either"):
+    with pytest.raises(CheckpointError, match="makes no image in PyTorch either"):
         export_onnx(own_checkpoint, tmp_path / "out", precision="fp32")
     assert not (tmp_path / "out").exists()

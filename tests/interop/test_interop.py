@@ -1,4 +1,4 @@
-"""Our bundles in other people's programs: they open, and make our picture from our noise.
+"""Our bundles in other people's programs: they open, and make our image from our noise.
 
     make interop            # an environment of its own, because optimum-onnx and optimum-intel pin older versions
 
@@ -38,7 +38,7 @@ def bundle(name: str) -> Path:
 
 def psnr_db(found: np.ndarray, root: Path) -> float:
     ours = open_pipeline(root).generate(REQUEST)
-    assert ours.std() > 20  # a picture, not a grey square
+    assert ours.std() > 20  # an image, not a grey square
     assert found.shape == ours.shape
     return -10 * math.log10(max(float(np.mean((found.astype(float) - ours) ** 2)), 1e-9) / 255**2)
 

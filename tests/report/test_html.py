@@ -19,10 +19,10 @@ from kdc_edge.report.html import (
     bullets,
     data_table,
     heat_table,
+    image_grid,
     line_chart,
     page,
     paragraph,
-    picture_grid,
     side_by_side,
     tiles,
 )
@@ -51,7 +51,7 @@ def hostile_page() -> str:
         side_by_side(chart, bar_chart({h: 1.0}, title=h, unit=h)),
         data_table([h, h], [[h, h]], title=h),
         heat_table([h], [(h, [1.0])], title=h, corner=h),
-        picture_grid([(h, [pixels])], [h]),
+        image_grid([(h, [pixels])], [h]),
     ]
     return page(h, [Section(h, blocks), Section("next", [])], lead=h, footer=h)
 
@@ -80,13 +80,13 @@ def test_the_page_fetches_nothing() -> None:
     assert {v[1:] for v in sources if v and v.startswith("#")} <= targets
 
 
-def test_every_picture_has_a_text_and_small_ones_stay_pixelated() -> None:
+def test_every_image_has_a_text_and_small_ones_stay_pixelated() -> None:
     small, large = np.zeros((64, 64, 3), np.uint8), np.zeros((512, 512, 3), np.uint8)
-    grid = ET.fromstring(picture_grid([("teacher", [small, None]), ("student", [large, small])], ["red", "blue"]))
+    grid = ET.fromstring(image_grid([("teacher", [small, None]), ("student", [large, small])], ["red", "blue"]))
     images = list(grid.iter("img"))
     assert [image.get("alt") for image in images] == ["red, by teacher", "red, by student", "blue, by student"]
-    assert [image.get("class") for image in images] == ["small-picture", None, "small-picture"]
-    assert "no picture" in "".join(grid.itertext())
+    assert [image.get("class") for image in images] == ["small-image", None, "small-image"]
+    assert "no image" in "".join(grid.itertext())
 
 
 CURVE = [(float(i), 1 / (1 + i)) for i in range(1000)]

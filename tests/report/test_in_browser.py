@@ -103,9 +103,9 @@ def report() -> Report:
 @pytest.fixture(scope="module")
 def page(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
-    pictures = [None if r.failure else random.integers(0, 255, (512, 512, 3), np.uint8) for r in report.rows]
+    images = [None if r.failure else random.integers(0, 255, (512, 512, 3), np.uint8) for r in report.rows]
     path = tmp_path_factory.mktemp("page") / "bench.html"
-    path.write_text(benchmark_page(report, pictures))
+    path.write_text(benchmark_page(report, images))
     return path
 
 
@@ -127,7 +127,7 @@ def test_the_page_fits_its_window_and_can_be_read(browser: Browser, page: Path, 
 
 
 def test_the_page_can_be_heard(browser: Browser, page: Path) -> None:
-    """What a screen reader is given: headings in order, landmarks, and a name for every picture and chart."""
+    """What a screen reader is given: headings in order, landmarks, and a name for every image and chart."""
     browser.open(page, width=1280)
     nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
     seen = [(n["role"]["value"], n.get("name", {}).get("value", "")) for n in nodes if not n["ignored"]]
@@ -135,7 +135,7 @@ def test_the_page_can_be_heard(browser: Browser, page: Path) -> None:
     assert {"main", "navigation", "banner", "contentinfo", "table", "rowheader", "columnheader"} <= roles
     headings = [name for role, name in seen if role == "heading"]
     assert headings == [
-        "openvino-w8: 388 ms, 248 MB", "In short", "Speed, memory, size, quality", "Where the time goes", "Pictures",
+        "openvino-w8: 388 ms, 248 MB", "In short", "Speed, memory, size, quality", "Where the time goes", "Images",
         "Every row", "Conditions", "Data",
     ]  # fmt: skip
     images = [name for role, name in seen if role == "image"]

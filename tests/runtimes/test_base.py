@@ -55,7 +55,7 @@ def test_inputs_are_cast(bundle: Path) -> None:
     np.testing.assert_allclose(unet(**loose), expected, atol=1e-6)
 
 
-def test_torch_makes_the_pictures_of_diffusers(checkpoint: Path) -> None:
+def test_torch_makes_the_images_of_diffusers(checkpoint: Path) -> None:
     import torch
     from diffusers import StableDiffusionPipeline
 
@@ -71,7 +71,7 @@ def test_torch_makes_the_pictures_of_diffusers(checkpoint: Path) -> None:
     assert np.abs(pixels - expected * 255.0).max() <= 1.5
 
 
-def test_a_bundle_makes_the_same_picture_without_torch(bundle: Path, checkpoint: Path) -> None:
+def test_a_bundle_makes_the_same_image_without_torch(bundle: Path, checkpoint: Path) -> None:
     request = Request("a red flower", steps=2, guidance=1.0, seed=3)
     program = f"""if True:
         import sys

@@ -75,7 +75,7 @@ def test_elsewhere_it_is_refused_in_one_line(coreml_bundle: Path) -> None:
         open_pipeline(coreml_bundle, engine="coreml")
 
 
-def test_a_picture_as_the_evaluator_makes_it(fake: SimpleNamespace, own_coreml_bundle: Path) -> None:
+def test_an_image_as_the_evaluator_makes_it(fake: SimpleNamespace, own_coreml_bundle: Path) -> None:
     request = Request("a red flower", steps=2, guidance=3.0, seed=1)
     found = open_pipeline(own_coreml_bundle).generate(request)  # on a Mac it is the preferred engine
     np.testing.assert_array_equal(found, open_pipeline(own_coreml_bundle, engine="mil").generate(request))

@@ -27,7 +27,7 @@ def vae() -> AutoencoderKL:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Ten pictures of noise in a class folder, the fourth of them broken."""
+    """Ten images of noise in a class folder, the fourth of them broken."""
     folder = tmp_path / "photos" / "noise"
     folder.mkdir(parents=True)
     for i in range(10):
@@ -64,16 +64,16 @@ def test_an_interrupted_pass_goes_on_behind_its_last_shard(
     task, whole = Task("t", f"imagefolder:{photos}"), tmp_path / "whole"
     expected = encode(task, vae, whole)
     calls = 0
-    real = cache.encode_pictures
+    real = cache.encode_images
 
-    def counted(network: AutoencoderKL, pictures: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def counted(network: AutoencoderKL, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal calls
         calls += 1
         if calls == 7:  # of ten: five shards of two sides each
             raise KeyboardInterrupt
-        return real(network, pictures)
+        return real(network, images)
 
-    monkeypatch.setattr(cache, "encode_pictures", counted)
+    monkeypatch.setattr(cache, "encode_images", counted)
     with pytest.raises(KeyboardInterrupt):
         encode(task, vae, tmp_path / "cut")
     found = encode(task, vae, tmp_path / "cut")
@@ -84,7 +84,7 @@ def test_an_interrupted_pass_goes_on_behind_its_last_shard(
         assert torch.equal(ours[1], theirs[1])
     index = json.loads(next((tmp_path / "cut").glob("t-*/index.json")).read_text())
     assert (index["read"], index["kept"]) == (10, 9)
-    assert index["left_out"] == {"cannot be read as a picture": 1}
+    assert index["left_out"] == {"cannot be read as an image": 1}
     encode(task, vae, tmp_path / "cut")
     assert calls == 11  # nothing is encoded twice
 
@@ -99,10 +99,10 @@ def test_the_key_changes_with_whatever_changes_the_latents(photos: Path) -> None
     assert len(keys) == len(changes) + 1
 
 
-def test_a_source_without_one_good_picture_says_why(vae: AutoencoderKL, tmp_path: Path) -> None:
+def test_a_source_without_one_good_image_says_why(vae: AutoencoderKL, tmp_path: Path) -> None:
     (tmp_path / "photos" / "a").mkdir(parents=True)
     (tmp_path / "photos" / "a" / "x.jpg").write_bytes(b"broken")
-    with pytest.raises(InputError, match=r"none of 1 pictures in .* can be used: 1 cannot be read as a picture"):
+    with pytest.raises(InputError, match=r"none of 1 images in .* can be used: 1 cannot be read as an image"):
         encode(Task("t", f"imagefolder:{tmp_path / 'photos'}"), vae, tmp_path / "cache")
 
 

@@ -13,7 +13,7 @@ from kdc_edge.train.tools.experiments import GRIDS, Cell, Size, cells, check_siz
 
 
 def test_two_cells_run_share_their_first_task_and_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--steps", "1", "--batch-size", "2", "--samples", "4", "--pictures", "2", "--seeds", "1"]
+    small = ["--steps", "1", "--batch-size", "2", "--samples", "4", "--images", "2", "--seeds", "1"]
     command = ["--out", str(tmp_path), "--grid", "replay", "--condition", "no replay", "replay 20 %", *small]
     main(command)
     first = capsys.readouterr().out
@@ -58,7 +58,7 @@ def test_the_page_says_what_was_found_whether_expected_or_not(tmp_path: Path, ke
     found = [result("no replay", s, [[0.9, 0, 0], [0.5, 0.9, 0], [0.4, 0.5, 0.9]]) for s in (0, 1)]
     found += [result("replay 5 %", s, [[0.9, 0, 0], [kept, 0.9, 0], [kept, kept, 0.9]]) for s in (0, 1)]
     found += [result("all data jointly", 0, [[0.9, 0.9, 0.9]])]
-    write_report(tmp_path, found, GRIDS, {"steps": 1, "batch_size": 1, "samples": 1, "pictures": 2})
+    write_report(tmp_path, found, GRIDS, {"steps": 1, "batch_size": 1, "samples": 1, "images": 2})
     page = (tmp_path / "experiments.md").read_text()
     assert page.count(verdict) == 2
     assert "| no replay | 0.400 ± 0.000 (2) |" in page

@@ -1,4 +1,4 @@
-"""The garden: captions name what pictures show, seeds repeat, the judge reads every attribute back."""
+"""The garden: captions name what images show, seeds repeat, the judge reads every attribute back."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_about_one_combination_in_ten_is_held_out_and_never_drawn_for_training(s
     assert 0.07 < len(heldout) / len(scenes(subject)) < 0.13
     assert heldout.isdisjoint(draw_scenes(subject, 3000, seed=5))
     assert heldout.issuperset(draw_scenes(subject, 300, seed=5, split="heldout"))
-    # Whole combinations are held out, on every background, so that no picture of them was ever seen.
+    # Whole combinations are held out, on every background, so that no image of them was ever seen.
     assert {s.background for s in heldout} == set(BACKGROUNDS)
 
 
-def test_pictures_repeat_with_their_seed_and_differ_without() -> None:
+def test_images_repeat_with_their_seed_and_differ_without() -> None:
     chosen = draw_scenes("butterfly", 3, seed=1)
     assert chosen == draw_scenes("butterfly", 3, seed=1)
     assert np.array_equal(render_many(chosen, seed=1), render_many(chosen, seed=1))
@@ -47,9 +47,9 @@ def test_pictures_repeat_with_their_seed_and_differ_without() -> None:
 
 def test_backgrounds_are_flat_and_of_the_named_colour() -> None:
     for name, color in BACKGROUNDS.items():
-        picture = np.asarray(render(Scene("fish", "white", "plain", "none", name), np.random.default_rng(0)))
-        assert np.array_equal(picture[0, 0], color)
-        assert np.array_equal(picture[0], np.broadcast_to(color, (64, 3)))
+        image = np.asarray(render(Scene("fish", "white", "plain", "none", name), np.random.default_rng(0)))
+        assert np.array_equal(image[0, 0], color)
+        assert np.array_equal(image[0], np.broadcast_to(color, (64, 3)))
 
 
 def test_the_judge_is_right_99_times_in_100_on_every_attribute_of_fresh_renders() -> None:
@@ -59,7 +59,7 @@ def test_the_judge_is_right_99_times_in_100_on_every_attribute_of_fresh_renders(
     assert ASSET.stat().st_size < 2**20
 
 
-def test_the_judge_sees_when_a_picture_is_not_what_was_asked() -> None:
+def test_the_judge_sees_when_an_image_is_not_what_was_asked() -> None:
     red, blue = (
         Scene("flower", "red", "five", "white", "sky"),
         Scene("flower", "blue", "five", "white", "sky"),

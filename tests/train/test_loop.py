@@ -31,7 +31,7 @@ TASKS = (Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterfl
 def config(**changes: object) -> TrainConfig:
     small = TrainConfig(
         teacher=GARDEN_TEACHER, student="garden-student", tasks=TASKS, steps=3, batch_size=4, samples=12,
-        replay=6, eval_pictures=2, save_every=1, log_with="none", caption_dropout=0.0,
+        replay=6, eval_images=2, save_every=1, log_with="none", caption_dropout=0.0,
     )  # fmt: skip
     return replace(small, **changes)  # type: ignore[arg-type]
 

@@ -21,7 +21,7 @@ def test_soft_targets_equal_torchs_divergence_per_position(temperature: float) -
     torch.testing.assert_close(soft_target_loss(student, teacher, temperature).mean(), expected * temperature**2)
 
 
-def test_soft_targets_do_not_depend_on_the_pictures_size() -> None:
+def test_soft_targets_do_not_depend_on_the_images_size() -> None:
     student, teacher = batch(0, 2, 4, 4, 4), batch(1, 2, 4, 4, 4)
     tiled = soft_target_loss(student.repeat(1, 1, 3, 3), teacher.repeat(1, 1, 3, 3), 2.0)
     torch.testing.assert_close(tiled, soft_target_loss(student, teacher, 2.0))

@@ -16,8 +16,8 @@ from kdc_edge.runtimes.torch import quiet
 from kdc_edge.tokenizer import CLIP_FOLDER
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.garden.judge import load_judge
-from kdc_edge.train.quality.evaluate import Asked, ask, average, backward_transfer, forgetting, score_pictures
-from kdc_edge.train.quality.metrics import ALEXNET, CLIP, INCEPTION, PictureMetrics, frechet_distance, kernel_distance
+from kdc_edge.train.quality.evaluate import Asked, ask, average, backward_transfer, forgetting, score_images
+from kdc_edge.train.quality.metrics import ALEXNET, CLIP, INCEPTION, ImageMetrics, frechet_distance, kernel_distance
 
 
 def features(seed: int, count: int) -> np.ndarray:
@@ -59,12 +59,12 @@ def test_distances_are_zero_between_like_sets_and_grow() -> None:
 def test_a_missing_weight_file_is_named_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "torch"))
-    metrics = PictureMetrics(tmp_path)
+    metrics = ImageMetrics(tmp_path)
     lines = metrics.missing()
     assert [name in line for name, line in zip((INCEPTION, ALEXNET, CLIP), lines, strict=True)] == [True] * 3
     assert all(str(tmp_path) in line for line in lines)
-    pictures = np.zeros((3, 64, 64, 3), np.uint8)
-    assert metrics.measure(pictures, pictures, ["x"] * 3, pictures) == {}
+    images = np.zeros((3, 64, 64, 3), np.uint8)
+    assert metrics.measure(images, images, ["x"] * 3, images) == {}
 
 
 def test_pickled_code_among_the_weights_is_not_run(tmp_path: Path) -> None:
@@ -73,9 +73,9 @@ def test_pickled_code_among_the_weights_is_not_run(tmp_path: Path) -> None:
             return Path.touch, (str(tmp_path / "ran"),)  # type: ignore[return-value]
 
     torch.save({"a": Evil()}, tmp_path / INCEPTION)
-    pictures = np.zeros((2, 32, 32, 3), np.uint8)
+    images = np.zeros((2, 32, 32, 3), np.uint8)
     with pytest.raises(InputError, match="holds no Inception weights"):
-        PictureMetrics(tmp_path).measure(pictures, pictures, ["x"] * 2)
+        ImageMetrics(tmp_path).measure(images, images, ["x"] * 2)
     assert not (tmp_path / "ran").exists()
 
 
@@ -98,43 +98,41 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_clip_score_is_a_hundred_times_the_cosine(clip_folder: Path) -> None:
-    metrics = PictureMetrics(clip_folder)
-    pictures = np.random.default_rng(0).integers(0, 255, (2, 48, 48, 3), np.uint8)
+    metrics = ImageMetrics(clip_folder)
+    images = np.random.default_rng(0).integers(0, 255, (2, 48, 48, 3), np.uint8)
     prompts = ["a red fish", "a blue flower"]
     folder = clip_folder / CLIP.split("/")[1]
     with quiet(), torch.inference_mode():
-        found = metrics.clip_score(pictures, prompts)
+        found = metrics.clip_score(images, prompts)
         model, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
-        inputs = processor(
-            text=prompts, images=[Image.fromarray(p) for p in pictures], return_tensors="pt", padding=True
-        )
+        inputs = processor(text=prompts, images=[Image.fromarray(p) for p in images], return_tensors="pt", padding=True)
         seen = model(**inputs)
         cosine = torch.nn.functional.cosine_similarity(seen.image_embeds, seen.text_embeds)
     assert found == pytest.approx(float(100 * cosine.clamp(min=0).mean()), rel=1e-3, abs=1e-3)
 
 
-def test_lpips_is_zero_for_the_same_picture_and_grows(tmp_path: Path) -> None:
+def test_lpips_is_zero_for_the_same_image_and_grows(tmp_path: Path) -> None:
     """AlexNet of random weights where the real one would lie; the linear layers are the published ones."""
     from torchvision.models import alexnet
 
     torch.manual_seed(0)
     torch.save(alexnet(weights=None).state_dict(), tmp_path / ALEXNET)
-    metrics = PictureMetrics(tmp_path)
-    pictures = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), np.uint8)
-    assert metrics.lpips(pictures, pictures) == pytest.approx(0, abs=1e-6)
-    assert metrics.lpips(pictures, 255 - pictures) > metrics.lpips(pictures, np.clip(pictures + 3, 0, 255)) > 0
+    metrics = ImageMetrics(tmp_path)
+    images = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), np.uint8)
+    assert metrics.lpips(images, images) == pytest.approx(0, abs=1e-6)
+    assert metrics.lpips(images, 255 - images) > metrics.lpips(images, np.clip(images + 3, 0, 255)) > 0
 
 
-def test_garden_pictures_are_scored_however_they_were_made() -> None:
+def test_garden_images_are_scored_however_they_were_made() -> None:
     asked = ask(Task("fish", "garden:fish"), 12, size=64)
     assert asked.references is not None
-    perfect = score_pictures(asked.references, asked, None)
+    perfect = score_images(asked.references, asked, None)
     assert perfect.metric == "prompt_accuracy"
     assert perfect.quality > 0.95
     assert perfect.values["judge_frechet"] == pytest.approx(0, abs=0.05 * _spread(asked))
-    wrong = score_pictures(np.ascontiguousarray(asked.references[::-1]), asked, None)
+    wrong = score_images(np.ascontiguousarray(asked.references[::-1]), asked, None)
     assert wrong.quality < perfect.quality
-    grey = score_pictures(np.full_like(asked.references, 128), asked, None)
+    grey = score_images(np.full_like(asked.references, 128), asked, None)
     assert grey.values["judge_kernel"] > perfect.values["judge_kernel"]
 
 

@@ -41,7 +41,7 @@ def first_losses(run: Path, **changes: object) -> dict[str, float]:
 
 def test_the_plan_counts_what_the_run_will_do() -> None:
     plan = make_plan(config(steps=50, batch_size=8, keep=3))
-    assert (plan.steps, plan.samples_seen, plan.picture_size) == (100, 800, 64)
+    assert (plan.steps, plan.samples_seen, plan.image_size) == (100, 800, 64)
     assert plan.student_parameters == find_preset("garden-student").unet_parameters
     assert plan.latents_bytes_per_sample == 2 * 2 * 2 * 4 * 16 * 16  # mean and deviation, two sides, fp16
     teacher = find_preset("garden-teacher").unet_parameters
@@ -113,7 +113,7 @@ def test_compiled_blocks_compute_the_same(tmp_path: Path) -> None:
     assert first_losses(tmp_path / "a", compile=True) == pytest.approx(first_losses(tmp_path / "b"), rel=1e-3)
 
 
-def test_a_constant_rate_and_a_smaller_picture(tmp_path: Path) -> None:
+def test_a_constant_rate_and_a_smaller_image(tmp_path: Path) -> None:
     trainer = Trainer(
         config(tasks=TASKS[:1], schedule="constant", warmup=0, resolution=32, sample_every=2), tmp_path / "run"
     )

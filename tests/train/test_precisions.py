@@ -1,4 +1,4 @@
-"""Forgetting by precision: a bundle's pictures beside its checkpoint's, from the same prompts and noise."""
+"""Forgetting by precision: a bundle's images beside its checkpoint's, from the same prompts and noise."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from kdc_edge.train.quality.precisions import BundleGenerator, Loss, compare
 from tests.cli.test_commands import complaint, run
 
 
-def evaluated(by_picture: list[float], grey: int = 100) -> Evaluated:
-    score = Score({"prompt_accuracy": float(np.mean(by_picture))}, tuple(by_picture))
-    return Evaluated(score, np.full((len(by_picture), 8, 8, 3), grey, np.uint8))
+def evaluated(by_image: list[float], grey: int = 100) -> Evaluated:
+    score = Score({"prompt_accuracy": float(np.mean(by_image))}, tuple(by_image))
+    return Evaluated(score, np.full((len(by_image), 8, 8, 3), grey, np.uint8))
 
 
-def test_what_is_lost_is_paired_picture_by_picture() -> None:
+def test_what_is_lost_is_paired_image_by_image() -> None:
     own = {"a": evaluated([1.0, 0.8, 0.6, 0.8]), "b": evaluated([1.0, 1.0]), "c": evaluated([0.6, 0.8])}
     found = compare(own, {"a": evaluated([0.8, 0.8, 0.6, 0.6]), "b": evaluated([1.0, 1.0]), "c": evaluated([0, 0])})
     assert found.lost["a"].mean == pytest.approx(0.1)
@@ -55,16 +55,16 @@ def test_noise_comes_in_batches_that_are_drawn_by_their_place() -> None:
     assert [evaluate.batch_size(side) for side in (16, 32, 64, 96, 500)] == [16, 16, 4, 1, 1]
 
 
-def test_a_bundle_is_asked_for_the_pictures_of_its_checkpoint(
+def test_a_bundle_is_asked_for_the_images_of_its_checkpoint(
     checkpoint: Path, bundle_fp32: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "batch_size", lambda side: 2)  # three pictures in two batches  # noqa: ARG005
+    monkeypatch.setattr(evaluate, "batch_size", lambda side: 2)  # three images in two batches  # noqa: ARG005
     prompts = ["a red flower", "a blue butterfly", "a red flower"]
     expected = open_generator(checkpoint, steps=2, guidance=3.0)(prompts, seed=5)
     found = BundleGenerator.open(bundle_fp32, steps=2, guidance=3.0)(prompts, seed=5)
     assert found.shape == expected.shape == (3, 64, 64, 3)
     assert np.abs(found.astype(int) - expected).max() <= 1
-    assert np.abs(expected[0].astype(int) - expected[2]).max() > 10  # the noise is each picture's own
+    assert np.abs(expected[0].astype(int) - expected[2]).max() > 10  # the noise is each image's own
 
 
 def test_eval_gives_a_row_a_precision(checkpoint: Path, bundle: Path, bundle_fp32: Path, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_eval_gives_a_row_a_precision(checkpoint: Path, bundle: Path, bundle_fp3
     shutil.copytree(bundle, damaged)
     graph = damaged / "unet" / "model.onnx"
     graph.write_bytes(bytes(graph.stat().st_size))
-    asked = ["eval", checkpoint, "--pictures", 2, "--steps", 2]
+    asked = ["eval", checkpoint, "--images", 2, "--steps", 2]
     asked += ["--task", "flowers=garden:flowers", "--task", "butterflies=garden:butterflies"]
     document = json.loads(run(*asked, "--bundles", "bundles", "--json", cwd=tmp_path).stdout)
     rows = {row["name"]: row for row in document["bundles"]}

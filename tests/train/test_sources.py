@@ -20,19 +20,19 @@ from kdc_edge.errors import InputError
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.flower_names import FLOWER_NAMES
-from kdc_edge.train.data.images import LeftOut, read_picture
+from kdc_edge.train.data.images import LeftOut, read_image
 from kdc_edge.train.data.sources import SOURCES, Sample, Source, open_source
 from kdc_edge.train.data.tasks import parse_tasks
 from kdc_edge.train.loop import Trainer
 
 
-def picture(color: tuple[int, int, int], size: tuple[int, int] = (80, 64)) -> Image.Image:
+def plain(color: tuple[int, int, int], size: tuple[int, int] = (80, 64)) -> Image.Image:
     return Image.new("RGB", size, color)
 
 
 def save(path: Path, image: Image.Image | None = None, **options: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    (image or picture((200, 30, 30))).save(path, **options)
+    (image or plain((200, 30, 30))).save(path, **options)
     return path
 
 
@@ -45,22 +45,22 @@ def everything(source: Source, **options: object) -> tuple[list[Sample], Counter
 def class_folders(root: Path) -> Path:
     for name, color in (("red_rose", (200, 20, 20)), ("blue bell", (20, 20, 200))):
         for i in range(4):
-            save(root / name / f"{i}.jpg", picture(color))
+            save(root / name / f"{i}.jpg", plain(color))
     (root / "empty").mkdir()
-    (root / "red_rose" / "notes.txt").write_text("not a picture")
-    (root / "red_rose" / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    (root / "red_rose" / "notes.txt").write_text("not an image")
+    (root / "red_rose" / "broken.jpg").write_bytes(b"\xff\xd8 no image")
     whole = save(root / "red_rose" / "cut.png", Image.effect_noise((64, 64), 50)).read_bytes()
     (root / "red_rose" / "cut.png").write_bytes(whole[: len(whole) // 2])
-    save(root / "blue bell" / "tiny.png", picture((0, 0, 0), (8, 8)))
+    save(root / "blue bell" / "tiny.png", plain((0, 0, 0), (8, 8)))
     (root / "blue bell" / "weights.pkl").write_bytes(pickle.dumps([1]))
     return root
 
 
 def flowers(root: Path) -> Path:
-    """Oxford's layout: twelve pictures, four of them the test part; number 3 is missing."""
+    """Oxford's layout: twelve images, four of them the test part; number 3 is missing."""
     for i in range(1, 13):
         if i != 3:
-            save(root / "jpg" / f"image_{i:05d}.jpg", picture((i * 20, 60, 90)))
+            save(root / "jpg" / f"image_{i:05d}.jpg", plain((i * 20, 60, 90)))
     labels = np.array([[1, 77, 102, *[5] * 9]], dtype=np.uint8)
     scipy.io.savemat(root / "imagelabels.mat", {"labels": labels})
     parts = {"trnid": [[1, 2, 3, 4]], "valid": [[5, 6, 7, 8]], "tstid": [[9, 10, 11, 12]]}
@@ -85,7 +85,7 @@ def metadata_folder(root: Path) -> Path:
     lines = []
     for i in range(6):
         save(root / "images" / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"images/{i}.png", "text": f"picture   number {i}\n"}))
+        lines.append(json.dumps({"file_name": f"images/{i}.png", "text": f"image   number {i}\n"}))
     lines[2:2] = ["no json", "[1]", "", json.dumps({"file_name": "images/none.png", "text": "gone"})]
     lines.append(json.dumps({"file_name": 5, "text": "x"}))
     (root / "metadata.jsonl").write_text("\n".join(lines))
@@ -98,7 +98,7 @@ def tars(root: Path) -> str:
         with tarfile.open(root / f"part-{number}.tar", "w") as tar:
             for i in range(3):
                 content = io.BytesIO()
-                picture((90, 20 * i, 90)).save(content, "JPEG")
+                plain((90, 20 * i, 90)).save(content, "JPEG")
                 broken = number == 1 and i == 2
                 for name, data in (("jpg", b"nothing" if broken else content.getvalue()), ("txt", b"a violet square")):
                     info = tarfile.TarInfo(f"{number}{i}.{name}")
@@ -111,7 +111,7 @@ def parquet(root: Path) -> str:
     import datasets
 
     rows: dict[str, list[object]] = {
-        "image": [picture((20 * i, 90, 20)) for i in range(6)],
+        "image": [plain((20 * i, 90, 20)) for i in range(6)],
         "label": [0, 1, 0, 1, 0, 1],
     }
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["oak", "red_elm"])})
@@ -120,21 +120,21 @@ def parquet(root: Path) -> str:
     return str(root)
 
 
-def test_class_folders_name_their_pictures_and_bad_files_are_counted(tmp_path: Path) -> None:
+def test_class_folders_name_their_images_and_bad_files_are_counted(tmp_path: Path) -> None:
     source = open_source(f"imagefolder:{class_folders(tmp_path)}")
     samples, left = everything(source)
     assert Counter(s.caption for s in samples) == {"a photo of a red rose": 4, "a photo of a blue bell": 4}
-    assert left == {"cannot be read as a picture": 2, "smaller than 16 pixels": 1}
+    assert left == {"cannot be read as an image": 2, "smaller than 16 pixels": 1}
     assert source.notes() == [
-        "1 pickles or arrays were not opened: pictures alone are read", "class empty has no pictures",
+        "1 pickles or arrays were not opened: images alone are read", "class empty has no images",
     ]  # fmt: skip
-    assert all(s.picture.shape == (64, 64, 3) and s.picture.dtype == np.uint8 for s in samples)
+    assert all(s.image.shape == (64, 64, 3) and s.image.dtype == np.uint8 for s in samples)
 
 
 def test_metadata_gives_captions_and_its_bad_lines_are_counted(tmp_path: Path) -> None:
     source = open_source(f"imagefolder:{metadata_folder(tmp_path)}", caption="a sketch: {name}")
     samples, left = everything(source)
-    assert [s.caption for s in samples] == [f"a sketch: picture number {i}" for i in range(6)]
+    assert [s.caption for s in samples] == [f"a sketch: image number {i}" for i in range(6)]
     assert left == {"missing": 1}
     assert sum(int(note.split()[1]) for note in source.notes()) == 3
 
@@ -191,7 +191,7 @@ def test_tar_files_are_streamed_and_a_pass_goes_on_where_it_stopped(tmp_path: Pa
     source = open_source(f"webdataset:{tars(tmp_path / 'tars')}")
     samples, left = everything(source)
     assert [s.caption for s in samples] == ["a violet square"] * 5
-    assert left == {"cannot be read as a picture": 1}
+    assert left == {"cannot be read as an image": 1}
     rest, _ = everything(source, start=3)
     assert [s.name for s in rest] == [s.name for s in samples[3:]]
 
@@ -207,7 +207,7 @@ def test_a_data_set_in_parquet_has_its_class_names(tmp_path: Path) -> None:
 def test_a_data_set_without_captions_names_its_columns(tmp_path: Path) -> None:
     import datasets
 
-    rows = {"image": [picture((0, 0, 0))], "weight": [1.0]}
+    rows = {"image": [plain((0, 0, 0))], "weight": [1.0]}
     features = datasets.Features({"image": datasets.Image(), "weight": datasets.Value("float32")})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(InputError, match="has the columns image, weight: none is a caption"):
@@ -220,21 +220,21 @@ def test_oddities_are_handled(tmp_path: Path) -> None:
     half.paste((0, 0, 255), (0, 0, 64, 32))  # blue above red
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
-    found = read_picture(save(tmp_path / "turned.png", half, exif=exif), size=64)
+    found = read_image(save(tmp_path / "turned.png", half, exif=exif), size=64)
     assert found[10, 10].tolist() == [255, 0, 0]
 
     assert (
         abs(
-            read_picture(save(tmp_path / "inks.jpg", half.convert("CMYK")), size=64)[50, 5].astype(int) - [255, 0, 0]
+            read_image(save(tmp_path / "inks.jpg", half.convert("CMYK")), size=64)[50, 5].astype(int) - [255, 0, 0]
         ).max()
         < 40
     )
     deep = Image.fromarray(np.full((64, 64), 32896, np.uint16))
-    assert np.unique(read_picture(save(tmp_path / "deep.png", deep), size=64)).tolist() == [128]
+    assert np.unique(read_image(save(tmp_path / "deep.png", deep), size=64)).tolist() == [128]
     clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
-    assert read_picture(save(tmp_path / "clear.png", clear), size=64).min() == 255
-    assert read_picture(save(tmp_path / "palette.gif", half.convert("P")), size=64)[50, 5].tolist() == [255, 0, 0]
-    assert read_picture(save(tmp_path / "grey.png", half.convert("L")), size=64).shape == (64, 64, 3)
+    assert read_image(save(tmp_path / "clear.png", clear), size=64).min() == 255
+    assert read_image(save(tmp_path / "palette.gif", half.convert("P")), size=64)[50, 5].tolist() == [255, 0, 0]
+    assert read_image(save(tmp_path / "grey.png", half.convert("L")), size=64).shape == (64, 64, 3)
 
 
 def test_decompression_bombs_are_left_out(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_decompression_bombs_are_left_out(tmp_path: Path) -> None:
     )
     (tmp_path / "bomb.png").write_bytes(bomb)
     with pytest.raises(LeftOut) as caught:
-        read_picture(tmp_path / "bomb.png", size=64)
+        read_image(tmp_path / "bomb.png", size=64)
     assert caught.value.reason == "more than 100 million pixels"
 
 
@@ -273,7 +273,7 @@ def test_reading_is_repeatable_seeded_and_goes_on_from_any_entry(tmp_path: Path)
         ("imagefolder:.", "a photo", "has no {name}"),
         ("garden:fish", "a {name}", "captions of their own"),
         ("oxford-flowers:.", None, "imagelabels.mat is missing"),
-        ("butterflies:.", None, "holds no pictures to train on"),
+        ("butterflies:.", None, "holds no images to train on"),
         ("webdataset:no-*.tar", None, "matches no file"),
         ("ftp:x", None, "choose from garden, imagefolder"),
     ],
@@ -286,10 +286,10 @@ def test_sources_that_cannot_be_are_named(
         open_source(text, caption=caption)
 
 
-def test_a_changed_picture_changes_the_fingerprint(tmp_path: Path) -> None:
+def test_a_changed_image_changes_the_fingerprint(tmp_path: Path) -> None:
     before = open_source(f"imagefolder:{class_folders(tmp_path)}").fingerprint()
     assert open_source(f"imagefolder:{tmp_path}").fingerprint() == before
-    save(tmp_path / "red_rose" / "0.jpg", picture((1, 2, 3), (90, 90)))
+    save(tmp_path / "red_rose" / "0.jpg", plain((1, 2, 3), (90, 90)))
     assert open_source(f"imagefolder:{tmp_path}").fingerprint() != before
 
 
@@ -301,7 +301,7 @@ def test_captions_by_task_and_for_all() -> None:
 
 
 def test_every_layout_trains_a_few_steps(tmp_path: Path) -> None:
-    """Two each; quality is the held-out loss where no judge reads the pictures and no weight file is here."""
+    """Two each; quality is the held-out loss where no judge reads the images and no weight file is here."""
     sources = (
         f"imagefolder:{class_folders(tmp_path / 'folders')}",
         f"oxford-flowers:{flowers(tmp_path / 'flowers')}",
@@ -313,7 +313,7 @@ def test_every_layout_trains_a_few_steps(tmp_path: Path) -> None:
     tasks = parse_tasks([f"t{i}={source}" for i, source in enumerate(sources)])
     config = TrainConfig(
         teacher=GARDEN_TEACHER, student="garden-student", tasks=tasks, steps=1, batch_size=4, replay=4,
-        eval_pictures=2, log_with="none",
+        eval_images=2, log_with="none",
     )  # fmt: skip
     said: list[str] = []
     trainer = Trainer(config, tmp_path / "run", say=said.append)
@@ -321,7 +321,7 @@ def test_every_layout_trains_a_few_steps(tmp_path: Path) -> None:
         latents = trainer.latents(task)
         for _ in range(2):
             assert trainer._step(task, latents).losses["total"] > 0
-    assert any("3 of 11 pictures left out: 2 cannot be read as a picture, 1 smaller than" in line for line in said)
+    assert any("3 of 11 images left out: 2 cannot be read as an image, 1 smaller than" in line for line in said)
     with trainer.averaged() as generator:
         score = trainer.score(generator, tasks[1])
     assert (score.metric, score.quality) == ("-loss", -score.values["loss"])

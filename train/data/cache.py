@@ -5,7 +5,7 @@
     CACHE/text-9ab8.../             shard-00000.safetensors ...   embeddings of unique captions, fp16
 
 A shard is written whole; an interrupted pass goes on behind the last one. The key is a hash of source, VAE and
-resolution, so a changed picture or another teacher makes a new folder. Training reads the shards memory-mapped.
+resolution, so a changed image or another teacher makes a new folder. Training reads the shards memory-mapped.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def cache_key(task: Task, *, vae_sha256: str, size: int, samples: int | None, se
 
 
 @torch.inference_mode()
-def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
+def encode_images(vae: AutoencoderKL, images: np.ndarray) -> tuple[Tensor, Tensor]:
     """uint8 (N, H, W, 3) -> posterior mean and deviation (N, C, h, w) fp16, times the scaling factor."""
-    batch = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2)
     posterior = vae.encode(batch.to(vae.device, vae.dtype) / 127.5 - 1).latent_dist
     scale = vae.config.scaling_factor
     return (posterior.mean * scale).half().cpu(), (posterior.std * scale).half().cpu()
@@ -134,16 +134,16 @@ def _encode(
     read, kept, left = _progress(done)
     per_shard = max(1, min(SHARD_SAMPLES, SHARD_BYTES // (32 * size * size // 64)))
     number = len(done)
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     captions: list[str] = []
     names: list[str] = []
 
     def flush() -> None:
         nonlocal number, kept
-        if pictures:
-            _write_shard(home / f"shard-{number:05d}.safetensors", vae, pictures, captions, source.mirrored, read, left)
-            number, kept = number + 1, kept + len(pictures)
-            pictures.clear()
+        if images:
+            _write_shard(home / f"shard-{number:05d}.safetensors", vae, images, captions, source.mirrored, read, left)
+            number, kept = number + 1, kept + len(images)
+            images.clear()
             captions.clear()
 
     for item in source.read(size=size, samples=samples, seed=seed, start=read, part=part):
@@ -152,18 +152,16 @@ def _encode(
             left[item.reason] += 1
             names += [f"{item.name}: {item.reason}"] if len(names) < NAMES_KEPT else []
             continue
-        pictures.append(item.picture)
+        images.append(item.image)
         captions.append(item.caption)
-        if len(pictures) == per_shard:
+        if len(images) == per_shard:
             flush()
     flush()
     reasons = ", ".join(f"{count} {reason}" for reason, count in left.most_common())
     if not kept:
-        raise InputError(
-            f"{task.name}: none of {read} pictures in {task.source} can be used: {reasons or 'it is empty'}"
-        )
+        raise InputError(f"{task.name}: none of {read} images in {task.source} can be used: {reasons or 'it is empty'}")
     if left:
-        say(f"{task.name}: {left.total()} of {read} pictures left out: {reasons}; named in {home / 'index.json'}")
+        say(f"{task.name}: {left.total()} of {read} images left out: {reasons}; named in {home / 'index.json'}")
     facts = {"source": task.source, "read": read, "kept": kept, "left_out": dict(left), "such_as": names}
     write_atomic(home / "index.json", json.dumps(facts, indent=2))
 
@@ -183,18 +181,18 @@ def _progress(done: list[Path]) -> tuple[int, int, Counter[str]]:
 def _write_shard(
     path: Path,
     vae: AutoencoderKL,
-    pictures: list[np.ndarray],
+    images: list[np.ndarray],
     captions: list[str],
     mirrored: bool,
     read: int,
     left: Counter[str],
 ) -> None:
-    at_once = max(1, 2**22 // pictures[0].size)  # a batch of 4 million values keeps the encoder's memory small
+    at_once = max(1, 2**22 // images[0].size)  # a batch of 4 million values keeps the encoder's memory small
     means, deviations = [], []
-    for start in range(0, len(pictures), at_once):
-        batch = np.stack(pictures[start : start + at_once])
+    for start in range(0, len(images), at_once):
+        batch = np.stack(images[start : start + at_once])
         sides = [batch, np.ascontiguousarray(batch[:, :, ::-1])] if mirrored else [batch]
-        encoded = [encode_pictures(vae, side) for side in sides]
+        encoded = [encode_images(vae, side) for side in sides]
         means.append(torch.stack([mean for mean, _ in encoded], 1))  # (n, F, C, h, w)
         deviations.append(torch.stack([std for _, std in encoded], 1))
     texts = {"captions": json.dumps(captions), "progress": json.dumps({"read": read, "left_out": left})}

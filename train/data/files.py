@@ -1,4 +1,4 @@
-"""Pictures in folders: class folders or metadata.jsonl, Oxford Flowers-102, the butterflies of 100 species.
+"""Images in folders: class folders or metadata.jsonl, Oxford Flowers-102, the butterflies of 100 species.
 
 Each layout becomes a list of entries (path, caption, part); reading them is the same for all.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from kdc_edge.errors import InputError, require
 from kdc_edge.files import inside
 from kdc_edge.train.data.flower_names import FLOWER_NAMES
-from kdc_edge.train.data.images import PICKLES, SUFFIXES, LeftOut, read_picture
+from kdc_edge.train.data.images import PICKLES, SUFFIXES, LeftOut, read_image
 from kdc_edge.train.data.sources import Part, Sample, fill
 
 MAX_METADATA_BYTES = 2**30
@@ -33,7 +33,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class FileSource:
-    """Picture files with their captions; `said` are notes from opening the folder."""
+    """Image files with their captions; `said` are notes from opening the folder."""
 
     root: Path
     entries: tuple[Entry, ...]
@@ -45,7 +45,7 @@ class FileSource:
         return any(entry.part == "test" for entry in self.entries)
 
     def fingerprint(self) -> str:
-        """Over names, captions, sizes and times of change; the pictures are not read."""
+        """Over names, captions, sizes and times of change; the images are not read."""
         digest = hashlib.sha256()
         for entry in self.entries:
             stat = entry.path.stat() if entry.path.is_file() else None
@@ -63,7 +63,7 @@ class FileSource:
         for entry in chosen[start:]:
             name = str(entry.path.relative_to(self.root))
             try:
-                yield Sample(name, read_picture(entry.path, size=size, name=name), entry.caption)
+                yield Sample(name, read_image(entry.path, size=size, name=name), entry.caption)
             except LeftOut as problem:
                 yield problem
 
@@ -78,12 +78,12 @@ def open_imagefolder(what: str, caption: str | None) -> FileSource:
         return _from_metadata(root, caption)
     entries, said = [], _said_of_pickles(root)
     for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        found = _pictures(folder)
+        found = _images(folder)
         if not found:
-            said.append(f"class {folder.name} has no pictures")
+            said.append(f"class {folder.name} has no images")
         text = fill(caption, "a photo of a {name}", _readable(folder.name))
         entries += [Entry(path, text) for path in found]
-    return _source(root, entries, said, "one folder a class with pictures in it, or metadata.jsonl")
+    return _source(root, entries, said, "one folder a class with images in it, or metadata.jsonl")
 
 
 def _from_metadata(root: Path, caption: str | None) -> FileSource:
@@ -119,7 +119,7 @@ def _from_metadata(root: Path, caption: str | None) -> FileSource:
 def open_oxford_flowers(what: str, caption: str | None) -> FileSource:
     """The official layout of Flowers-102 (Nilsback and Zisserman, 2008): jpg/, imagelabels.mat, setid.mat.
 
-    Training takes the official training and validation parts, 2,040 pictures; the test part is the official one.
+    Training takes the official training and validation parts, 2,040 images; the test part is the official one.
     """
     root = _folder(what)
     labels = _mat(root / "imagelabels.mat", "labels")
@@ -148,9 +148,9 @@ def open_butterflies(what: str, caption: str | None) -> FileSource:
     for folder_name, part in parts:
         species = sorted(p for p in (root / folder_name).glob("*") if p.is_dir())
         for folder in species:
-            found = _pictures(folder)
+            found = _images(folder)
             if not found:
-                said.append(f"class {folder_name}/{folder.name} has no pictures")
+                said.append(f"class {folder_name}/{folder.name} has no images")
             for path in found:
                 label = labels.get(path.relative_to(root).as_posix(), folder.name)
                 text = fill(caption, "a photo of a {name}, a type of butterfly", _readable(label).lower())
@@ -184,12 +184,12 @@ def _mat(path: Path, name: str) -> list[int]:
 def _folder(what: str) -> Path:
     root = Path(what).expanduser()
     if not root.is_dir():
-        raise InputError(f"{root} is no folder: name the folder that holds the pictures")
+        raise InputError(f"{root} is no folder: name the folder that holds the images")
     return root
 
 
-def _pictures(folder: Path) -> list[Path]:
-    """Picture files at any depth; links that leave the folder are not followed."""
+def _images(folder: Path) -> list[Path]:
+    """Image files at any depth; links that leave the folder are not followed."""
     inner = folder.resolve()
     found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     return sorted(p for p in found if p.is_file() and p.resolve().is_relative_to(inner))
@@ -197,7 +197,7 @@ def _pictures(folder: Path) -> list[Path]:
 
 def _said_of_pickles(root: Path) -> list[str]:
     count = sum(1 for p in root.rglob("*") if p.suffix.lower() in PICKLES)
-    return [f"{count} pickles or arrays were not opened: pictures alone are read"] if count else []
+    return [f"{count} pickles or arrays were not opened: images alone are read"] if count else []
 
 
 def _readable(name: str) -> str:
@@ -206,5 +206,5 @@ def _readable(name: str) -> str:
 
 def _source(root: Path, entries: list[Entry], said: list[str], layout: str) -> FileSource:
     if not any(entry.part == "train" for entry in entries):
-        raise InputError(f"{root} holds no pictures to train on: expected {layout}")
+        raise InputError(f"{root} holds no images to train on: expected {layout}")
     return FileSource(root, tuple(entries), tuple(said))

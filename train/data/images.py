@@ -1,9 +1,9 @@
-"""Untrusted picture files as square RGB arrays: every oddity is either handled or named, none ends a run.
+"""Untrusted image files as square RGB arrays: every oddity is either handled or named, none ends a run.
 
-    read_picture(Path("rose.jpg"), size=512)      # uint8 (512, 512, 3), or LeftOut with the reason
+    read_image(Path("rose.jpg"), size=512)      # uint8 (512, 512, 3), or LeftOut with the reason
 
 Handled: EXIF rotation, CMYK, palettes, grey, transparency (on white), 16 and 32 bits a channel, animations (the
-first picture). Left out: what cannot be read, is cut short, is too small, or unpacks to too many pixels.
+first image). Left out: what cannot be read, is cut short, is too small, or unpacks to too many pixels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_PIXELS = 100_000_000  # more is a mistake or a decompression bomb
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 PICKLES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".npy", ".npz", ".bin", ".ckpt"})
-ENLARGED_AT_MOST = 4  # times; a smaller picture is left out
+ENLARGED_AT_MOST = 4  # times; a smaller image is left out
 
 
 @dataclass(eq=False)
@@ -31,10 +31,10 @@ class LeftOut(Exception):
     reason: str
 
 
-def read_picture(content: Path | bytes | Image.Image, *, size: int, name: str = "") -> np.ndarray:
-    """A picture's middle square, reduced or enlarged to `size` pixels a side: uint8 (size, size, 3).
+def read_image(content: Path | bytes | Image.Image, *, size: int, name: str = "") -> np.ndarray:
+    """An image's middle square, reduced or enlarged to `size` pixels a side: uint8 (size, size, 3).
 
-    Raises LeftOut for a picture that cannot be used.
+    Raises LeftOut for an image that cannot be used.
     """
     name = name or str(content)[:200]
     try:
@@ -52,7 +52,7 @@ def read_picture(content: Path | bytes | Image.Image, *, size: int, name: str = 
     except FileNotFoundError:
         raise LeftOut(name, "missing") from None
     except Exception:  # Pillow's decoders raise whatever comes: OSError, SyntaxError, struct.error, ValueError
-        raise LeftOut(name, "cannot be read as a picture") from None
+        raise LeftOut(name, "cannot be read as an image") from None
 
 
 def _square(image: Image.Image, size: int, name: str) -> np.ndarray:

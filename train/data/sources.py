@@ -1,4 +1,4 @@
-"""Data sources: pictures with captions, one registry. A source is written `KIND:WHAT`, e.g. `imagefolder:photos`.
+"""Data sources: images with captions, one registry. A source is written `KIND:WHAT`, e.g. `imagefolder:photos`.
 
     source = open_source("oxford-flowers:data/flowers", caption="a photo of a {name}, a type of flower")
     for item in source.read(size=512, samples=None, seed=0):     # Sample, or LeftOut with a reason
@@ -28,19 +28,19 @@ GARDEN_SAMPLES = 2000
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with its caption; `name` says where it came from."""
+    """One image with its caption; `name` says where it came from."""
 
     name: str
-    picture: np.ndarray  # uint8 (size, size, 3)
+    image: np.ndarray  # uint8 (size, size, 3)
     caption: str
 
 
 class Source(Protocol):
-    """Pictures with captions."""
+    """Images with captions."""
 
     @property
     def mirrored(self) -> bool:
-        """Is a picture's mirror image as good as the picture?"""
+        """Is an image's mirror image as good as the image?"""
         ...
 
     @property
@@ -59,7 +59,7 @@ class Source(Protocol):
         ...
 
     def notes(self) -> list[str]:
-        """What a user should know of the data before training: empty classes, rows without a picture."""
+        """What a user should know of the data before training: empty classes, rows without an image."""
         ...
 
 
@@ -71,7 +71,7 @@ def fill(template: str | None, default: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class GardenSource:
-    """Procedural pictures of one subject, or of several in turn; held-out combinations are left out."""
+    """Procedural images of one subject, or of several in turn; held-out combinations are left out."""
 
     subjects: tuple[str, ...]
     mirrored = False  # drawn in every pose already
@@ -102,7 +102,7 @@ class GardenSource:
 
 def _garden(what: str, caption: str | None) -> GardenSource:
     if caption:
-        raise InputError("the garden's pictures have captions of their own: leave --caption out")
+        raise InputError("the garden's images have captions of their own: leave --caption out")
     names = {plural: subject for subject, plural in PLURALS.items()}
     for plural in what.split("+"):
         if plural not in names:
@@ -158,5 +158,5 @@ def open_source(text: str, *, caption: str | None = None) -> Source:
     if not what:
         raise InputError(f"the data source {text!r} names nothing: write for example imagefolder:photos")
     if caption is not None and "{name}" not in caption:
-        raise InputError(f"--caption {caption!r} has no {{name}}: every picture would have the same caption")
+        raise InputError(f"--caption {caption!r} has no {{name}}: every image would have the same caption")
     return SOURCES[kind](what, caption)

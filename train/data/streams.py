@@ -17,7 +17,8 @@ from typing import Any
 from PIL import Image
 
 from kdc_edge.errors import InputError, require
-from kdc_edge.train.data.images import LeftOut, read_picture
+from kdc_edge.text import one_line
+from kdc_edge.train.data.images import LeftOut, read_image
 from kdc_edge.train.data.sources import Part, Sample, fill
 
 CAPTION_COLUMNS = ("text", "caption", "txt", "prompt", "description", "label", "labels", "cls", "class", "json")
@@ -57,13 +58,11 @@ class StreamSource:
             except StopIteration:
                 return
             except Exception as error:  # a tar cut short, a lost connection: what was read so far is kept
-                yield LeftOut(label, f"the stream breaks off: {_line(error)}")
+                yield LeftOut(label, f"the stream breaks off: {one_line(error)}")
                 return
             try:
-                picture = read_picture(_content(row.get(image_column), label), size=size, name=label)
-                yield Sample(
-                    label, picture, fill(self.template, "{name}", _text(row.get(caption_column), names, label))
-                )
+                image = read_image(_content(row.get(image_column), label), size=size, name=label)
+                yield Sample(label, image, fill(self.template, "{name}", _text(row.get(caption_column), names, label)))
             except LeftOut as problem:
                 yield problem
 
@@ -82,7 +81,7 @@ def open_hf(what: str, caption: str | None) -> StreamSource:
     try:
         found = list(datasets.get_dataset_split_names(name))
     except Exception as error:  # no such data set, offline, no loader: the library has a dozen kinds
-        raise InputError(f"hf:{name} cannot be opened: {_line(error)}") from None
+        raise InputError(f"hf:{name} cannot be opened: {one_line(error)}") from None
     if split and split not in found:
         raise InputError(f"hf:{name} has no split {split!r}: choose from {', '.join(found)}")
     train = split or ("train" if "train" in found else found[0])
@@ -110,31 +109,31 @@ def _load(name: str, loader: tuple[str, tuple[tuple[str, Any], ...]], split: str
     try:
         return datasets.load_dataset(loader[0], split=split, streaming=True, **dict(loader[1]))
     except Exception as error:
-        raise InputError(f"{name} cannot be opened: {_line(error)}") from None
+        raise InputError(f"{name} cannot be opened: {one_line(error)}") from None
 
 
 def find_columns(name: str, rows: Any) -> tuple[str, str]:
-    """The picture's and the caption's column. Raises InputError naming the columns that are there."""
+    """The image's and the caption's column. Raises InputError naming the columns that are there."""
     datasets = require("datasets", extra="train", purpose="this data source")
     if rows.features is None:
         try:
             first = next(iter(rows))
         except Exception as error:
-            raise InputError(f"{name} has no rows that can be read: {_line(error)}") from None
+            raise InputError(f"{name} has no rows that can be read: {one_line(error)}") from None
         columns = list(first)
-        pictures = [c for c in columns if isinstance(first[c], Image.Image | bytes)]
+        images = [c for c in columns if isinstance(first[c], Image.Image | bytes)]
     else:
         columns = list(rows.features)
-        pictures = [c for c in columns if isinstance(rows.features[c], datasets.Image)]
+        images = [c for c in columns if isinstance(rows.features[c], datasets.Image)]
     captions = [c for c in CAPTION_COLUMNS if c in columns]
-    if not pictures or not captions:
-        missing = "a picture" if not pictures else f"a caption ({', '.join(CAPTION_COLUMNS[:5])} or a label)"
+    if not images or not captions:
+        missing = "an image" if not images else f"a caption ({', '.join(CAPTION_COLUMNS[:5])} or a label)"
         raise InputError(f"{name} has the columns {', '.join(columns)[:200]}: none is {missing}")
-    return pictures[0], captions[0]
+    return images[0], captions[0]
 
 
 def _undecoded(rows: Any, column: str) -> Any:
-    """Rows whose pictures are bytes: they are decoded here, with all the checks."""
+    """Rows whose images are bytes: they are decoded here, with all the checks."""
     datasets = require("datasets", extra="train", purpose="this data source")
     return rows.cast_column(column, datasets.Image(decode=False)) if rows.features is not None else rows
 
@@ -146,7 +145,7 @@ def _class_names(rows: Any, column: str) -> list[str] | None:
 
 
 def _content(value: Any, label: str) -> bytes | Image.Image:
-    """What a row has for a picture: bytes, or a place from which the library fetches them."""
+    """What a row has for an image: bytes, or a place from which the library fetches them."""
     datasets = require("datasets", extra="train", purpose="this data source")
     if isinstance(value, dict) and value.get("bytes"):
         return bytes(value["bytes"])
@@ -157,15 +156,15 @@ def _content(value: Any, label: str) -> bytes | Image.Image:
             fetched: Image.Image = datasets.Image().decode_example(value)
             return fetched
         except Exception:
-            raise LeftOut(label, "cannot be read as a picture") from None
-    raise LeftOut(label, "no picture in its row")
+            raise LeftOut(label, "cannot be read as an image") from None
+    raise LeftOut(label, "no image in its row")
 
 
 def _text(value: Any, names: list[str] | None, label: str) -> str:
     if isinstance(value, dict):  # a webdataset's JSON
         value = next((value[c] for c in CAPTION_COLUMNS if isinstance(value.get(c), str)), None)
     if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
-        value = value[0]  # several captions of one picture
+        value = value[0]  # several captions of one image
     if names is not None and isinstance(value, int) and 0 <= value < len(names):
         value = names[value].replace("_", " ")
     if isinstance(value, int) and not isinstance(value, bool):
@@ -173,7 +172,3 @@ def _text(value: Any, names: list[str] | None, label: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise LeftOut(label, "no caption in its row")
     return value
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

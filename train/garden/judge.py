@@ -1,11 +1,11 @@
-"""The judge: a small network that reads a garden picture's attributes back, so that prompts can be checked.
+"""The judge: a small network that reads a garden image's attributes back, so that prompts can be checked.
 
 Its answers give the prompt accuracy of a generator; its features, the place before the answers, give the
 Fréchet distance that larger projects take from an Inception network. It ships with the package.
 
     judge = load_judge()
-    judge.read(pictures)          # uint8 (N, 64, 64, 3) -> {"color": ["red", ...], ...}
-    judge.features(pictures)      # float32 (N, 128)
+    judge.read(images)          # uint8 (N, 64, 64, 3) -> {"color": ["red", ...], ...}
+    judge.features(images)      # float32 (N, 128)
 """
 
 from __future__ import annotations
@@ -49,35 +49,35 @@ class Judge(nn.Module):
         return {name: answer(features) for name, answer in self.answers.items()}
 
     @torch.inference_mode()
-    def read(self, pictures: np.ndarray) -> dict[str, list[str]]:
-        """The attributes seen in uint8 pictures (N, 64, 64, 3)."""
-        logits = self(to_images(pictures))
+    def read(self, images: np.ndarray) -> dict[str, list[str]]:
+        """The attributes seen in uint8 images (N, 64, 64, 3)."""
+        logits = self(to_images(images))
         return {name: [LABELS[name][i] for i in logits[name].argmax(1).tolist()] for name in LABELS}
 
     @torch.inference_mode()
-    def features(self, pictures: np.ndarray) -> np.ndarray:
-        """Features of uint8 pictures: float32 (N, 128)."""
-        features: np.ndarray = self.trunk(to_images(pictures)).numpy()
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """Features of uint8 images: float32 (N, 128)."""
+        features: np.ndarray = self.trunk(to_images(images)).numpy()
         return features
 
-    def right(self, pictures: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
-        """Which attribute of which picture is as asked: bool (attributes in the order of LABELS, N)."""
-        seen = self.read(pictures)
+    def right(self, images: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
+        """Which attribute of which image is as asked: bool (attributes in the order of LABELS, N)."""
+        seen = self.read(images)
         return np.array([[a == s.attributes[n] for a, s in zip(seen[n], scenes, strict=True)] for n in LABELS])
 
-    def agreement(self, pictures: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
-        """The share of pictures in which each attribute is as asked, and `all` of them at once."""
-        return shares(self.right(pictures, scenes))
+    def agreement(self, images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
+        """The share of images in which each attribute is as asked, and `all` of them at once."""
+        return shares(self.right(images, scenes))
 
 
 def shares(right: np.ndarray) -> dict[str, float]:
-    """From bool (attributes, N): the share of pictures in which each attribute is right, and `all` at once."""
+    """From bool (attributes, N): the share of images in which each attribute is right, and `all` at once."""
     return {n: float(r.mean()) for n, r in zip(LABELS, right, strict=True)} | {"all": float(right.all(0).mean())}
 
 
-def to_images(pictures: np.ndarray) -> Tensor:
+def to_images(images: np.ndarray) -> Tensor:
     """uint8 (N, H, W, 3) -> float32 (N, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def targets(scenes: Sequence[Scene]) -> dict[str, Tensor]:

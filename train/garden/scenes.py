@@ -1,7 +1,7 @@
-"""The garden: procedural 64x64 pictures of flowers, butterflies and fish, with their captions.
+"""The garden: procedural 64x64 images of flowers, butterflies and fish, with their captions.
 
 Everything in kdc-edge can be tried, tested and taught offline on it. A `Scene` is five attributes; its
-caption names each of them and its picture shows each of them, so a picture can be checked against its
+caption names each of them and its image shows each of them, so an image can be checked against its
 prompt exactly (see judge.py). One combination in ten is held out of training, to see whether prompts compose.
 
     scene = Scene("flower", "purple", "five", "yellow", "sky")
@@ -54,7 +54,7 @@ STEM: Rgb = (28, 86, 40)
 
 @dataclass(frozen=True)
 class Scene:
-    """What a garden picture shows. `detail` is a petal count for flowers, a pattern for the others."""
+    """What a garden image shows. `detail` is a petal count for flowers, a pattern for the others."""
 
     subject: str
     color: str
@@ -120,7 +120,7 @@ def draw_scenes(subject: str, count: int, *, seed: int, split: Split = "train") 
 
 
 def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """The scene as a (64, 64) RGB picture; `rng` chooses position, size and rotation."""
+    """The scene as a (64, 64) RGB image; `rng` chooses position, size and rotation."""
     side = SIZE * SUPERSAMPLE
     image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
     {"flower": _flower, "butterfly": _butterfly, "fish": _fish}[scene.subject](image, scene, rng)
@@ -128,11 +128,11 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def render_many(chosen: list[Scene], *, seed: int) -> np.ndarray:
-    """Renders of the scenes as uint8 (N, 64, 64, 3); picture i depends on `seed` and i alone."""
+    """Renders of the scenes as uint8 (N, 64, 64, 3); image i depends on `seed` and i alone."""
     return np.stack([np.asarray(render(s, np.random.default_rng([seed, i]))) for i, s in enumerate(chosen)])
 
 
-# --- drawing. Lengths are in units of the final picture's pixels, times SUPERSAMPLE at the last moment. ---
+# --- drawing. Lengths are in units of the final image's pixels, times SUPERSAMPLE at the last moment. ---
 
 
 def _box(x: float, y: float, rx: float, ry: float) -> tuple[float, float, float, float]:

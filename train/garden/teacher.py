@@ -34,7 +34,7 @@ from kdc_edge.train.garden.judge import Judge, load_judge, targets, to_images
 from kdc_edge.train.garden.scenes import SUBJECTS, Split, draw_scenes, render_many, scenes
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-PICTURES = 8000  # of each subject
+IMAGES = 8000  # of each subject
 TOKENS = 77
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
@@ -119,14 +119,14 @@ def make_scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
-def train_judge(pictures: Tensor, labels: dict[str, Tensor], steps: int) -> Judge:
-    """Cross-entropy on renders, blurred and made noisy at random so that generated pictures are read well too."""
+def train_judge(images: Tensor, labels: dict[str, Tensor], steps: int) -> Judge:
+    """Cross-entropy on renders, blurred and made noisy at random so that generated images are read well too."""
     judge = Judge().train()
     optimizer = AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        pick = torch.randint(len(pictures), (64,))
-        x = pictures[pick].float() / 127.5 - 1
+        pick = torch.randint(len(images), (64,))
+        x = images[pick].float() / 127.5 - 1
         if step % 3 == 0:
             x = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
         x = x + torch.randn_like(x) * (0.12 * torch.rand(len(x), 1, 1, 1))
@@ -139,13 +139,13 @@ def train_judge(pictures: Tensor, labels: dict[str, Tensor], steps: int) -> Judg
     return judge.eval()
 
 
-def train_vae(pictures: Tensor, steps: int) -> AutoencoderKL:
+def train_vae(images: Tensor, steps: int) -> AutoencoderKL:
     """L1 + L2 + a light Kullback-Leibler term; the scaling factor makes the latents' deviation 1."""
     vae = make_vae().train()
     optimizer = AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        x = pictures[torch.randint(len(pictures), (16,))].float() / 127.5 - 1
+        x = images[torch.randint(len(images), (16,))].float() / 127.5 - 1
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
@@ -159,19 +159,19 @@ def train_vae(pictures: Tensor, steps: int) -> AutoencoderKL:
         _say("vae", step, steps, l2, f"psnr {10 * math.log10(4 / l2.item()):.1f} dB")
     vae.eval()
     with torch.inference_mode():
-        latents = vae.encode(pictures[::48].float() / 127.5 - 1).latent_dist.mean
+        latents = vae.encode(images[::48].float() / 127.5 - 1).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return vae
 
 
-def train_decoder(vae: AutoencoderKL, pictures: Tensor, latents: dict[str, Tensor], steps: int) -> AutoencoderKL:
-    """More steps for the decoder alone: the latents stay what the U-Net has learnt, the pictures get sharper."""
+def train_decoder(vae: AutoencoderKL, images: Tensor, latents: dict[str, Tensor], steps: int) -> AutoencoderKL:
+    """More steps for the decoder alone: the latents stay what the U-Net has learnt, the images get sharper."""
     learnt = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     optimizer = AdamW(learnt, lr=1e-3, weight_decay=0.0, fused=True)
     schedule = OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        pick = torch.randint(len(pictures), (16,))
-        x = pictures[pick].float() / 127.5 - 1
+        pick = torch.randint(len(images), (16,))
+        x = images[pick].float() / 127.5 - 1
         z = latents["mean"][pick] + 0.5 * latents["std"][pick] * torch.randn_like(latents["std"][pick])
         y = vae.decode(z / vae.config.scaling_factor).sample
         l2 = F.mse_loss(y, x)
@@ -186,10 +186,10 @@ def train_decoder(vae: AutoencoderKL, pictures: Tensor, latents: dict[str, Tenso
 
 
 @torch.inference_mode()
-def encode(vae: AutoencoderKL, pictures: Tensor) -> dict[str, Tensor]:
+def encode(vae: AutoencoderKL, images: Tensor) -> dict[str, Tensor]:
     """Scaled posterior means and deviations (N, 4, 16, 16)."""
     means, deviations = [], []
-    for batch in torch.split(pictures, 100):
+    for batch in torch.split(images, 100):
         posterior = vae.encode(batch.float() / 127.5 - 1).latent_dist
         means.append(posterior.mean * vae.config.scaling_factor)
         deviations.append(posterior.std * vae.config.scaling_factor)
@@ -277,17 +277,17 @@ def measure(pipeline: StableDiffusionPipeline, judge: Judge, count: int = 64) ->
     for subject, split in itertools.product(SUBJECTS, SPLITS):
         chosen = draw_scenes(subject, count, seed=77, split=split)
         generator = torch.Generator().manual_seed(77)
-        pictures = pipeline(
+        images = pipeline(
             [s.caption for s in chosen], num_inference_steps=20, guidance_scale=4.0, generator=generator,
             height=64, width=64, output_type="np",
         ).images  # fmt: skip
-        found[f"{subject} {split}"] = judge.agreement((pictures * 255).round().astype(np.uint8), chosen)
+        found[f"{subject} {split}"] = judge.agreement((images * 255).round().astype(np.uint8), chosen)
     return found
 
 
-def _stack(pictures: np.ndarray) -> Tensor:
+def _stack(images: np.ndarray) -> Tensor:
     """uint8 (N, H, W, 3) -> uint8 (N, 3, H, W)."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def _say(stage: str, step: int, steps: int, loss: Tensor, more: str = "") -> None:
@@ -311,17 +311,17 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
 
-    chosen = [s for subject in SUBJECTS for s in draw_scenes(subject, PICTURES, seed=args.seed)]
+    chosen = [s for subject in SUBJECTS for s in draw_scenes(subject, IMAGES, seed=args.seed)]
     if not (work / "tokenizer").exists():
         make_tokenizer(work / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     if not all((work / made).exists() for made in ("vae-final", "latents.safetensors")):
-        pictures = _stack(render_many(chosen, seed=args.seed))
+        images = _stack(render_many(chosen, seed=args.seed))
     if not (work / "vae").exists():
-        train_vae(pictures, args.vae_steps).save_pretrained(work / "vae")
+        train_vae(images, args.vae_steps).save_pretrained(work / "vae")
     if not (work / "latents.safetensors").exists():
         vae = AutoencoderKL.from_pretrained(work / "vae").eval()
-        save_file(encode(vae, pictures), work / "latents.safetensors")
+        save_file(encode(vae, images), work / "latents.safetensors")
     latents = load_file(work / "latents.safetensors")
     texts = [s.caption for s in chosen]
     tokens = tokenizer(texts, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
@@ -335,7 +335,7 @@ def main() -> None:
         text = CLIPTextModel.from_pretrained(result / "text_encoder")
     if not (work / "vae-final").exists():
         vae = AutoencoderKL.from_pretrained(work / "vae")
-        train_decoder(vae, pictures, latents, args.decoder_steps).save_pretrained(work / "vae-final")
+        train_decoder(vae, images, latents, args.decoder_steps).save_pretrained(work / "vae-final")
     judge_file = args.out / "judge" / "judge.safetensors"
     if not judge_file.exists():
         everything = [s for subject in SUBJECTS for s in draw_scenes(subject, 3000, seed=1, split="all")]
@@ -345,12 +345,12 @@ def main() -> None:
     judge = load_judge(judge_file)
     vae = AutoencoderKL.from_pretrained(work / "vae-final").eval()
     fresh = [s for subject in SUBJECTS for s in draw_scenes(subject, 500, seed=2, split="all")]
-    fresh_pictures = render_many(fresh, seed=2)
+    fresh_images = render_many(fresh, seed=2)
     with torch.inference_mode():
-        x = to_images(fresh_pictures[::5])
+        x = to_images(fresh_images[::5])
         error = F.mse_loss(vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1), x).item()
     quality = {
-        "judge on fresh renders": judge.agreement(fresh_pictures, fresh),
+        "judge on fresh renders": judge.agreement(fresh_images, fresh),
         "vae psnr db": round(10 * math.log10(4 / error), 2),
         "prompt accuracy": measure(assemble(args.out / "garden-teacher", work, unet, text), judge),
         "conditions": "20 DDIM steps, guidance 4, 64 prompts a row, fp32",

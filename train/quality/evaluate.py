@@ -4,8 +4,8 @@ R[i][j] is the quality on task j after training task i (Lopez-Paz and Ranzato, a
 maximum over time minus the last (Chaudhry et al., arXiv 1801.10112); libraries that take the first minus the last
 give other numbers. Higher is better: distances count negatively.
 
-    asked = ask(task, 32, size=64)                       # prompts, and the pictures to compare with
-    score = score_pictures(pictures, asked, metrics)     # however the pictures were made
+    asked = ask(task, 32, size=64)                       # prompts, and the images to compare with
+    score = score_images(images, asked, metrics)     # however the images were made
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.garden import scenes as garden
 from kdc_edge.train.garden.judge import LABELS, load_judge, shares
 from kdc_edge.train.garden.scenes import Scene, render_many
-from kdc_edge.train.quality.metrics import PictureMetrics, frechet_distance, kernel_distance
+from kdc_edge.train.quality.metrics import ImageMetrics, frechet_distance, kernel_distance
 
 EVALUATION_SEED = 2024
 # The first of these that was measured is R[i][j]; the sign makes higher better.
@@ -46,7 +46,7 @@ class Score:
     """What was found on one task."""
 
     values: dict[str, float]
-    by_picture: tuple[float, ...] = ()  # the garden's prompt accuracy, picture by picture
+    by_image: tuple[float, ...] = ()  # the garden's prompt accuracy, image by image
 
     @property
     def metric(self) -> str:
@@ -67,22 +67,22 @@ class Score:
 
 @dataclass(frozen=True)
 class Asked:
-    """What an evaluation asks for: prompts, and what to compare the pictures with."""
+    """What an evaluation asks for: prompts, and what to compare the images with."""
 
     prompts: tuple[str, ...]
     scenes: tuple[Scene, ...] = ()  # of the garden
     references: np.ndarray | None = None  # uint8 (M, H, W, 3)
-    kind: str = "pictures of the training part"  # what the references are
+    kind: str = "images of the training part"  # what the references are
 
 
-class MakesPictures(Protocol):
-    """Prompts in, pictures uint8 (N, H, W, 3) out; picture i depends on its prompt, `seed` and i."""
+class MakesImages(Protocol):
+    """Prompts in, images uint8 (N, H, W, 3) out; image i depends on its prompt, `seed` and i."""
 
     def __call__(self, prompts: Sequence[str], *, seed: int) -> np.ndarray: ...
 
 
 def batch_size(side: int) -> int:
-    """Pictures at a time, by the side of their latents: 16 small ones or 4 of 512 pixels."""
+    """Images at a time, by the side of their latents: 16 small ones or 4 of 512 pixels."""
     return max(1, min(16, 2**14 // side**2))
 
 
@@ -95,7 +95,7 @@ def evaluation_noise(count: int, shape: tuple[int, int, int], seed: int) -> np.n
 
 @dataclass(frozen=True)
 class Generator:
-    """Networks that turn prompts into pictures, many at a time."""
+    """Networks that turn prompts into images, many at a time."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -108,7 +108,7 @@ class Generator:
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], *, seed: int) -> np.ndarray:
-        """Pictures uint8 (N, H, W, 3); picture i depends on its prompt, `seed` and i."""
+        """Images uint8 (N, H, W, 3); image i depends on its prompt, `seed` and i."""
         side = self.side or self.unet.config.sample_size
         noise, most = evaluation_noise(len(prompts), (self.unet.config.in_channels, side, side), seed), batch_size(side)
         return np.concatenate(
@@ -139,7 +139,7 @@ def evaluation_scenes(source: GardenSource, count: int) -> list[Scene]:
 
 @lru_cache(maxsize=8)
 def ask(task: Task, count: int, *, size: int) -> Asked:
-    """`count` prompts of a task, the same every time, with as many reference pictures of `size` pixels."""
+    """`count` prompts of a task, the same every time, with as many reference images of `size` pixels."""
     source = task.open()
     if isinstance(source, GardenSource):
         chosen = evaluation_scenes(source, count)
@@ -147,9 +147,9 @@ def ask(task: Task, count: int, *, size: int) -> Asked:
         return Asked(tuple(s.caption for s in chosen), tuple(chosen), references, "renders of the same prompts")
     found = source.read(size=size, samples=count, seed=EVALUATION_SEED, part="test")
     samples = [item for item in found if isinstance(item, Sample)]
-    pictures = np.stack([s.picture for s in samples]) if samples else None
-    kind = f"pictures of the {'test' if source.has_test_part else 'training'} part"
-    return Asked(tuple(s.caption for s in samples), (), pictures, kind)
+    images = np.stack([s.image for s in samples]) if samples else None
+    kind = f"images of the {'test' if source.has_test_part else 'training'} part"
+    return Asked(tuple(s.caption for s in samples), (), images, kind)
 
 
 def ask_prompts(prompts: Sequence[str]) -> Asked:
@@ -159,41 +159,41 @@ def ask_prompts(prompts: Sequence[str]) -> Asked:
     return Asked(tuple(prompts), tuple(scenes) if len(scenes) == len(prompts) else ())
 
 
-def score_pictures(
-    pictures: np.ndarray,
+def score_images(
+    images: np.ndarray,
     asked: Asked,
-    metrics: PictureMetrics | None,
+    metrics: ImageMetrics | None,
     *,
     paired: np.ndarray | None = None,
     loss: float | None = None,
 ) -> Score:
-    """What pictures uint8 (N, H, W, 3), one a prompt, are worth.
+    """What images uint8 (N, H, W, 3), one a prompt, are worth.
 
-    Of the garden: prompt_accuracy, the share of asked attributes that are in the picture; exact, the share of
-    pictures with all of them; judge_frechet and judge_kernel, distances of the judge's features. Elsewhere, what
-    `metrics` has weights for. `paired` are the teacher's pictures from the same noise, `loss` that of held-out latents.
+    Of the garden: prompt_accuracy, the share of asked attributes that are in the image; exact, the share of
+    images with all of them; judge_frechet and judge_kernel, distances of the judge's features. Elsewhere, what
+    `metrics` has weights for. `paired` are the teacher's images from the same noise, `loss` that of held-out latents.
     """
     values: dict[str, float] = {} if loss is None else {"loss": loss}
-    by_picture: tuple[float, ...] = ()
+    by_image: tuple[float, ...] = ()
     if asked.scenes:
-        judge, pictures = load_judge(), _to_garden_size(pictures)
-        right = judge.right(pictures, asked.scenes)
-        found, by_picture = shares(right), tuple(right.mean(0).tolist())
+        judge, images = load_judge(), _to_garden_size(images)
+        right = judge.right(images, asked.scenes)
+        found, by_image = shares(right), tuple(right.mean(0).tolist())
         values |= {"prompt_accuracy": float(np.mean([found[n] for n in LABELS])), "exact": found["all"]}
         if asked.references is not None:
-            ours, theirs = judge.features(pictures), judge.features(asked.references)
+            ours, theirs = judge.features(images), judge.features(asked.references)
             values |= {"judge_frechet": frechet_distance(ours, theirs), "judge_kernel": kernel_distance(ours, theirs)}
     if metrics is not None and not asked.scenes:
-        values |= metrics.measure(pictures, asked.references, asked.prompts, paired)
-    return Score(values, by_picture)
+        values |= metrics.measure(images, asked.references, asked.prompts, paired)
+    return Score(values, by_image)
 
 
-def _to_garden_size(pictures: np.ndarray) -> np.ndarray:
+def _to_garden_size(images: np.ndarray) -> np.ndarray:
     """(N, H, W, 3) -> (N, 64, 64, 3), which is what the judge reads."""
-    if pictures.shape[1:3] == (garden.SIZE, garden.SIZE):
-        return pictures
+    if images.shape[1:3] == (garden.SIZE, garden.SIZE):
+        return images
     size = (garden.SIZE, garden.SIZE)
-    return np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BOX)) for p in pictures])
+    return np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BOX)) for p in images])
 
 
 Matrix = Sequence[Sequence[float | None]]
@@ -225,32 +225,32 @@ def _array(matrix: Matrix) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A task's score, and the pictures that it was given for."""
+    """A task's score, and the images that it was given for."""
 
     score: Score
-    pictures: np.ndarray  # uint8 (N, H, W, 3)
+    images: np.ndarray  # uint8 (N, H, W, 3)
 
 
 def evaluate_tasks(
-    generate: MakesPictures,
+    generate: MakesImages,
     tasks: Sequence[Task],
     *,
-    pictures: int,
+    images: int,
     size: int,
-    metrics: PictureMetrics,
-    teacher: MakesPictures | None = None,
+    metrics: ImageMetrics,
+    teacher: MakesImages | None = None,
     seed: int = 7,
 ) -> dict[str, Evaluated]:
-    """The quality of somebody's pictures on each task; `teacher` makes those that LPIPS compares with.
+    """The quality of somebody's images on each task; `teacher` makes those that LPIPS compares with.
 
-    `size` is that of the reference pictures, in pixels. Raises InputError where nothing can be measured.
+    `size` is that of the reference images, in pixels. Raises InputError where nothing can be measured.
     """
     found = {}
     for task in tasks:
-        asked = ask(task, pictures, size=size)
+        asked = ask(task, images, size=size)
         paired = teacher(asked.prompts, seed=seed) if teacher and not asked.scenes else None
         made = generate(asked.prompts, seed=seed)
-        score = score_pictures(made, asked, metrics, paired=paired)
+        score = score_images(made, asked, metrics, paired=paired)
         if not score.values:
             raise InputError(f"nothing can be measured on {task.name}: {'; '.join(metrics.missing())}")
         found[task.name] = Evaluated(score, made)
@@ -258,7 +258,7 @@ def evaluate_tasks(
 
 
 def open_generator(checkpoint: Path, *, steps: int, guidance: float) -> Generator:
-    """A checkpoint's networks as a picture generator, in fp32 on the best device.
+    """A checkpoint's networks as an image generator, in fp32 on the best device.
 
     Raises CheckpointError for a folder that cannot be read.
     """

@@ -1,4 +1,4 @@
-"""What a run measures of a task: its pictures, and the denoising loss on latents that are held out."""
+"""What a run measures of a task: its images, and the denoising loss on latents that are held out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from kdc_edge.train.data.cache import cache_latents
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.objective import QUARTERS, Batch
-from kdc_edge.train.quality.evaluate import Generator, Score, ask, score_pictures
+from kdc_edge.train.quality.evaluate import Generator, Score, ask, score_images
 
 if TYPE_CHECKING:
     from kdc_edge.train.loop import Trainer
@@ -18,15 +18,15 @@ EVALUATION_NOISE = 7  # the seed of every evaluation's noise
 
 
 def score(trainer: Trainer, generator: Generator, task: Task) -> Score:
-    """A picture generator's quality on a task; beyond the garden, with LPIPS to the teacher and the held-out loss."""
-    asked = ask(task, trainer.config.eval_pictures, size=trainer.size)
-    pictures = generator(asked.prompts, seed=EVALUATION_NOISE)
+    """An image generator's quality on a task; beyond the garden, with LPIPS to the teacher and the held-out loss."""
+    asked = ask(task, trainer.config.eval_images, size=trainer.size)
+    images = generator(asked.prompts, seed=EVALUATION_NOISE)
     if asked.scenes:
-        return score_pictures(pictures, asked, trainer.metrics)
+        return score_images(images, asked, trainer.metrics)
     taught = None
     if trainer.metrics.has_lpips:
         taught = trainer.generator_of(trainer.teacher)(asked.prompts, seed=EVALUATION_NOISE)
-    return score_pictures(pictures, asked, trainer.metrics, paired=taught, loss=held_out_loss(trainer, task))
+    return score_images(images, asked, trainer.metrics, paired=taught, loss=held_out_loss(trainer, task))
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def held_out_loss(trainer: Trainer, task: Task) -> float:
     config, accelerator = trainer.config, trainer.accelerator
     latents = cache_latents(
         task, trainer.vae, config.cache or trainer.run_folder / "cache", vae_sha256=trainer.vae_sha256,
-        size=trainer.size, samples=config.eval_pictures, part="test", writes=accelerator.is_main_process,
+        size=trainer.size, samples=config.eval_images, part="test", writes=accelerator.is_main_process,
     )  # fmt: skip
     generator, losses = torch.Generator().manual_seed(EVALUATION_NOISE), []
     spread = trainer.schedule.num_train_timesteps // QUARTERS

@@ -1,8 +1,8 @@
-"""Distances between sets of pictures, and what needs other people's weights: FID, KID, CLIP score, LPIPS.
+"""Distances between sets of images, and what needs other people's weights: FID, KID, CLIP score, LPIPS.
 
-    metrics = PictureMetrics(Path("weights"))
+    metrics = ImageMetrics(Path("weights"))
     metrics.missing()                     # one line for each file that is not there: what to fetch, where to put it
-    metrics.measure(pictures, references, prompts, paired)
+    metrics.measure(images, references, prompts, paired)
 
 Nothing is fetched: the files lie in `weights`, or in torch's and the hub's own caches. The Inception network reads
 its file by `weights_only`, so that no pickled code runs.
@@ -24,7 +24,7 @@ from kdc_edge.runtimes.torch import quiet
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 ALEXNET = "alexnet-owt-7be5be79.pth"
 CLIP = "openai/clip-vit-base-patch16"
-MIN_FID_PICTURES = 64  # fewer say nothing: KID is for small sets
+MIN_FID_IMAGES = 64  # fewer say nothing: KID is for small sets
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -46,7 +46,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(within - 2 * ab.mean())
 
 
-class PictureMetrics:
+class ImageMetrics:
     """The metrics whose weight files are here."""
 
     def __init__(self, weights: Path | None = None, device: torch.device | str = "cpu") -> None:
@@ -71,26 +71,26 @@ class PictureMetrics:
 
     def measure(
         self,
-        pictures: np.ndarray,
+        images: np.ndarray,
         references: np.ndarray | None,
         prompts: Sequence[str],
         paired: np.ndarray | None = None,
     ) -> dict[str, float]:
-        """What can be measured of uint8 pictures (N, H, W, 3).
+        """What can be measured of uint8 images (N, H, W, 3).
 
-        fid, kid: to `references` (M, H, W, 3). clip_score: to the prompts. lpips: to `paired`, the teacher's pictures
+        fid, kid: to `references` (M, H, W, 3). clip_score: to the prompts. lpips: to `paired`, the teacher's images
         from the same prompts and noise.
         """
         found: dict[str, float] = {}
-        if references is not None and min(len(pictures), len(references)) > 1 and self._find(INCEPTION):
-            ours, theirs = self.inception_features(pictures), self.inception_features(references)
+        if references is not None and min(len(images), len(references)) > 1 and self._find(INCEPTION):
+            ours, theirs = self.inception_features(images), self.inception_features(references)
             found["kid"] = kernel_distance(ours, theirs)
-            if min(len(pictures), len(references)) >= MIN_FID_PICTURES:
+            if min(len(images), len(references)) >= MIN_FID_IMAGES:
                 found["fid"] = frechet_distance(ours, theirs)
         if self._clip_folder is not None:
-            found["clip_score"] = self.clip_score(pictures, prompts)
+            found["clip_score"] = self.clip_score(images, prompts)
         if paired is not None and self._find(ALEXNET):
-            found["lpips"] = self.lpips(pictures, paired)
+            found["lpips"] = self.lpips(images, paired)
         return found
 
     @property
@@ -128,9 +128,9 @@ class PictureMetrics:
         return network.eval().to(self.device)
 
     @torch.inference_mode()
-    def inception_features(self, pictures: np.ndarray) -> np.ndarray:
+    def inception_features(self, images: np.ndarray) -> np.ndarray:
         """uint8 (N, H, W, 3) -> float32 (N, 2048)."""
-        batches = torch.split(torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2), 16)
+        batches = torch.split(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), 16)
         return np.concatenate([self._inception(b.to(self.device))[0].float().cpu().numpy() for b in batches])
 
     @cached_property
@@ -146,28 +146,27 @@ class PictureMetrics:
         return model.eval().to(self.device), processor
 
     @torch.inference_mode()
-    def clip_score(self, pictures: np.ndarray, prompts: Sequence[str]) -> float:
-        """100 * max(cosine, 0) of picture and prompt, the mean (Hessel et al., arXiv 2104.08718).
+    def clip_score(self, images: np.ndarray, prompts: Sequence[str]) -> float:
+        """100 * max(cosine, 0) of image and prompt, the mean (Hessel et al., arXiv 2104.08718).
 
         torchmetrics 1.9 computes the same, but not with transformers 5, whose features come in an object.
         """
         model, processor = self._clip
         cosines = []
-        for picture, prompt in zip(pictures, prompts, strict=True):
-            inputs = processor(text=[prompt], images=[picture], return_tensors="pt", truncation=True, max_length=77)
+        for image, prompt in zip(images, prompts, strict=True):
+            inputs = processor(text=[prompt], images=[image], return_tensors="pt", truncation=True, max_length=77)
             seen = model(**inputs.to(self.device))
             cosines.append(torch.nn.functional.cosine_similarity(seen.image_embeds, seen.text_embeds))
         return float(100 * torch.cat(cosines).clamp(min=0).mean())
 
     @torch.inference_mode()
-    def lpips(self, pictures: np.ndarray, others: np.ndarray) -> float:
-        """LPIPS of picture pairs by AlexNet, the mean (Zhang et al., arXiv 1801.03924)."""
+    def lpips(self, images: np.ndarray, others: np.ndarray) -> float:
+        """LPIPS of image pairs by AlexNet, the mean (Zhang et al., arXiv 1801.03924)."""
         path = self._find(ALEXNET)
         lpips = require("torchmetrics.functional.image.lpips", extra="eval", purpose="LPIPS")
         network = _alexnet_lpips(lpips, path)
         a, b = (
-            torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float() / 127.5 - 1
-            for x in (pictures, others)
+            torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (images, others)
         )
         pairs = zip(torch.split(a, 16), torch.split(b, 16), strict=True)
         return float(torch.cat([network(x, y).flatten() for x, y in pairs]).mean())

@@ -4,7 +4,7 @@
     other = evaluate_tasks(BundleGenerator.open(folder, steps=12, guidance=4.0), tasks, ...)
     compare(own, other).added_forgetting          # Loss(mean=0.004, stderr=0.006): within the noise
 
-Prompts and noise are the same, picture by picture, so that differences are the precision's. What a bundle loses on
+Prompts and noise are the same, image by image, so that differences are the precision's. What a bundle loses on
 the tasks before the last is what it adds to forgetting (maximum minus last): the maximum is the checkpoint's past.
 """
 
@@ -27,7 +27,7 @@ from kdc_edge.train.quality.evaluate import Evaluated, evaluation_noise
 
 @dataclass(frozen=True)
 class BundleGenerator:
-    """A bundle as a maker of an evaluation's pictures, one at a time, on the engine that this machine has for it."""
+    """A bundle as a maker of an evaluation's images, one at a time, on the engine that this machine has for it."""
 
     pipeline: Pipeline
     steps: int
@@ -38,7 +38,7 @@ class BundleGenerator:
         return cls(open_pipeline(folder), steps, guidance)
 
     def __call__(self, prompts: Sequence[str], *, seed: int) -> np.ndarray:
-        """Pictures uint8 (N, H, W, 3) from the noise that a checkpoint's Generator starts from."""
+        """Images uint8 (N, H, W, 3) from the noise that a checkpoint's Generator starts from."""
         asked = Request("", steps=self.steps, guidance=self.guidance, sampler="dpm++2m")
         _, *shape = self.pipeline.latent_shape(asked)
         noise = evaluation_noise(len(prompts), (shape[0], shape[1], shape[2]), seed)
@@ -55,7 +55,7 @@ class Loss:
     """Quality that is gone: positive is worse."""
 
     mean: float
-    stderr: float | None  # of the differences picture by picture; None where pictures have no score of their own
+    stderr: float | None  # of the differences image by image; None where images have no score of their own
     within_noise: bool | None  # no more than two standard errors?
 
     @classmethod
@@ -69,28 +69,28 @@ class Comparison:
 
     lost: dict[str, Loss]  # by task
     added_forgetting: Loss | None  # the mean of `lost` over the tasks before the last; None for a single task
-    psnr_db: float | None  # median over all pictures; None where both are equal
+    psnr_db: float | None  # median over all images; None where both are equal
     worst_psnr_db: float | None
 
 
 def compare(own: Mapping[str, Evaluated], other: Mapping[str, Evaluated]) -> Comparison:
     """The checkpoint's evaluation and a bundle's, of the same tasks in the order they were learnt."""
     lost = {task: _lost(own[task], other[task]) for task in own}
-    similar = [psnr_db(a, b) for task in own for a, b in zip(own[task].pictures, other[task].pictures, strict=True)]
+    similar = [psnr_db(a, b) for task in own for a, b in zip(own[task].images, other[task].images, strict=True)]
     median_db, worst_db = (None if math.isinf(db) else db for db in (float(np.median(similar)), min(similar)))
     return Comparison(lost, _mean(list(lost.values())[:-1]), median_db, worst_db)
 
 
 def _lost(own: Evaluated, other: Evaluated) -> Loss:
     mean = own.score.quality - other.score.quality
-    differences = np.subtract(own.score.by_picture, other.score.by_picture)
+    differences = np.subtract(own.score.by_image, other.score.by_image)
     if len(differences) < 2:
         return Loss.of(mean, None)
     return Loss.of(mean, float(np.std(differences, ddof=1) / math.sqrt(len(differences))))
 
 
 def _mean(losses: Sequence[Loss]) -> Loss | None:
-    """Over tasks, whose pictures are independent."""
+    """Over tasks, whose images are independent."""
     if not losses:
         return None
     errors = [loss.stderr for loss in losses if loss.stderr is not None]

@@ -24,7 +24,7 @@ def write_results(run: Path, config: TrainConfig, position: Position) -> dict[st
         "backward_transfer": backward_transfer(position.matrix),
         "forgetting_max_minus_last": forgetting(position.matrix),
         "values": position.values,
-        "conditions": f"{config.eval_pictures} pictures a task, DPM-Solver++ 2M 12 steps, guidance 4, averaged weights",
+        "conditions": f"{config.eval_images} images a task, DPM-Solver++ 2M 12 steps, guidance 4, averaged weights",
     }
     write_atomic(run / "results.json", json.dumps(results, indent=2) + "\n")
     return results

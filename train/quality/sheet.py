@@ -1,4 +1,4 @@
-"""Pictures while training: a sheet of the same prompts from the same noise, to see the student learn."""
+"""Images while training: a sheet of the same prompts from the same noise, to see the student learn."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def write_sample_sheet(run: Path, generator: Generator, tasks: Sequence[Task], s
     """`RUN/samples/STEP.png`, one row a task."""
     path = run / "samples" / f"{step:08d}.png"
     path.parent.mkdir(exist_ok=True)
-    pictures = [p for t in tasks for p in generator(ask(t, SAMPLES_A_TASK, size=size).prompts, seed=NOISE)]
-    save_png(path, grid(pictures, SAMPLES_A_TASK), None)
+    images = [p for t in tasks for p in generator(ask(t, SAMPLES_A_TASK, size=size).prompts, seed=NOISE)]
+    save_png(path, grid(images, SAMPLES_A_TASK), None)
     return path

@@ -3,7 +3,7 @@
     kdc-edge train --benchmark 20                                    # this run's settings
     python -m kdc_edge.train.tools.benchmark --batch-size 1 4 16           # ours against the plain recipe, in turns
 
-The plain recipe is what most scripts do: pictures and captions are encoded at every step, all weights are kept in 32
+The plain recipe is what most scripts do: images and captions are encoded at every step, all weights are kept in 32
 bits and run under fp16 autocast, nothing is compiled and the memory layout is torch's default. A CPU computes fp16
 slowly, and nobody who looked would choose it there; so the recipe is measured without autocast as well.
 """
@@ -95,7 +95,7 @@ def measure_plain(config: TrainConfig, run: Path, steps: int, *, half: bool) -> 
     trainer.watch = Stopwatch(trainer.device, exact=True)
     scaler = torch.amp.GradScaler(trainer.device.type, enabled=half)
     source = config.tasks[0].open()
-    wanted = min(config.samples or 256, 256)  # decoding is not what is compared: the pictures lie in memory
+    wanted = min(config.samples or 256, 256)  # decoding is not what is compared: the images lie in memory
     samples = [s for s in source.read(size=trainer.size, samples=wanted, seed=0) if isinstance(s, Sample)]
 
     def autocast() -> torch.autocast:
@@ -120,11 +120,11 @@ def measure_plain(config: TrainConfig, run: Path, steps: int, *, half: bool) -> 
 
 @torch.no_grad()
 def _encode_batch(trainer: Trainer, samples: list[Sample]) -> tuple[Batch, Tensor]:
-    """Pictures and captions through the frozen networks, as at every step of a plain script."""
+    """Images and captions through the frozen networks, as at every step of a plain script."""
     device, count = trainer.device, trainer.config.batch_size
     picked = [samples[i] for i in torch.randint(len(samples), (count,)).tolist()]
-    pictures = torch.stack([torch.from_numpy(s.picture) for s in picked]).permute(0, 3, 1, 2).to(device)
-    latents = trainer.vae.encode(pictures.float() / 127.5 - 1).latent_dist.sample() * trainer.vae.config.scaling_factor
+    images = torch.stack([torch.from_numpy(s.image) for s in picked]).permute(0, 3, 1, 2).to(device)
+    latents = trainer.vae.encode(images.float() / 127.5 - 1).latent_dist.sample() * trainer.vae.config.scaling_factor
     ids = torch.from_numpy(trainer.embed.tokenizer.encode([s.caption for s in picked])).to(device)
     hidden = trainer.embed.text_encoder(ids).last_hidden_state
     timestep = torch.randint(trainer.schedule.num_train_timesteps, (count,), device=device)

@@ -21,7 +21,7 @@ TITLES = {
 }
 TEXTS = {
     "replay": (
-        "Flowers, then butterflies, then fish, as many steps each. A share is of the pictures of the whole sequence."
+        "Flowers, then butterflies, then fish, as many steps each. A share is of the images of the whole sequence."
         " *All data jointly* trains on all three at once for as many steps as the sequence has. Forgetting is maximum"
         " minus last, over the earlier tasks."
     ),
@@ -38,9 +38,9 @@ def write_report(folder: Path, results: Sequence[Result], grids: Mapping[str, Se
         "",
         "Written by `python -m kdc_edge.train.tools.experiments`; run it again and cells that are done are kept.",
         "",
-        f"Every cell: {size['steps']} steps of {size['batch_size']} samples a task, {size['samples']} pictures a task,"
+        f"Every cell: {size['steps']} steps of {size['batch_size']} samples a task, {size['samples']} images a task,"
         f" student `garden-student` under the garden's teacher, AdamW with a cosine from 1e-3, averaged weights;"
-        f" {size['pictures']} pictures a task in each evaluation, half of them of combinations held out of training,"
+        f" {size['images']} images a task in each evaluation, half of them of combinations held out of training,"
         f" DPM-Solver++ 2M, 12 steps, guidance 4. Prompt accuracy is the share of asked attributes that the judge"
         f" reads. Mean ± standard deviation over seeds, the number of seeds behind it. {len(results)} cells took"
         f" {minutes:.0f} minutes together.",

@@ -49,8 +49,8 @@ class Size:
 
     steps: int = 150  # of a task
     batch_size: int = 16
-    samples: int = 1200  # pictures of a task
-    pictures: int = 48  # of a task, in each evaluation
+    samples: int = 1200  # images of a task
+    images: int = 48  # of a task, in each evaluation
     seeds: int = 3
 
 
@@ -86,7 +86,7 @@ def run_cell(cell: Cell, out: Path, size: Size) -> dict[str, object]:
     started = time.perf_counter()
     config = TrainConfig(
         teacher=GARDEN_TEACHER, student="garden-student", tasks=TASKS, steps=size.steps, batch_size=size.batch_size,
-        samples=size.samples, eval_pictures=size.pictures, seed=cell.seed, save_every=50, keep=1, log_with="none",
+        samples=size.samples, eval_images=size.images, seed=cell.seed, save_every=50, keep=1, log_with="none",
         cache=out / "cache", replay=0,
     )  # fmt: skip
     trainer = {"replay": _replay, "losses": _losses, "inheritance": _inheritance}[cell.grid](cell, out, config)
@@ -112,17 +112,17 @@ def _asked(cell: Cell) -> tuple[Task, ...]:
 
 
 def _replay(cell: Cell, out: Path, config: TrainConfig) -> Trainer:
-    """Three tasks; the buffer holds a share of the pictures of the whole sequence."""
+    """Three tasks; the buffer holds a share of the images of the whole sequence."""
     share = REPLAY[cell.condition]
-    pictures = len(TASKS) * (config.samples or 0)
+    images = len(TASKS) * (config.samples or 0)
     if share is None:
-        return _open(cell, out, replace(config, tasks=(ALL,), steps=len(TASKS) * config.steps, samples=pictures))
+        return _open(cell, out, replace(config, tasks=(ALL,), steps=len(TASKS) * config.steps, samples=images))
     home, shared = out / "cells" / cell.name, out / "cells" / f"replay-first-task-s{cell.seed}"
-    config = replace(config, replay=round(share * pictures))
+    config = replace(config, replay=round(share * images))
     if (home / "config.json").is_file():
         return Trainer(config, home, resume=True)
     shutil.rmtree(home, ignore_errors=True)  # left by a kill while it was branched
-    largest = replace(config, replay=round(max(s for s in REPLAY.values() if s is not None) * pictures))
+    largest = replace(config, replay=round(max(s for s in REPLAY.values() if s is not None) * images))
     first = Trainer(largest, shared, resume=(shared / "config.json").is_file())
     if first.position.task == 0:
         for _ in first.run():
@@ -164,7 +164,7 @@ def run(
 def check_size(out: Path, size: Size) -> None:
     """Cells of one folder are of one size: refuse to mix; more seeds may be added."""
     path = out / "size.json"
-    now = {"steps": size.steps, "batch_size": size.batch_size, "samples": size.samples, "pictures": size.pictures}
+    now = {"steps": size.steps, "batch_size": size.batch_size, "samples": size.samples, "images": size.images}
     if path.is_file() and read_json(path, InputError) != now:
         raise InputError(f"{out} holds cells of another size, {path.read_text()}: choose another folder")
     write_atomic(path, json.dumps(now))
@@ -179,11 +179,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=Size.seeds)
     parser.add_argument("--steps", type=int, default=Size.steps, help="of a task")
     parser.add_argument("--batch-size", type=int, default=Size.batch_size)
-    parser.add_argument("--samples", type=int, default=Size.samples, help="pictures of a task")
-    parser.add_argument("--pictures", type=int, default=Size.pictures, help="of a task, in each evaluation")
+    parser.add_argument("--samples", type=int, default=Size.samples, help="images of a task")
+    parser.add_argument("--images", type=int, default=Size.images, help="of a task, in each evaluation")
     parser.add_argument("--minutes", type=float, help="start no cell after so many")
     args = parser.parse_args(arguments)
-    size = Size(args.steps, args.batch_size, args.samples, args.pictures, args.seeds)
+    size = Size(args.steps, args.batch_size, args.samples, args.images, args.seeds)
     run(
         args.out,
         size,

@@ -32,7 +32,7 @@ class Plan:
     samples_seen: int
     student_parameters: int
     teacher_parameters: int
-    picture_size: int
+    image_size: int
     weights_bytes: int  # teacher, VAE, text encoder, student, gradients, Adam's moments, moving average
     activation_bytes: int  # of one part of a batch
     state_bytes: int  # on the disk, each of `keep`
@@ -42,13 +42,13 @@ class Plan:
     def lines(self) -> list[str]:
         memory = self.weights_bytes + self.activation_bytes
         return [
-            f"steps {self.steps}, samples seen {self.samples_seen}, pictures of {self.picture_size} pixels",
+            f"steps {self.steps}, samples seen {self.samples_seen}, images of {self.image_size} pixels",
             f"student {self.student_parameters:,} parameters, teacher {self.teacher_parameters:,}",
             f"memory about {memory / GB:.2f} GB: {self.weights_bytes / GB:.2f} weights, gradients, optimizer and"
             f" average, {self.activation_bytes / GB:.2f} activations; workspaces come on top",
             f"disk about {self.keep * self.state_bytes / GB:.2f} GB for {self.keep} saved states,"
             f" {4 * self.student_parameters / GB:.2f} GB for the checkpoint's U-Net,"
-            f" {self.latents_bytes_per_sample * 1000 / GB:.3f} GB of latents for every 1,000 pictures",
+            f" {self.latents_bytes_per_sample * 1000 / GB:.3f} GB of latents for every 1,000 images",
         ]
 
 
@@ -75,7 +75,7 @@ def make_plan(config: TrainConfig) -> Plan:
         samples_seen=config.steps * len(config.tasks) * config.batch_size,
         student_parameters=ours,
         teacher_parameters=theirs,
-        picture_size=size,
+        image_size=size,
         weights_bytes=weights,
         activation_bytes=activations,
         state_bytes=ours * (4 + 4 + adam),

@@ -24,15 +24,13 @@ from kdc_edge.export.coreml.apple_modules import apple_network
 from kdc_edge.export.coreml.export import convert
 from kdc_edge.export.coreml.mixed import BITS, Search
 from kdc_edge.image import grid, save_png
-from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.report.charts import line_chart
 from kdc_edge.runtimes.torch import load_network
 from kdc_edge.tokenizer import Tokenizer
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
-from kdc_edge.train.data.cache import TextEmbedder
 from kdc_edge.train.data.sources import GardenSource
 from kdc_edge.train.garden.judge import LABELS, load_judge
-from kdc_edge.train.quality.evaluate import Generator, evaluation_scenes
+from kdc_edge.train.quality.evaluate import evaluation_scenes, torch_generator
 
 SUBJECTS = ("flower", "butterfly")
 SHOWN = ((0, 0), (0, 30), (1, 1), (1, 31))  # (subject, prompt): two seen in training, two held out
@@ -58,11 +56,9 @@ class Measure:
         heldout = calibrate(GARDEN_TEACHER, unseen, 16, seed=1, samples_an_image=1)
         self.search = Search(self.unet, package, calibration, folder / "search", print)
         self.heldout = Search(self.unet, package, heldout, folder / "search", print)  # for its inputs alone
-        embed = TextEmbedder(
-            load_network(GARDEN_TEACHER, "text_encoder"), Tokenizer.from_folder(GARDEN_TEACHER / "tokenizer")
-        )
-        schedule = NoiseSchedule.from_config(self.model.scheduler)
-        self.generate = Generator(self.unet, load_network(GARDEN_TEACHER, "vae_decoder"), embed, schedule)
+        tokenizer = Tokenizer.from_folder(GARDEN_TEACHER / "tokenizer")
+        text_encoder, vae = (load_network(GARDEN_TEACHER, name) for name in ("text_encoder", "vae_decoder"))
+        self.generate = torch_generator(self.model, tokenizer, text_encoder, self.unet, vae)
         self.judge = load_judge()
         self.reference: np.ndarray | None = None
 

@@ -1,7 +1,7 @@
-"""What the student really sees: the U-Net's inputs while it generates from the user's own prompts.
+"""Calibration data: the U-Net's inputs while the student generates from the user's own prompts.
 
     calibration = calibrate(checkpoint, prompts, samples=64, seed=0)
-    [call["sample"].shape for call in calibration.inputs]                # each (2, C, h, w): both guidance halves
+    [call["sample"].shape for call in calibration.inputs]                # each (2, C, h, w): cond, uncond
 
 Consecutive steps of a few prompts look alike, so each image gives a few steps taken at random, and the
 prompts are many. Seeded: the same prompts give the same samples.

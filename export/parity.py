@@ -22,11 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from kdc_edge.bundle import Check, Parity
+from kdc_edge.components import COMPONENTS, Component
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError, KdcError
 from kdc_edge.formats import Format
-from kdc_edge.pipeline import Component, Pipeline, Request
-from kdc_edge.runtimes.base import COMPONENTS, LoadOptions, get_runtime, open_pipeline, preferred_engine
+from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.runtimes import open_pipeline
+from kdc_edge.runtimes.base import LoadOptions, get_runtime, preferred_engine
 from kdc_edge.tokenizer import Tokenizer
 
 IMAGES = 2  # each one costs STEPS U-Net calls on both sides
@@ -110,9 +112,9 @@ def check_images(
     requests: Sequence[Request],
     row: Format,
 ) -> list[Check]:
-    """The whole images; in 32 bits as well where they miss their aim and the engine narrows its arithmetic."""
+    """The whole images; in 32 bits as well where they miss their aim and the engine computes in fewer."""
     found = _compare_images(expected, candidate, requests, row.min_image_psnr_db)
-    if found.passed or not preferred_engine(row).narrows:
+    if found.passed or not preferred_engine(row).reduces_precision:
         return [found]
     exact = _compare_images(expected, in_32_bits(), requests, row.min_image_psnr_db)
     lower = min(RECOGNIZABLE_DB, row.min_image_psnr_db)

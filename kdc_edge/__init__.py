@@ -1,3 +1,41 @@
-"""Distil a Stable Diffusion student, export it with proof, run it on the device without PyTorch."""
+"""Distil a Stable Diffusion student, export it with proof, run it on the device without PyTorch.
+
+    import kdc_edge
+
+    pipeline = kdc_edge.Pipeline.open("bundles/onnx-fp16")
+    pipeline("a red flower", seed=1).images[0].save("flower.png")
+
+The names below are the public interface. Each is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdc_edge.bundle import Bundle
+    from kdc_edge.errors import KdcError
+    from kdc_edge.pipeline import Request
+    from kdc_edge.runtimes.pipeline import Pipeline, open_pipeline
 
 __version__ = "0.1.0"
+__all__ = ["Bundle", "KdcError", "Pipeline", "Request", "__version__", "open_pipeline"]
+
+_MODULES = {
+    "Bundle": "kdc_edge.bundle",
+    "KdcError": "kdc_edge.errors",
+    "Pipeline": "kdc_edge.runtimes.pipeline",
+    "Request": "kdc_edge.pipeline",
+    "open_pipeline": "kdc_edge.runtimes.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'kdc_edge' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

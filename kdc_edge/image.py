@@ -31,6 +31,10 @@ from kdc_edge.files import write_atomic
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 
+# A linear fit of SD 1.x's decoder: keturn, "Decoding latents to RGB without upscaling", Hugging Face forums, 2022.
+SD1_LATENT_TO_RGB = np.array(
+    [[0.298, 0.207, 0.208], [0.187, 0.286, 0.173], [-0.158, 0.189, 0.264], [-0.184, -0.271, -0.473]]
+)
 CHUNK = "parameters"
 NEGATIVE = "Negative prompt: "
 NAME = r"\w[\w \-/]++"
@@ -49,6 +53,16 @@ def to_pixels(images: NDArray[np.floating]) -> NDArray[np.uint8]:
     halved = images.astype(np.float32) * np.float32(0.5)
     unit: NDArray[np.float32] = np.clip(halved + np.float32(0.5), 0, 1)
     return (unit * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def preview(latents: NDArray[np.floating], vae_scale: int) -> NDArray[np.uint8]:
+    """Latents (B, C, h, w) as small images (B, h, w, 3), without the decoder.
+
+    In colour for Stable Diffusion 1.x; for other models, whose colours are unknown, the mean of the channels in grey.
+    """
+    channels = latents.shape[1]
+    to_rgb = SD1_LATENT_TO_RGB if (channels, vae_scale) == (4, 8) else np.full((channels, 3), 1 / channels)
+    return to_pixels(np.einsum("bchw,cr->brhw", latents, to_rgb))
 
 
 def psnr_db(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:

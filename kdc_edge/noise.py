@@ -1,7 +1,8 @@
 """Seeded normal noise, equal to PyTorch's CPU generator, so that a seed means the same image everywhere.
 
 `initial_latents(shape, seed)` is `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))`
-without torch, within 1e-6. `NormalStream` is the generator itself: one draw after the other.
+without torch, within 1e-6. `NormalStream` is the generator itself: one draw after the other; `NormalStreams` has
+one for each image of a batch.
 
     >>> initial_latents((1, 4, 64, 64), seed=1).shape
     (1, 4, 64, 64)
@@ -10,6 +11,7 @@ without torch, within 1e-6. `NormalStream` is the generator itself: one draw aft
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +82,21 @@ class NormalStream:
     def _uniform53(self) -> float:
         high, low = (int(word) for word in self._words(2))
         return ((high << 32 | low) & (2**53 - 1)) / 2**53
+
+
+class NormalStreams:
+    """The streams of several seeds side by side, a seed an image: an image's noise is the same in any batch."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._streams = [NormalStream(seed) for seed in seeds]
+
+    @property
+    def fresh(self) -> bool:
+        return any(stream.fresh for stream in self._streams)
+
+    def draw(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """The next normals of each stream: float32 of the given shape, whose first side counts the streams."""
+        return np.concatenate([stream.draw((1, *shape[1:])) for stream in self._streams])
 
 
 def _uniform24(words: NDArray[np.uint32]) -> NDArray[np.float32]:

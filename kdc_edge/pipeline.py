@@ -1,71 +1,37 @@
-"""From a prompt to an image, as a generator of steps; whoever consumes it draws progress, times or stops.
+"""Text to image: prompt -> tokens -> text embeddings -> latents -> image, as a generator of steps.
 
-    pipeline = open_pipeline(Path("bundles/onnx-fp16"))                # kdc_edge.runtimes
+    pipeline = open_pipeline("bundles/onnx-fp16")                    # kdc_edge.runtimes
     for progress in pipeline.run(Request("a red flower", seed=1)):
         print(progress.stage, progress.step, progress.steps)
     image = progress.pixels                                          # uint8 (H, W, 3)
 
-An engine gives the three components; everything between them is numpy.
+Consumers draw progress, preview, time, or stop. An engine gives the three components (components.py); everything
+between them is numpy. Several requests at once are a batch: each image equals the one that its request makes alone,
+but for rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, get_args, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
+import psutil
 
 from kdc_edge.bundle import Model
+from kdc_edge.components import COMPONENTS, Component, Shapes, SupportsPrepare, SupportsStart
 from kdc_edge.errors import InputError, KdcError
 from kdc_edge.image import to_pixels
-from kdc_edge.noise import NormalStream
+from kdc_edge.noise import NormalStreams
 from kdc_edge.samplers import DEFAULT_SAMPLER, SAMPLERS, NoiseSchedule, make_sampler
 from kdc_edge.tokenizer import Tokenizer
 
 Stage = Literal["load", "compile", "tokenize", "text_encoder", "unet", "scheduler", "vae_decoder"]
 GuidanceMode = Literal["batched", "sequential"]
 MAX_SIDE = 4096  # pixels
-
-
-Shapes = Mapping[str, tuple[int, ...]]  # of a network's inputs, by name
-
-
-class Component(Protocol):
-    """A network with named numpy inputs and one numpy output (DESIGN: contracts)."""
-
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray: ...
-
-
-@runtime_checkable
-class Compiled(Protocol):
-    """A component whose engine compiles it anew for each set of input shapes."""
-
-    def prepare(self, shapes: Shapes) -> None:
-        """Compile for these shapes now, so that the first call need not; -1 is a size that the network has fixed."""
-        ...
-
-
-@runtime_checkable
-class Early(Protocol):
-    """Components that can be loaded, and compiled for some shapes, while others compute."""
-
-    def start(self, name: str, shapes: Sequence[Shapes]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What an engine chose for a component."""
-
-    provider: str  # what computes, in the engine's words: "CPUExecutionProvider", "CPU"
-    arithmetic: str | None  # of the matrix products, the most frequent first: "bf16"; None where it does not tell
-
-
-@runtime_checkable
-class Explained(Protocol):
-    """A component that knows what its engine chose; to be asked after its first call."""
-
-    def explain(self) -> Choice: ...
+MAX_BATCH = 16  # images
+ATTENTION_HEADS = 8  # at the U-Net's full resolution, where its activations are largest
 
 
 @dataclass(frozen=True)
@@ -76,7 +42,7 @@ class Request:
     negative_prompt: str = ""
     steps: int = 20
     guidance: float = 7.5  # classifier-free guidance scale (Ho and Salimans, arXiv 2207.12598); 1 = none
-    # Both halves of the guidance in one U-Net call of batch 2, or in two of batch 1, which hold half the
+    # Both halves of the guidance in one U-Net call of twice the batch, or in two calls, which hold half the
     # activations. None: batched, but sequential where an interval leaves steps without guidance, so that
     # the U-Net is needed for one batch size only.
     guidance_mode: GuidanceMode | None = None
@@ -101,27 +67,144 @@ class Request:
             return self.guidance_interval == (0.0, 1.0)
         return self.guidance_mode == "batched"
 
+    @property
+    def conditions(self) -> str:
+        """What images made so have in common: "12 steps of DPM++ 2M, guidance 4"."""
+        return f"{self.steps} steps of {SAMPLERS[self.sampler].title}, guidance {self.guidance:g}"
+
 
 @dataclass(frozen=True)
 class Progress:
-    """What has just been done."""
+    """The stage that has just been done."""
 
     stage: Stage
-    step: int  # 1-based within the stage
+    step: int  # 1-based within the stage; of the decoder, the image
     steps: int
     timestep: int | None = None  # of a step
-    latents: np.ndarray | None = None  # (1, C, h, w) after a step of the scheduler
-    pixels: np.ndarray | None = None  # uint8 (H, W, 3), with the last one
+    latents: np.ndarray | None = None  # (B, C, h, w) after a step of the scheduler
+    pixels: np.ndarray | None = None  # uint8 (H, W, 3) after the decoder, image by image
 
 
 class Pipeline:
     """Tokenizer, three components and the loop over the noise schedule."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, components: Mapping[str, Component]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        components: Mapping[str, Component],
+        *,
+        max_batch: int = MAX_BATCH,  # images that `batches` puts together at most
+        decoder_batch: int = 1,  # images in one call of the decoder; an exported one takes 1
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.components = components
+        self.max_batch = max_batch
+        self.decoder_batch = decoder_batch
         self.schedule = NoiseSchedule.from_config(model.scheduler)
+
+    def run(self, *requests: Request) -> Iterator[Progress]:
+        """Make the images of one batch, yielding after each stage.
+
+        A step yields twice, after the U-Net and after the scheduler; the decoder yields after each image. Requests
+        of a batch differ in prompt, negative prompt, seed and latents only. Raises InputError as `check` does.
+        """
+        self.check(*requests)
+        request, count = requests[0], len(requests)
+        noise = NormalStreams([r.seed for r in requests])
+        latents = self._initial_latents(requests, noise)  # (B, C, h, w)
+        sampler = make_sampler(request.sampler, self.schedule, request.steps, noise=noise)
+
+        input_ids = self._tokenize(requests)  # (B or 2B, 77)
+        yield Progress("tokenize", 1, 1)
+        if isinstance(self.components, SupportsStart):
+            self.components.start("unet", self._shapes(requests, input_ids)["unet"])
+        hidden = self.components["text_encoder"](input_ids=input_ids)  # (B or 2B, 77, D)
+        yield Progress("text_encoder", 1, 1)
+
+        latents = latents * np.float32(sampler.init_noise_sigma)
+        unet, steps = self.components["unet"], len(sampler.timesteps)
+        for i, timestep in enumerate(sampler.timesteps):
+            sample = sampler.scale_model_input(latents, i)
+            if request.guided(i, steps):
+                cond, uncond = _predict_both(unet, sample, int(timestep), hidden, batched=request.batched)
+                yield Progress("unet", i + 1, steps, timestep=int(timestep))
+                noise_pred = guided(cond, uncond, float(request.guidance))
+            else:
+                noise_pred = _predict(unet, sample, int(timestep), hidden[:count])
+                yield Progress("unet", i + 1, steps, timestep=int(timestep))
+            latents = sampler.step(noise_pred, i, latents)
+            yield Progress("scheduler", i + 1, steps, timestep=int(timestep), latents=latents)
+        del unet  # a pipeline that is short of memory drops it before it loads the decoder
+
+        decoder, latents = self.components["vae_decoder"], latents / np.float32(self.model.scaling_factor)
+        for start in range(0, count, self.decoder_batch):
+            images = decoder(latent_sample=latents[start : start + self.decoder_batch])  # (b, 3, H, W)
+            if not np.isfinite(images).all():
+                raise KdcError("the decoder's image holds values that are no numbers: use a bundle with fp32 weights")
+            for number, pixels in enumerate(to_pixels(images), start + 1):
+                yield Progress("vae_decoder", number, count, pixels=pixels)
+
+    def generate(self, request: Request) -> np.ndarray:
+        """The image alone: uint8 (H, W, 3)."""
+        (pixels,) = self.generate_batch([request])
+        return pixels
+
+    def generate_batch(self, requests: Sequence[Request]) -> list[np.ndarray]:
+        """The images of one batch: uint8 (H, W, 3) each."""
+        return [done.pixels for done in self.run(*requests) if done.pixels is not None]
+
+    def batches(self, requests: Sequence[Request]) -> list[Sequence[Request]]:
+        """The requests in batches that memory allows, in order.
+
+        All are of one size, because some engines compile the networks, and hold their weights, once a size.
+        """
+        self.check(*requests)
+        _, _, height, width = self.latent_shape(requests[0])
+        # An upper bound: attention matrices at full resolution, both halves of the guidance, fp32.
+        bytes_an_image = 2 * ATTENTION_HEADS * (height * width) ** 2 * 4
+        most = min(self.max_batch, psutil.virtual_memory().available // 2 // bytes_an_image, len(requests))
+        size = next((n for n in range(most, 0, -1) if len(requests) % n == 0), 1)
+        return [requests[start : start + size] for start in range(0, len(requests), size)]
+
+    def prepare(self, request: Request) -> Iterator[Progress]:
+        """Load every component and compile it for what the request will ask of it, yielding after each.
+
+        A pipeline that was not prepared does the same while it makes its first image.
+        """
+        self.check(request)
+        wanted = self._shapes([request], self._tokenize([request]))
+        for i, name in enumerate(COMPONENTS, 1):
+            component = self.components[name]
+            yield Progress("load", i, 3)
+            if not isinstance(component, SupportsPrepare):
+                continue
+            for inputs in wanted[name]:
+                component.prepare(inputs)
+            yield Progress("compile", i, 3)
+
+    def check(self, *requests: Request) -> None:
+        """Raise InputError for what cannot be made, or not in one batch, before any work."""
+        if not requests:
+            raise InputError("no image is asked for: give at least one prompt")
+        request = requests[0]
+        shared = {"prompt": "", "negative_prompt": "", "seed": 0, "latents": None}
+        if any(replace(r, **shared) != replace(request, **shared) for r in requests):  # type: ignore[arg-type]
+            raise InputError("images of one batch share steps, guidance, sampler and size: make these one by one")
+        self.latent_shape(request)
+        make_sampler(request.sampler, self.schedule, request.steps)
+        if not 0 <= request.guidance <= 100:  # also refuses nan
+            raise InputError(f"--guidance {request.guidance} is out of range: use 1 (none) to 20 or so, at most 100")
+        if request.guidance_mode not in (None, *get_args(GuidanceMode)):
+            raise InputError(f"--guidance-mode {request.guidance_mode!r} is unknown: use batched or sequential")
+        begin, end = request.guidance_interval
+        if not 0 <= begin < end <= 1:
+            raise InputError(
+                f"--guidance-interval {begin:g}:{end:g} is no part of the schedule: use 0.0:0.7 or the like"
+            )
+        NormalStreams([r.seed for r in requests])
+        self.tokenizer.encode([text for r in requests for text in (r.negative_prompt, r.prompt)])
 
     def latent_shape(self, request: Request) -> tuple[int, int, int, int]:
         """(1, C, h, w) for the request; raises InputError for a size that the model cannot make."""
@@ -134,111 +217,59 @@ class Pipeline:
             sides.append(pixels // self.model.vae_scale)
         return (1, self.model.latent_channels, sides[0], sides[1])
 
-    def check(self, request: Request) -> None:
-        """Raise InputError for a request that cannot be made, before any work."""
-        self.latent_shape(request)
-        make_sampler(request.sampler, self.schedule, request.steps)
-        if not 0 <= request.guidance <= 100:  # also refuses nan
-            raise InputError(f"--guidance {request.guidance} is out of range: use 1 (none) to 20 or so, at most 100")
-        if request.guidance_mode not in (None, *get_args(GuidanceMode)):
-            raise InputError(f"--guidance-mode {request.guidance_mode!r} is unknown: use batched or sequential")
-        begin, end = request.guidance_interval
-        if not 0 <= begin < end <= 1:
-            raise InputError(
-                f"--guidance-interval {begin:g}:{end:g} is no part of the schedule: use 0.0:0.7 or the like"
-            )
-        self.tokenizer.encode([request.negative_prompt, request.prompt])
-
-    def prepare(self, request: Request) -> Iterator[Progress]:
-        """Load every component and compile it for what the request will ask of it, yielding after each.
-
-        A pipeline that was not prepared does the same while it makes its first image.
-        """
-        self.check(request)
-        wanted = self._shapes(request, self._tokenize(request))
-        for i, name in enumerate(("text_encoder", "unet", "vae_decoder"), 1):
-            component = self.components[name]
-            yield Progress("load", i, 3)
-            if not isinstance(component, Compiled):
+    def _initial_latents(self, requests: Sequence[Request], noise: NormalStreams) -> np.ndarray:
+        """Unit noise (B, C, h, w): each request's own latents, or the first draw from its seed."""
+        shape = self.latent_shape(requests[0])
+        latents = noise.draw((len(requests), *shape[1:]))
+        for i, request in enumerate(requests):
+            if request.latents is None:
                 continue
-            for inputs in wanted[name]:
-                component.prepare(inputs)
-            yield Progress("compile", i, 3)
-
-    def _shapes(self, request: Request, input_ids: np.ndarray) -> dict[str, list[Shapes]]:
-        """What each component will be called with."""
-        shape = self.latent_shape(request)
-        batches = {2 if request.batched and request.guided(i, request.steps) else 1 for i in range(request.steps)}
-        unet: list[Shapes] = [
-            {"sample": (b, *shape[1:]), "timestep": (1,), "encoder_hidden_states": (b, input_ids.shape[1], -1)}
-            for b in sorted(batches)
-        ]
-        text, decoder = {"input_ids": input_ids.shape}, {"latent_sample": shape}
-        return {"text_encoder": [text], "unet": unet, "vae_decoder": [decoder]}
-
-    def run(self, request: Request) -> Iterator[Progress]:
-        """Make the image, yielding after each stage; at each step after the U-Net and after the scheduler."""
-        self.check(request)
-        stream = NormalStream(request.seed)
-        shape = self.latent_shape(request)
-        latents = stream.draw(shape)
-        if request.latents is not None:
             if request.latents.shape != shape:
                 raise InputError(f"latents have the shape {request.latents.shape} where {shape} is needed")
-            latents = request.latents.astype(np.float32)
-        sampler = make_sampler(request.sampler, self.schedule, request.steps, noise=stream)
+            latents[i] = request.latents[0]
+        return latents
 
-        input_ids = self._tokenize(request)  # (1 or 2, 77)
-        yield Progress("tokenize", 1, 1)
-        if isinstance(self.components, Early):
-            self.components.start("unet", self._shapes(request, input_ids)["unet"])
-        hidden = self.components["text_encoder"](input_ids=input_ids)  # (1 or 2, 77, D)
-        yield Progress("text_encoder", 1, 1)
-
-        latents = latents * np.float32(sampler.init_noise_sigma)
-        total = len(sampler.timesteps)
-        unet = self.components["unet"]
-        for i, timestep in enumerate(sampler.timesteps):
-            sample = sampler.scale_model_input(latents, i)  # (1, C, h, w)
-            halves = _predict(unet, request, sample, int(timestep), hidden, guided=request.guided(i, total))
-            yield Progress("unet", i + 1, total, timestep=int(timestep))
-            latents = sampler.step(_mix(halves, request.guidance), i, latents)
-            yield Progress("scheduler", i + 1, total, timestep=int(timestep), latents=latents)
-        del unet  # a pipeline that is short of memory drops it before it loads the decoder
-
-        image = self.components["vae_decoder"](latent_sample=latents / np.float32(self.model.scaling_factor))
-        if not np.isfinite(image).all():
-            raise KdcError("the decoder's image holds values that are no numbers: use a bundle with fp32 weights")
-        yield Progress("vae_decoder", 1, 1, pixels=to_pixels(image)[0])
-
-    def _tokenize(self, request: Request) -> np.ndarray:
-        texts = [request.prompt, request.negative_prompt] if request.guidance > 1 else [request.prompt]
+    def _tokenize(self, requests: Sequence[Request]) -> np.ndarray:
+        """Ids of the prompts (B, 77), then of the negative prompts where there is guidance."""
+        texts = [r.prompt for r in requests]
+        if requests[0].guidance > 1:
+            texts += [r.negative_prompt for r in requests]
         return self.tokenizer.encode(texts)
 
-    def generate(self, request: Request) -> np.ndarray:
-        """The image alone: uint8 (H, W, 3)."""
-        *_, last = self.run(request)
-        assert last.pixels is not None
-        return last.pixels
+    def _shapes(self, requests: Sequence[Request], input_ids: np.ndarray) -> dict[str, list[Shapes]]:
+        """The inputs that each component will be called with."""
+        request, count = requests[0], len(requests)
+        _, *latent = self.latent_shape(request)
+        guided_steps = {request.batched and request.guided(i, request.steps) for i in range(request.steps)}
+        unet: list[Shapes] = [
+            {"sample": (b, *latent), "timestep": (1,), "encoder_hidden_states": (b, input_ids.shape[1], -1)}
+            for b in sorted(2 * count if both else count for both in guided_steps)
+        ]
+        decoded = {min(self.decoder_batch, count - start) for start in range(0, count, self.decoder_batch)}
+        return {
+            "text_encoder": [{"input_ids": input_ids.shape}],
+            "unet": unet,
+            "vae_decoder": [{"latent_sample": (n, *latent)} for n in sorted(decoded)],
+        }
 
 
-def _predict(
-    unet: Component, request: Request, sample: np.ndarray, timestep: int, hidden: np.ndarray, *, guided: bool
+def guided(cond: Any, uncond: Any, guidance_scale: float) -> Any:
+    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) of two noise predictions, arrays or tensors."""
+    return uncond + guidance_scale * (cond - uncond)
+
+
+def _predict(unet: Component, sample: np.ndarray, timestep: int, hidden: np.ndarray) -> np.ndarray:
+    """The noise in `sample` (B, C, h, w), given the text `hidden` (B, 77, D)."""
+    return unet(sample=sample, timestep=np.array([timestep], dtype=np.int64), encoder_hidden_states=hidden)
+
+
+def _predict_both(
+    unet: Component, sample: np.ndarray, timestep: int, hidden: np.ndarray, *, batched: bool
 ) -> Sequence[np.ndarray]:
-    """The noise in `sample` (1, C, h, w) as the U-Net sees it: with the prompt, and without where guided."""
-    t = np.array([timestep], dtype=np.int64)
-    if not guided:
-        return [unet(sample=sample, timestep=t, encoder_hidden_states=hidden[:1])]
-    if request.batched:
-        both = unet(sample=np.repeat(sample, 2, axis=0), timestep=t, encoder_hidden_states=hidden)  # (2, C, h, w)
-        return both[:1], both[1:]
-    return [unet(sample=sample, timestep=t, encoder_hidden_states=h) for h in (hidden[:1], hidden[1:])]
-
-
-def _mix(halves: Sequence[np.ndarray], guidance: float) -> np.ndarray:
-    """Classifier-free guidance, where there are two predictions."""
-    with_, *rest = halves
-    return np.asarray(rest[0] + np.float32(guidance) * (with_ - rest[0])) if rest else with_
+    """The noise in `sample` (B, C, h, w) with the prompts and with the negative ones; `hidden` (2B, 77, D) has both."""
+    if batched:
+        return np.split(_predict(unet, np.concatenate([sample, sample]), timestep, hidden), 2)
+    return [_predict(unet, sample, timestep, half) for half in np.split(hidden, 2)]
 
 
 def describe(request: Request, pixels: np.ndarray, model_name: str) -> dict[str, object]:

@@ -23,12 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdc_edge.errors import InputError
-from kdc_edge.noise import NormalStream
+from kdc_edge.noise import NormalStream, NormalStreams
 from kdc_edge.noise_schedule import Latents, NoiseSchedule, is_integer
 
 __all__ = ["DEFAULT_SAMPLER", "SAMPLERS", "NoiseSchedule", "Sampler", "SamplerKind", "make_sampler"]
 
 DEFAULT_SAMPLER = "dpm++2m"
+Noise = NormalStream | NormalStreams
 
 
 class Sampler(Protocol):
@@ -187,7 +188,7 @@ class LCM(_Sampler):
     DISTILLED_STEPS = 50
     SIGMA_DATA = 0.5  # c_skip, c_out: appendix C, with timesteps scaled by 10
 
-    def __init__(self, schedule: NoiseSchedule, steps: int, noise: NormalStream) -> None:
+    def __init__(self, schedule: NoiseSchedule, steps: int, noise: Noise) -> None:
         n = self.DISTILLED_STEPS
         if steps > n or schedule.num_train_timesteps < n:
             raise InputError(f"lcm takes 1 to {n} steps of a schedule of at least {n}, not {steps}: ask for 4 to 8")
@@ -213,7 +214,7 @@ class SamplerKind:
     """One row of the table of samplers."""
 
     title: str  # what common user interfaces call it
-    make: Callable[[NoiseSchedule, int, NormalStream], Sampler]
+    make: Callable[[NoiseSchedule, int, Noise], Sampler]
 
 
 SAMPLERS: dict[str, SamplerKind] = {
@@ -229,7 +230,7 @@ SAMPLERS: dict[str, SamplerKind] = {
 
 
 def make_sampler(
-    name: str, schedule: NoiseSchedule, steps: int, *, seed: int = 0, noise: NormalStream | None = None
+    name: str, schedule: NoiseSchedule, steps: int, *, seed: int = 0, noise: Noise | None = None
 ) -> Sampler:
     """A fresh sampler for one run. Only "lcm" draws noise of its own.
 

@@ -1,10 +1,10 @@
-"""What every engine offers, and the registry that finds it.
+"""The interface of an engine, and the registry of engines.
 
-A runtime opens one component of a bundle (or, for torch, of a checkpoint) and gives back a `Component`:
-named numpy inputs, one numpy output. Engines are imported when they are asked for, never before.
+A runtime opens one component of a bundle (or, for torch, of a checkpoint) as a `Component`: named numpy inputs, one
+numpy output. An engine's package is imported when the engine is asked for, never before.
 
     runtime = get_runtime("onnxruntime")            # MissingPackageError names the extra to install
-    unet = runtime.load(bundle.root, "unet", LoadOptions(device="CPU", threads=2))
+    unet = runtime.load(Path("bundles/onnx-fp16"), "unet", LoadOptions(device="CPU", threads=2))
 """
 
 from __future__ import annotations
@@ -16,21 +16,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from threading import RLock
+from typing import Protocol, cast
 
-from kdc_edge.bundle import Bundle, Model, kind_of
-from kdc_edge.diffusers_folder import read_model
+from kdc_edge.components import COMPONENTS, Component, Shapes, SupportsPrepare
 from kdc_edge.errors import InputError
-from kdc_edge.formats import Format, find_format
-from kdc_edge.pipeline import Compiled, Component, Pipeline, Shapes
-from kdc_edge.tokenizer import Tokenizer
+from kdc_edge.formats import Format
 
-COMPONENTS = ("text_encoder", "unet", "vae_decoder")
+__all__ = [
+    "COMPONENTS",
+    "DEFAULTS",
+    "ENGINES",
+    "Device",
+    "Engine",
+    "LoadOptions",
+    "LoadedComponents",
+    "Runtime",
+    "check_device",
+    "get_runtime",
+    "preferred_engine",
+]
 
 
 @dataclass(frozen=True)
 class Device:
-    """Something that an engine can compute on."""
+    """A processor that an engine can compute on."""
 
     name: str  # as --device takes it: "CPU", "GPU", ...
     description: str
@@ -38,13 +48,13 @@ class Device:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a component is opened. An engine leaves what it can do nothing with."""
+    """How a component is opened. Engines ignore options they do not support."""
 
     device: str | None = None  # the engine's default when None
     threads: int | None = None
     low_memory: bool = False  # save memory where that costs speed
-    cache: Path | None = None  # a folder for what the engine compiles
-    exact: bool = False  # 32-bit arithmetic where the engine would take fewer bits of its own choice
+    cache: Path | None = None  # a folder for compiled networks
+    exact: bool = False  # compute in fp32 where the engine would choose fewer bits
 
 
 DEFAULTS = LoadOptions()
@@ -57,7 +67,7 @@ class Runtime(Protocol):
     version: str
 
     def devices(self) -> list[Device]:
-        """What this machine has for it, the default first."""
+        """The devices of this machine that it can use, the default first."""
         ...
 
     def load(self, folder: Path, component: str, options: LoadOptions = DEFAULTS) -> Component:
@@ -67,7 +77,7 @@ class Runtime(Protocol):
 
 @dataclass(frozen=True)
 class Engine:
-    """A row of the registry: where a runtime is, and what it needs."""
+    """A row of the registry: a runtime's module, and the package and extra that it needs."""
 
     name: str
     module: str
@@ -75,20 +85,21 @@ class Engine:
     extra: str
     platform: str | None = None  # sys.platform where it runs; anywhere when None
     reference: bool = False  # proves artifacts; too slow to be chosen or measured where another engine runs
-    narrows: bool = False  # takes fewer than 32 bits of its own choice where the processor has them
-    early: bool = False  # compiles one network on one core, and holds no more memory if another computes meanwhile
+    reduces_precision: bool = False  # computes in fewer than 32 bits, unasked, where the processor has them
+    compiles_ahead: bool = False  # compiles on one core, so that another network can compute meanwhile
 
 
 ENGINES: dict[str, Engine] = {
     e.name: e
     for e in (
         Engine("onnxruntime", "kdc_edge.runtimes.onnxruntime", "onnxruntime", "onnx"),
-        Engine("openvino", "kdc_edge.runtimes.openvino", "openvino", "openvino", narrows=True, early=True),
+        Engine("openvino", "kdc_edge.runtimes.openvino", "openvino", "openvino", reduces_precision=True,
+               compiles_ahead=True),
         Engine("coreml", "kdc_edge.runtimes.coreml", "coremltools", "coreml", platform="darwin"),
         Engine("mil", "kdc_edge.runtimes.mil.evaluator", "numpy", "coreml", reference=True),
         Engine("torch", "kdc_edge.runtimes.torch", "torch", "train"),
     )
-}
+}  # fmt: skip
 
 
 def get_runtime(name: str) -> Runtime:
@@ -107,45 +118,50 @@ def preferred_engine(row: Format) -> Engine:
 
 
 class LoadedComponents(Mapping[str, Component]):
-    """The three components, each loaded when it is first asked for.
+    """The three components, each loaded when it is first asked for; safe to use from several threads.
 
-    So the decoder is not yet in memory while the first image's U-Net runs. With `low_memory` no two are ever
-    there together: asking for one drops the other, which is loaded again for the next image. With `early`, one
-    is compiled while another computes, where memory is not short.
+    The decoder is not in memory while the first image's U-Net runs. With `low_memory` one component is held at a
+    time: asking for one drops the other, which is loaded again for the next image. With `compile_ahead` one is
+    compiled while another computes, unless memory is short.
     """
 
-    def __init__(self, load: Callable[[str], Component], *, low_memory: bool = False, early: bool = False) -> None:
+    def __init__(
+        self, load: Callable[[str], Component], *, low_memory: bool = False, compile_ahead: bool = False
+    ) -> None:
         self._load = load
         self._low_memory = low_memory
-        self._early = early and not low_memory
+        self._compile_ahead = compile_ahead and not low_memory
+        self._lock = RLock()
         self._loaded: dict[str, Component] = {}
         self._coming: dict[str, Future[Component]] = {}
 
     def start(self, name: str, shapes: Sequence[Shapes]) -> None:
-        """Begin to load and compile a component; what goes wrong is raised where it is asked for."""
-        if not self._early or name in self._loaded or name in self._coming:
-            return
+        """Begin to load and compile a component; its errors are raised when it is asked for."""
 
         def make() -> Component:
             component = self._load(name)
-            if isinstance(component, Compiled):
+            if isinstance(component, SupportsPrepare):
                 for inputs in shapes:
                     component.prepare(inputs)
             return component
 
-        pool = ThreadPoolExecutor(1)
-        self._coming[name] = pool.submit(make)
-        pool.shutdown(wait=False)
+        with self._lock:
+            if not self._compile_ahead or name in self._loaded or name in self._coming:
+                return
+            pool = ThreadPoolExecutor(1)
+            self._coming[name] = pool.submit(make)
+            pool.shutdown(wait=False)
 
     def __getitem__(self, name: str) -> Component:
-        if name in self._coming:
-            self._loaded[name] = self._coming.pop(name).result()
-        if self._low_memory and name not in self._loaded:
-            self._loaded.clear()
-            gc.collect()  # before the next one takes its memory, not after
-        if name not in self._loaded:
-            self._loaded[name] = self._load(name)
-        return self._loaded[name]
+        with self._lock:
+            if name in self._coming:
+                self._loaded[name] = self._coming.pop(name).result()
+            if self._low_memory and name not in self._loaded:
+                self._loaded.clear()
+                gc.collect()  # before the next one takes its memory, not after
+            if name not in self._loaded:
+                self._loaded[name] = self._load(name)
+            return self._loaded[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(COMPONENTS)
@@ -154,80 +170,14 @@ class LoadedComponents(Mapping[str, Component]):
         return len(COMPONENTS)
 
 
-def open_pipeline(
-    folder: Path,
-    *,
-    engine: str | None = None,
-    device: str | None = None,
-    threads: int | None = None,
-    low_memory: bool = False,
-    cache: Path | None = None,
-    exact: bool = False,
-) -> Pipeline:
-    """A pipeline from a bundle, or through torch from a checkpoint folder; components are loaded when needed.
-
-    `device` names one for all ("CPU"), or one a component ("unet=GPU,text_encoder=CPU"). `low_memory` trades
-    speed for memory: one component at a time, and the engine's savings. `cache` is a folder for what the
-    engine compiles, where it can keep that. `exact` is 32-bit arithmetic where the engine would choose fewer bits.
-    Raises a KdcError for what can be seen before anything is loaded.
-    """
-    model, chosen = _choose(folder, engine)
-    if threads is not None and threads < 1:
-        raise InputError(f"--threads {threads} is too few: use 1 or more")
-    tokenizer = Tokenizer.from_folder(folder / "tokenizer")
-    runtime = get_runtime(chosen.name)
-    named = split_devices(device)
-    options = {
-        c: LoadOptions(check_device(runtime, named.get(c, named.get(""))), threads, low_memory, cache, exact)
-        for c in COMPONENTS
-    }
-    load = LoadedComponents(lambda c: runtime.load(folder, c, options[c]), low_memory=low_memory, early=chosen.early)
-    return Pipeline(model, tokenizer, load)
-
-
-def split_devices(device: str | None) -> dict[str, str]:
-    """'unet=GPU,CPU' -> {"unet": "GPU", "": "CPU"}: the device without a name is for all the others."""
-    found: dict[str, str] = {}
-    for part in device.split(",") if device else ():
-        component, _, name = part.strip().rpartition("=")
-        if component not in ("", *COMPONENTS) or not name or component in found:
-            raise InputError(
-                f"--device {device!r} is not understood: use CPU, or unet=GPU,text_encoder=CPU with components"
-                f" {', '.join(COMPONENTS)}"
-            )
-        found[component] = name
-    return found
-
-
-def open_for_bench(folder: Path, *, engine: str | None = None, **options: Any) -> Pipeline:
-    """The same, but for engines that only prove: what they take says nothing about the artifact."""
-    _, chosen = _choose(folder, engine)
-    if chosen.reference:
-        raise InputError(f"{chosen.name} only proves this bundle: measure it where its engine runs")
-    return open_pipeline(folder, engine=engine, **options)
-
-
-def _choose(folder: Path, engine: str | None) -> tuple[Model, Engine]:
-    """What the folder computes, and the engine asked for or preferred; InputError where they do not fit."""
-    if kind_of(folder) == "checkpoint":
-        if engine not in (None, "torch"):
-            raise InputError(f"{folder} is a checkpoint, which only torch runs: export it for {engine} first")
-        return read_model(folder), ENGINES["torch"]
-    manifest = Bundle.open(folder).manifest
-    row = find_format(manifest.target, manifest.precision)
-    if engine is not None and engine not in row.engines:
-        raise InputError(f"{engine} cannot run {manifest.name}: choose from {', '.join(row.engines)}")
-    return manifest.model, preferred_engine(row) if engine is None else ENGINES[engine]
-
-
 def check_device(runtime: Runtime, device: str | None) -> str:
-    """The device's name as the engine has it, its default for None. Raises InputError naming what is."""
+    """The device's name as the engine spells it, its default for None. Raises InputError naming the devices here."""
     names = [d.name for d in runtime.devices()]
     if device is None:
         return names[0]
     for name in names:
         if name.lower() == device.lower():
             return name
-    elsewhere: Mapping[str, str] = getattr(runtime, "elsewhere", {})  # what brings devices that are not here
+    elsewhere: Mapping[str, str] = getattr(runtime, "elsewhere", {})  # device -> the package that brings it
     hint = f"; {device} needs {elsewhere[device.upper()]}" if device.upper() in elsewhere else ""
     raise InputError(f"{runtime.name} has no device {device!r} here: choose from {', '.join(names)}{hint}")

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from kdc_edge.bundle import Bundle
+from kdc_edge.components import Component
 from kdc_edge.errors import BundleError
-from kdc_edge.pipeline import Component
 from kdc_edge.runtimes.apple_layout import PROGRAM, Predict, Stage, adapt, in_turn, packages_of
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
 from kdc_edge.runtimes.coreml_tools import load_coremltools
@@ -42,7 +42,7 @@ class CoreMLRuntime:
     version: str = _ct.__version__
 
     def devices(self) -> list[Device]:
-        return [Device(name, does) for name, does in _UNITS]
+        return [Device(name, description) for name, description in _UNITS]
 
     def load(self, folder: Path, component: str, options: LoadOptions = DEFAULTS) -> Component:
         """Open a component of a bundle; Core ML sets the number of its threads itself. Raises BundleError."""

@@ -1,4 +1,4 @@
-"""coremltools, imported quietly: away from macOS it would warn about each of Apple's libraries that is not there.
+"""coremltools, imported quietly: away from macOS it warns about each of Apple's libraries that is missing.
 
 ct = load_coremltools("running a Core ML bundle")
 """

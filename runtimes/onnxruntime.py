@@ -1,4 +1,4 @@
-"""ONNX Runtime: any bundle whose components are .onnx files, on the CPU and on what else this build offers.
+"""ONNX Runtime: any bundle whose components are .onnx files, on the CPU and the other devices of its build.
 
     unet = get_runtime("onnxruntime").load(Path("bundles/onnx-fp16"), "unet", LoadOptions(device="CPU", threads=2))
     noise_pred = unet(sample=sample, timestep=timestep, encoder_hidden_states=hidden)
@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from kdc_edge.bundle import Bundle
+from kdc_edge.components import Component, Execution
 from kdc_edge.errors import BundleError, InputError, require
 from kdc_edge.files import atomic_folder
 from kdc_edge.hardware import Processor, this_processor
-from kdc_edge.pipeline import Choice, Component
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
 from kdc_edge.text import one_line
 
@@ -101,9 +101,9 @@ class OnnxComponent:
             raise BundleError(f"{self._path} cannot compute this: {one_line(error)}") from None
         return np.asarray(output, np.float32)
 
-    def explain(self) -> Choice:
-        """The first provider; which numbers its kernels take, the engine does not tell."""
-        return Choice(str(self._session.get_providers()[0]), None)
+    def explain(self) -> Execution:
+        """The first provider; the engine does not report the dtype that its kernels compute in."""
+        return Execution(str(self._session.get_providers()[0]), None)
 
 
 class OnnxRuntime:

@@ -4,8 +4,8 @@
     noise_pred = unet(sample=sample, timestep=timestep, encoder_hidden_states=hidden)
 
 The network is compiled for the exact shapes of its first call (`prepare` does it before), which is faster than
-free shapes and the only way on an NPU. Arithmetic: fp32 bundles stay in 32 bits; all others take bfloat16 where
-the processor computes it, and 32 bits where not. The f16 hint is never given to a CPU: it is five times slower.
+free shapes and the only way on an NPU. Compute dtype: fp32 for fp32 bundles; for all others bfloat16 where the
+processor has it, else fp32. The f16 hint is never given to a CPU: it is five times slower.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
 import numpy as np
 import psutil
 
 from kdc_edge.bundle import Bundle
+from kdc_edge.components import Component, Execution, Shapes
 from kdc_edge.errors import BundleError, InputError, KdcError, require
 from kdc_edge.hardware import this_processor
-from kdc_edge.pipeline import Choice, Component, Shapes
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
 from kdc_edge.text import one_line
 
@@ -42,9 +42,9 @@ _ov: Any = require("openvino", extra="openvino", purpose="running an OpenVINO bu
 TRIM_SEC = 0.02  # between two looks at the mapped weights while an engine compiles
 WORKING_BYTES = 300 * 2**20  # of one component beside its weights, about
 
-# Layers that multiply matrices, in the plugins' words, and the names that formats.py has for their numbers.
+# Layers that multiply matrices, as the plugins name them, and formats.py's names for their dtypes.
 PRODUCTS = ("convolution", "fullyconnected", "matmul", "gemm")
-ARITHMETIC = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "u8": "int8", "i8": "int8"}
+COMPUTE_DTYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "u8": "int8", "i8": "int8"}
 WHOLE_NUMBERS = ("u8", "i8", "u4", "i4")
 NOT_FOLDED = "DisableConstantFolding_0"  # OpenVINO's mark on an operation that it is to leave as it is
 DYNAMIC = "DYNAMIC_QUANTIZATION_GROUP_SIZE"  # activations that share a scale, where they are quantized at run time
@@ -61,26 +61,29 @@ class OpenVinoComponent:
         # By place, because a compiled model may call its inputs by more names than these.
         self._inputs = [(port.any_name, port.element_type.to_dtype()) for port in model.inputs]
         self._requests: dict[tuple[tuple[str, tuple[int, ...]], ...], Any] = {}
+        self._lock = Lock()  # a request computes for one thread at a time
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         """Compute; raises BundleError when the network does not take inputs of these names and shapes."""
-        request = self._request({name: value.shape for name, value in inputs.items()})
-        feeds = {i: np.ascontiguousarray(inputs[name], dtype) for i, (name, dtype) in enumerate(self._inputs)}
-        try:
-            found = request.infer(feeds, share_inputs=True, share_outputs=True)
-        except RuntimeError as error:
-            raise BundleError(f"{self._path} cannot compute this: {one_line(error)}") from None
-        return np.array(found[0], np.float32)  # a copy: the engine writes there again
+        with self._lock:
+            request = self._request({name: value.shape for name, value in inputs.items()})
+            feeds = {i: np.ascontiguousarray(inputs[name], dtype) for i, (name, dtype) in enumerate(self._inputs)}
+            try:
+                found = request.infer(feeds, share_inputs=True, share_outputs=True)
+            except RuntimeError as error:
+                raise BundleError(f"{self._path} cannot compute this: {one_line(error)}") from None
+            return np.array(found[0], np.float32)  # a copy: the engine writes there again
 
     def prepare(self, shapes: Shapes) -> None:
         """Compile for these shapes now."""
-        self._request(shapes)
+        with self._lock:
+            self._request(shapes)
 
-    def explain(self) -> Choice:
-        """The device, and the numbers that the compiled graph's matrix products really take.
+    def explain(self) -> Execution:
+        """The device, and the dtypes that the compiled graph's matrix products compute in.
 
-        The hint alone does not tell: where a CPU multiplies bytes, weights of 8 and 4 bits make the plugin quantize
-        activations as it runs, unless it was told not to.
+        The precision hint alone does not tell: on CPUs with VNNI the plugin quantizes the activations of layers with
+        weights of 8 and 4 bits, unless it was told not to.
         """
         quantizes = DYNAMIC not in self._settings and "VNNI" in (this_processor().features or ())
         compiled = next(iter(self._requests.values())).get_compiled_model()
@@ -92,9 +95,9 @@ class OpenVinoComponent:
                 computed = kernel.lower().rpartition("_")[2]  # "brgemm_avx512_f32"; `numbers` may be its weights' only
                 if numbers in WHOLE_NUMBERS and quantizes:
                     computed = "i8"
-                found[ARITHMETIC.get(computed) or ARITHMETIC.get(numbers, numbers)] += 1
+                found[COMPUTE_DTYPES.get(computed) or COMPUTE_DTYPES.get(numbers, numbers)] += 1
         devices = ", ".join(compiled.get_property("EXECUTION_DEVICES"))
-        return Choice(devices, ", ".join(name for name, _ in found.most_common()) or None)
+        return Execution(devices, ", ".join(name for name, _ in found.most_common()) or None)
 
     def _request(self, shapes: Shapes) -> Any:
         names = [name for name, _ in self._inputs]
@@ -170,9 +173,9 @@ class OpenVinoRuntime:
 
 
 def _leave_tables(model: Any) -> None:
-    """Let no pass fold a table that is looked up: each of a dozen widens all of it to 32 bits and throws that away.
+    """Disable constant folding of embedding tables: a dozen passes would each convert all of it to fp32 in vain.
 
-    The vocabulary's table makes that 0.8 s of the 1.1 s that a text encoder in fp16 takes to compile.
+    For CLIP's vocabulary that is 0.8 s of the 1.1 s that an fp16 text encoder takes to compile.
     """
     for node in model.get_ops():
         if node.get_type_name() == "Gather" and node.input_value(0).get_node().get_type_name() == "Convert":

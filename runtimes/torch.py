@@ -3,7 +3,7 @@
     unet = get_runtime("torch").load(Path("runs/latest/checkpoint"), "unet", LoadOptions(device="CPU"))
     network = load_network(Path("runs/latest/checkpoint"), "vae_decoder")      # the module, for exporters
 
-The components take and give the same named arrays as an exported bundle's (DESIGN: contracts). Only local
+The components take and give the same named arrays as an exported bundle's (kdc_edge/components.py). Only local
 safetensors files are read.
 """
 
@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from kdc_edge.components import Component, Execution
 from kdc_edge.diffusers_folder import check_weights
 from kdc_edge.errors import CheckpointError, InputError, require
-from kdc_edge.pipeline import Choice, Component
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
 from kdc_edge.text import one_line
 
@@ -58,21 +58,25 @@ def load_network(checkpoint: Path, component: str) -> Any:
 
 
 class TorchComponent:
-    """A network behind the contract's names: numpy in, float32 numpy out."""
+    """A network as a component: numpy in, float32 numpy out, computed on the network's device in its own dtype."""
 
-    def __init__(self, name: str, network: Any, device: str) -> None:
+    def __init__(self, name: str, network: Any) -> None:
         self._name = name
-        self._device = device.lower()
-        self._network = network.to(self._device)
+        self._network = network
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        tensors = {k: _torch.from_numpy(np.ascontiguousarray(v)).to(self._device) for k, v in inputs.items()}
         with _torch.inference_mode():
-            output = self._forward(**tensors)
+            output = self._forward(**{name: self._tensor(value) for name, value in inputs.items()})
         return np.asarray(output.float().cpu().numpy())
 
-    def explain(self) -> Choice:
-        return Choice(self._device.upper(), "fp32")  # as load_network reads it
+    def explain(self) -> Execution:
+        dtypes = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+        return Execution(self._network.device.type.upper(), dtypes.get(str(self._network.dtype).removeprefix("torch.")))
+
+    def _tensor(self, value: np.ndarray) -> Any:
+        tensor = _torch.from_numpy(np.ascontiguousarray(value))
+        dtype = self._network.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(self._network.device, dtype)
 
     def _forward(self, **inputs: Any) -> Any:
         if self._name == "text_encoder":
@@ -99,7 +103,7 @@ class TorchRuntime:
         chosen = check_device(self, options.device)
         if options.threads is not None:
             _torch.set_num_threads(options.threads)
-        return TorchComponent(component, load_network(folder, component), chosen)
+        return TorchComponent(component, load_network(folder, component).to(chosen.lower()))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ from kdc_edge.train.data.cache import Latents, TextEmbedder, cache_latents
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.distributed import make_accelerator, make_optimizer, shard_again, whole_weights
 from kdc_edge.train.objective import QUARTERS, Batch, Distillation, Stopwatch
-from kdc_edge.train.quality.evaluate import Generator, Score
+from kdc_edge.train.quality.evaluate import EVALUATION, Generator, Score, torch_generator
 from kdc_edge.train.quality.held_out import score
 from kdc_edge.train.quality.metrics import ImageMetrics
 from kdc_edge.train.quality.report import model_card, write_results
@@ -323,7 +323,10 @@ class Trainer:
             self.student.train()
 
     def generator_of(self, unet: UNet2DConditionModel) -> Generator:
-        return Generator(unet, self.vae, self.embed, self.schedule, side=self.size // self.model.vae_scale)
+        """An image generator of the run's size."""
+        text_encoder, tokenizer = self.embed.text_encoder, self.embed.tokenizer
+        request = replace(EVALUATION, width=self.size, height=self.size)
+        return torch_generator(self.model, tokenizer, text_encoder, unet, self.vae, request)
 
     def _draw_samples(self) -> None:
         with self.averaged() as generator:

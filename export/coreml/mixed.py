@@ -32,6 +32,7 @@ from kdc_edge.errors import InputError
 from kdc_edge.export.calibration import Calibration
 from kdc_edge.export.coreml.palettize import MIN_WEIGHTS, folder_bytes, palettize, quiet
 from kdc_edge.files import read_json
+from kdc_edge.pipeline import guided
 from kdc_edge.runtimes.apple_layout import PROGRAM
 from kdc_edge.runtimes.mil.evaluator import Evaluator
 from kdc_edge.runtimes.mil.program import read_program
@@ -167,8 +168,9 @@ class Search:
         return error if math.isfinite(error) else math.inf
 
     def _compute(self) -> torch.Tensor:
-        both = torch.cat([self._unet(**call, return_dict=False)[0] for call in self._inputs])
-        return guided(both, self._guidance)
+        both = torch.cat([self._unet(**call, return_dict=False)[0] for call in self._inputs])  # (2N, C, h, w)
+        noise_pred: torch.Tensor = guided(both[::2], both[1::2], self._guidance)
+        return noise_pred
 
     def _weight(self, layer: str) -> nn.Parameter:
         return self._weights[layer.removesuffix("_to_fp16")]
@@ -254,14 +256,8 @@ def apply_recipe(package: Any, recipe: Recipe) -> Any:
         return palettize(package, 8, recipe.bits)
 
 
-def guided(both: torch.Tensor, guidance: float) -> torch.Tensor:
-    """Predictions (2N, C, h, w), with and without the text in turn, combined as the pipeline does: (N, C, h, w)."""
-    with_, without = both[::2], both[1::2]
-    return without + guidance * (with_ - without)
-
-
 def _together(inputs: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, torch.Tensor]]:
-    """Calls of the U-Net in fewer, larger ones, a timestep a sample."""
+    """Calls of the U-Net, each (cond, uncond), in fewer and larger ones, a timestep a sample."""
     found = []
     for start in range(0, len(inputs), 4):
         calls = inputs[start : start + 4]

@@ -16,9 +16,10 @@ import numpy as np
 
 from kdc_edge.bench.record import Disturbance, Timing, Timings
 from kdc_edge.bench.sensors import Watch, peak_rss_bytes
+from kdc_edge.components import Execution, SupportsExplain
 from kdc_edge.errors import InputError, KdcError
 from kdc_edge.image import encode_png
-from kdc_edge.pipeline import Choice, Explained, Pipeline, Progress, Request
+from kdc_edge.pipeline import Pipeline, Progress, Request
 
 Laps = dict[str, list[float]]  # of one image, by stage
 MIN_IMAGES, MAX_IMAGES = 5, 50  # that count, where nobody says how many
@@ -35,7 +36,7 @@ class Measurement:
     energy_joules: float | None  # per counted image
     disturbance: Disturbance
     provider: str | None
-    arithmetic: str | None
+    compute_dtype: str | None
     pixels: np.ndarray  # uint8 (H, W, 3), the last image
     prompt_images: np.ndarray  # uint8 (N, H, W, 3), one a prompt
 
@@ -68,7 +69,7 @@ def measure(
             now = perf_counter()
             loading[progress.stage] = loading.get(progress.stage, 0.0) + now - last
             last = now
-    choices: dict[str, Choice] = {}
+    executions: dict[str, Execution] = {}
     images: list[Laps] = []
     pixels = np.empty(0)
     cold_sec = 0.0
@@ -76,7 +77,7 @@ def measure(
         if len(images) == warmup:
             watch = Watch(earlier=whole)
         ready = perf_counter()
-        laps, pixels = _time_image(pipeline, request, choices)
+        laps, pixels = _time_image(pipeline, request, executions)
         images.append(laps)
         if len(images) == 1:
             cold_sec = ready - (begin if started is None else started) + laps["end_to_end"][0]
@@ -96,8 +97,8 @@ def measure(
         peak_rss_bytes=peak,
         energy_joules=None if joules is None else joules / len(laps["end_to_end"]),
         disturbance=watch.disturbance(laps["end_to_end"]),
-        provider=_provider(choices),
-        arithmetic=choices["unet"].arithmetic if "unet" in choices else None,
+        provider=_provider(executions),
+        compute_dtype=executions["unet"].compute_dtype if "unet" in executions else None,
         pixels=pixels,
         prompt_images=np.array([pipeline.generate(r) for r in asked], np.uint8).reshape(-1, *pixels.shape),
     )
@@ -111,8 +112,8 @@ def _enough(images: Sequence[Laps], repeats: int | None) -> bool:
     return len(images) >= (MIN_IMAGES if filled else MAX_IMAGES)
 
 
-def _time_image(pipeline: Pipeline, request: Request, choices: dict[str, Choice]) -> tuple[Laps, np.ndarray]:
-    """The laps of one image, and the image; `choices` is filled with what the components' engines chose."""
+def _time_image(pipeline: Pipeline, request: Request, executions: dict[str, Execution]) -> tuple[Laps, np.ndarray]:
+    """The laps of one image, and the image; `executions` is filled with what the components' engines chose."""
     laps: Laps = {stage: [] for stage in (*ONCE, "unet_step")}
     pixels, whole_sec = None, 0.0
     last = perf_counter()
@@ -121,10 +122,10 @@ def _time_image(pipeline: Pipeline, request: Request, choices: dict[str, Choice]
         laps[_stage(progress)].append(lap)
         whole_sec += lap
         pixels = progress.pixels
-        if progress.stage in pipeline.components and progress.stage not in choices:
+        if progress.stage in pipeline.components and progress.stage not in executions:
             component = pipeline.components[progress.stage]
-            if isinstance(component, Explained):
-                choices[progress.stage] = component.explain()
+            if isinstance(component, SupportsExplain):
+                executions[progress.stage] = component.explain()
             del component  # a pipeline that is short of memory drops it before it loads the next
         last = perf_counter()
     if pixels is None:
@@ -149,11 +150,11 @@ def _timing(samples_sec: list[float]) -> Timing:
     return timing
 
 
-def _provider(choices: dict[str, Choice]) -> str | None:
+def _provider(executions: dict[str, Execution]) -> str | None:
     """One for all, or by component: "text_encoder CPU, unet GPU"."""
-    if len({choice.provider for choice in choices.values()}) == 1:
-        return next(iter(choices.values())).provider
-    return ", ".join(f"{name} {choice.provider}" for name, choice in choices.items()) or None
+    if len({choice.provider for choice in executions.values()}) == 1:
+        return next(iter(executions.values())).provider
+    return ", ".join(f"{name} {choice.provider}" for name, choice in executions.items()) or None
 
 
 def check_counts(repeats: int | None, warmup: int) -> None:

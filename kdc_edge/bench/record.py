@@ -147,7 +147,7 @@ class Row:
     failure: str | None = None  # why there are no timings
     timings: Timings | None = None
     provider: str | None = None  # what computed, in the engine's words: "CPUExecutionProvider", "CPU"
-    arithmetic: str | None = None  # the precision of the U-Net's matrix products, where the engine tells: "bf16"
+    compute_dtype: str | None = None  # of the U-Net's matrix products, where the engine tells: "bf16"
     peak_rss_bytes: int | None = None  # the kernel's high-water mark; of a failed row: as last seen
     # Shared pages by their share. There is no high-water mark of it: sampled, so that short peaks can be missed.
     peak_pss_bytes: int | None = None

@@ -76,7 +76,7 @@ class Outcome:
     failure: str | None = None
     timings: Timings | None = None
     provider: str | None = None
-    arithmetic: str | None = None
+    compute_dtype: str | None = None
     peak_rss_bytes: int | None = None
     peak_pss_bytes: int | None = None
     energy_joules: float | None = None

@@ -220,7 +220,7 @@ def _parity(row: Row) -> str:
 
 def _engine(row: Row) -> str:
     threads = count_threads(row.threads) if row.threads else None
-    return ", ".join(part for part in (row.engine, row.device, threads, row.arithmetic) if part) or UNKNOWN
+    return ", ".join(part for part in (row.engine, row.device, threads, row.compute_dtype) if part) or UNKNOWN
 
 
 def _does(target: str, precision: str) -> str | None:
@@ -253,7 +253,7 @@ def rows_as_csv(rows: Sequence[Row]) -> str:
         "threads",
         "low_memory",
         "provider",
-        "arithmetic",
+        "compute_dtype",
         "steps",
         "guidance",
         "guidance_mode",

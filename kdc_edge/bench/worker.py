@@ -51,7 +51,7 @@ def work(job: Job) -> Outcome:
     return Outcome(
         timings=found.timings,
         provider=found.provider,
-        arithmetic=found.arithmetic,
+        compute_dtype=found.compute_dtype,
         peak_rss_bytes=found.peak_rss_bytes,
         energy_joules=found.energy_joules,
         disturbance=found.disturbance,

@@ -18,9 +18,7 @@ from kdc_edge.errors import CheckpointError, InputError, KdcError
 
 if TYPE_CHECKING:
     from kdc_edge.train.data.tasks import Task
-    from kdc_edge.train.quality.evaluate import Evaluated, MakesImages
-
-    Evaluate = Callable[[MakesImages], dict[str, Evaluated]]
+    from kdc_edge.train.quality.evaluate import Evaluated
 
 
 def evaluate(
@@ -49,7 +47,7 @@ def evaluate(
     from kdc_edge.train.checkpoint import find_teacher
     from kdc_edge.train.quality.evaluate import evaluate_tasks, open_generator
     from kdc_edge.train.quality.metrics import ImageMetrics
-    from kdc_edge.train.quality.precisions import BundleGenerator, refuse_strangers
+    from kdc_edge.train.quality.precisions import refuse_strangers
 
     if images < 2:
         raise InputError(f"--images {images} is too few: use 2 or more")
@@ -62,23 +60,21 @@ def evaluate(
     if any(not t.source.startswith("garden:") for t in tasks):
         for line in metrics.missing():
             say(f"not measured: {line}")
-    taught = open_generator(find_teacher(teacher), steps=steps, guidance=guidance) if teacher else None
+    open_ = partial(open_generator, steps=steps, guidance=guidance)
     measure = partial(
         evaluate_tasks, tasks=tasks, images=images, size=read_model(checkpoint).image_size, metrics=metrics,
-        teacher=taught, seed=seed,
+        teacher=open_(find_teacher(teacher)) if teacher else None, seed=seed,
     )  # fmt: skip
-    own = measure(open_generator(checkpoint, steps=steps, guidance=guidance))
+    generator = open_(checkpoint)
+    own = measure(generator)
     document: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "metric": _common_metric(own),
         "scores": _values(own),
         "quality": _quality(own),
-        "bundles": [
-            _beside(folder, own, lambda folder: measure(BundleGenerator.open(folder, steps=steps, guidance=guidance)))
-            for folder in folders
-        ],
+        "bundles": [_beside(folder, own, lambda folder: measure(open_(folder))) for folder in folders],
         "run": _history(run),
-        "conditions": f"{images} images a task, DPM-Solver++ 2M {steps} steps, guidance {guidance:g}, seed {seed}",
+        "conditions": f"{images} images a task, {generator.conditions}, seed {seed}",
     }
     typer.echo(json.dumps(document, indent=2) if as_json else "\n".join(_lines(document)))
 

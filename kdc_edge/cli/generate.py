@@ -1,8 +1,9 @@
-"""kdc-edge generate: an image from a prompt."""
+"""kdc-edge generate: images from prompts."""
 
 from __future__ import annotations
 
-import re
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -18,73 +19,125 @@ from kdc_edge.cli.options import (
     GuidanceModeOption,
     LowMemory,
     Threads,
+    listed,
     make_request,
 )  # fmt: skip
 from kdc_edge.cli.project import Config, best_bundle, say
+from kdc_edge.errors import InputError
+
+NAME_CHARS, NAME_BYTES = 60, 150  # of a prompt in a file's name
 
 
 def generate(
-    prompt: Annotated[str, Argument(help="What the image shows.")],
+    prompt: Annotated[str | None, Argument(help="What the image shows.")] = None,
     bundle: Annotated[
         Path | None,
         Option(help="A bundle, or a checkpoint (through torch); the smallest good one in bundles/ when not given."),
     ] = None,
+    prompts: Annotated[Path | None, Option(help="A text file with one prompt a line, instead of a prompt.")] = None,
+    images: Annotated[int | None, Option(help="Images of each prompt; 1, or one a seed, when not given.")] = None,
     steps: Annotated[int, Option(help="Steps of the sampler.")] = 20,
     guidance: Guidance = 7.5,
     guidance_mode: GuidanceModeOption = None,
     guidance_interval: GuidanceInterval = "0.0:1.0",
-    seed: Annotated[int, Option(help="Of the initial noise.")] = 0,
+    seed: Annotated[
+        str,
+        Option(help="Of the initial noise. One counts up from image to image; a list, 1,2,3, holds for each prompt."),
+    ] = "0",
     scheduler: Annotated[str, Option(help="ddim, pndm, euler, dpm++2m, dpm++2m-karras or lcm.")] = "dpm++2m",
     negative_prompt: Annotated[str, Option(help="What the image should not show.")] = "",
     width: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
-    out: Annotated[Path | None, Option(help="A PNG file; named after the prompt when not given.")] = None,
+    out: Annotated[
+        Path | None,
+        Option(help="A PNG file, or a folder. When not given, or a folder: a new file named after prompt and seed."),
+    ] = None,
     engine: Engine = None,
     device: Device = None,
     threads: Threads = None,
     low_memory: LowMemory = False,
     cache: Annotated[
-        Path | None, Option(help="A folder where the engine keeps what it compiles; none by default.")
+        Path | None, Option(help="A folder where the engine keeps compiled networks; none by default.")
     ] = None,
     exact: Exact = False,
     config: Config = None,
 ) -> None:
-    """Generate an image, without PyTorch where a bundle is given."""
+    """Generate images, without PyTorch where a bundle is given."""
     del config
+    from dataclasses import replace
+
     from kdc_edge.cli.progress import Progress
-    from kdc_edge.errors import InputError
     from kdc_edge.image import save_png
     from kdc_edge.pipeline import describe
+    from kdc_edge.prompts import read_prompts
     from kdc_edge.runtimes import open_pipeline
 
-    out = out or Path(f"{_slug(prompt)}-{seed}.png")
-    if out.suffix.lower() != ".png":
-        raise InputError(f"--out {out} is no PNG file: give it a name that ends in .png")
+    if (prompt is None) == (prompts is None):
+        raise typer.BadParameter("give a prompt, or --prompts with a file of them")
+    texts = read_prompts(prompts) if prompts else [prompt or ""]
+    wanted = list(prompts_and_seeds(texts, images, listed(seed, "--seed", int)))
+    check_out(out, len(wanted))
     if bundle is None:
         bundle = best_bundle()
         say(f"no bundle given: {bundle}, the smallest of good images that runs here")
     request = make_request(
-        prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, guidance_mode=guidance_mode,
-        guidance_interval=guidance_interval, seed=seed, sampler=scheduler, width=width, height=height,
-        low_memory=low_memory,
+        "", negative_prompt=negative_prompt, steps=steps, guidance=guidance, guidance_mode=guidance_mode,
+        guidance_interval=guidance_interval, sampler=scheduler, width=width, height=height, low_memory=low_memory,
     )  # fmt: skip
     pipeline = open_pipeline(
         bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, cache=cache, exact=exact
     )
-    pipeline.check(request)
-    if cut := pipeline.tokenizer.overflow(prompt):
-        say(f"the prompt is longer than the model reads: left out is {cut[:80]!r}")
-    pixels = None
-    with Progress(steps) as progress:
-        for done in pipeline.run(request):
-            pixels = done.pixels
-            if done.stage == "unet":
-                progress.step(done.step, f"timestep {done.timestep}")
-    assert pixels is not None
-    save_png(out, pixels, describe(request, pixels, bundle.resolve().name))
-    typer.echo(out)
+    batches = pipeline.batches([replace(request, prompt=text, seed=number) for text, number in wanted])
+    for text in texts:
+        if cut := pipeline.tokenizer.overflow(text):
+            say(f"the prompt is longer than the model reads: left out is {cut[:80]!r}")
+    made = 0
+    with Progress(steps * len(wanted)) as progress:
+        for batch in batches:
+            which = "" if len(wanted) == 1 else f"image {made + len(batch)} of {len(wanted)}, "
+            for done in pipeline.run(*batch):
+                if done.stage == "unet":
+                    finished = made * steps + len(batch) * steps * done.step // done.steps
+                    progress.step(finished, f"{which}timestep {done.timestep}")
+                if done.pixels is not None:
+                    asked = batch[done.step - 1]
+                    path = out if out and out.suffix else free_name(out or Path(), asked.prompt, asked.seed)
+                    save_png(path, done.pixels, describe(asked, done.pixels, bundle.resolve().name))
+                    typer.echo(path)
+            made += len(batch)
 
 
-def _slug(prompt: str) -> str:
-    """A file name from a prompt."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
+def prompts_and_seeds(prompts: list[str], images: int | None, seeds: list[int]) -> Iterator[tuple[str, int]]:
+    """Prompt and seed of each image: one seed counts up over all, several hold for each prompt."""
+    if images is not None and images < 1:
+        raise InputError(f"--images {images} is too few: use 1 or more")
+    if len(seeds) > 1:
+        if images not in (None, len(seeds)):
+            raise InputError(f"--images {images} and {len(seeds)} seeds contradict each other: leave one out")
+        yield from ((prompt, seed) for prompt in prompts for seed in seeds)
+        return
+    repeated = [prompt for prompt in prompts for _ in range(images or 1)]
+    yield from zip(repeated, range(seeds[0], seeds[0] + len(repeated)), strict=True)
+
+
+def check_out(out: Path | None, images: int) -> None:
+    """Raise InputError for a place that cannot take so many images."""
+    if out is None or (not out.suffix and not out.is_file()):
+        return
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--out {out} is no PNG file: give it a name that ends in .png, or name a folder")
+    if images > 1:
+        raise InputError(f"--out {out} is one file for {images} images: name a folder")
+
+
+def free_name(folder: Path, prompt: str, seed: int) -> Path:
+    """A file that does not exist yet: "a-red-flower-1.png", then "a-red-flower-1-2.png"; letters of every script."""
+    text = unicodedata.normalize("NFC", prompt.lower())
+    words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()  # letters, marks, numbers
+    short = "-".join(words)[:NAME_CHARS].encode()[:NAME_BYTES].decode(errors="ignore").strip("-")
+    stem = f"{short or 'image'}-{seed}"
+    path, count = folder / f"{stem}.png", 1
+    while path.exists():
+        count += 1
+        path = folder / f"{stem}-{count}.png"
+    return path

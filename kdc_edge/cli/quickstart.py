@@ -33,7 +33,6 @@ def quickstart(
     from kdc_edge.export.onnx.export import export_onnx
     from kdc_edge.files import refuse_foreign_folder, write_atomic
     from kdc_edge.image import grid, save_png
-    from kdc_edge.pipeline import Request
     from kdc_edge.runtimes import open_pipeline
     from kdc_edge.train.checkpoint import GARDEN_TEACHER
     from kdc_edge.train.config import TrainConfig
@@ -41,7 +40,7 @@ def quickstart(
     from kdc_edge.train.data.sources import GardenSource
     from kdc_edge.train.data.tasks import Task
     from kdc_edge.train.loop import StepDone, Trainer
-    from kdc_edge.train.quality.evaluate import evaluation_scenes
+    from kdc_edge.train.quality.evaluate import EVALUATION, evaluation_scenes
 
     refuse_foreign_folder(out, None)
     config = TrainConfig(
@@ -82,7 +81,7 @@ def quickstart(
         bundles[-1].verify()
 
     scenes = [evaluation_scenes(GardenSource((s,)), 4)[i] for s in ("flower", "butterfly") for i in (0, 1, 3)]
-    requests = [Request(s.caption, steps=12, guidance=4.0, seed=seed + i) for i, s in enumerate(scenes)]
+    requests = [replace(EVALUATION, prompt=s.caption, seed=seed + i) for i, s in enumerate(scenes)]
     images = {}
     sources = {
         "teacher": GARDEN_TEACHER,
@@ -105,7 +104,8 @@ def quickstart(
     save_png(out / "images.png", grid(shown, len(requests)).repeat(2, axis=0).repeat(2, axis=1), None)
     story = Story(
         config=config, teacher_scores=teacher_scores, runs={"with replay": kept, "without replay": bare},
-        prompts=[s.caption for s in scenes], images=images, bundles=bundles, rows=rows, environment=environment,
+        prompts=[s.caption for s in scenes], conditions=requests[0].conditions, images=images,
+        bundles=bundles, rows=rows, environment=environment,
     )  # fmt: skip
     write_report(out / "report.html", story)
     typer.echo(out / "report.html")

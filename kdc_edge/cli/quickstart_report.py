@@ -47,6 +47,7 @@ class Story:
     teacher_scores: Mapping[str, Score]
     runs: Mapping[str, Trainer]  # "with replay", "without replay"
     prompts: Sequence[str]
+    conditions: str  # of the images
     images: Mapping[str, Sequence[np.ndarray]]
     bundles: Sequence[Bundle]
     rows: Sequence[Row]
@@ -93,7 +94,7 @@ def kept_parameters(story: Story) -> tuple[int, int]:
 
 def _images(story: Story) -> list[Html]:
     return [
-        paragraph("The same prompts from the same noise: 12 steps of DPM-Solver++ 2M at guidance 4."),
+        paragraph(f"The same prompts from the same noise: {story.conditions}."),
         image_grid(list(story.images.items()), story.prompts),
     ]
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from kdc_edge import __version__
 from kdc_edge.bundle import Bundle
+from kdc_edge.components import Component
 from kdc_edge.errors import BundleError, KdcError
-from kdc_edge.pipeline import Component
 from kdc_edge.runtimes.apple_layout import PROGRAM, adapt, in_turn, packages_of
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
 from kdc_edge.runtimes.mil.ops import KERNELS

@@ -24,8 +24,9 @@ from kdc_edge.bundle import (
     list_files,
     write_manifest,
 )
+from kdc_edge.components import Component
 from kdc_edge.errors import KdcError
-from kdc_edge.pipeline import Component, Pipeline
+from kdc_edge.pipeline import Pipeline
 from kdc_edge.tokenizer import Tokenizer
 
 MODEL = Model(

@@ -23,8 +23,9 @@ from kdc_edge.bench.record import Timing
 from kdc_edge.bench.runner import JOB, OUTCOME, Job, measure_in_fresh_process
 from kdc_edge.bench.sensors import peak_rss_bytes
 from kdc_edge.bundle import Check, Manifest
+from kdc_edge.components import Execution
 from kdc_edge.errors import InputError
-from kdc_edge.pipeline import Choice, Pipeline, Request
+from kdc_edge.pipeline import Pipeline, Request
 from tests.bench.rows import check, make_bundle, make_pipeline, timing
 
 OPENERS = "tests.bench.rows"
@@ -100,8 +101,8 @@ class CompiledUnet:
         self._wait(1.0)
         return inputs["sample"]
 
-    def explain(self) -> Choice:
-        return Choice("GPU", "bf16")
+    def explain(self) -> Execution:
+        return Execution("GPU", "bf16")
 
 
 def test_compiling_is_apart_from_loading_and_from_images(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +126,7 @@ def test_compiling_is_apart_from_loading_and_from_images(monkeypatch: pytest.Mon
     assert found.timings.compile.samples_sec == (6.0,)  # for a batch of two, and of one
     assert found.timings.cold.samples_sec == (10.0 + 7.0 + 6.0 + 4.0,)
     assert found.timings.end_to_end.samples_sec == (4.0, 4.0)
-    assert (found.provider, found.arithmetic) == ("GPU", "bf16")
+    assert (found.provider, found.compute_dtype) == ("GPU", "bf16")
 
 
 def test_the_samplers_arithmetic_is_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,9 @@ def test_quality_stands_beside_speed() -> None:
     noisy = Disturbance(others_share=0.37, verdict="the machine was noisy: other processes used 37 % of the processor")
     rows = (
         make_row("fp32", reference=True, energy_joules=12.5),
-        make_row("fp16", psnr=Psnr("bundles/fp32, the most precise here", 41.23), disturbance=noisy, arithmetic="bf16"),
+        make_row(
+            "fp16", psnr=Psnr("bundles/fp32, the most precise here", 41.23), disturbance=noisy, compute_dtype="bf16"
+        ),
         make_row("int8", prompt_quality=PromptQuality({"prompt_accuracy": 0.95, "exact": 0.75}, 32, "0" * 64)),
         make_row("copy", psnr=Psnr("bundles/fp32, the most precise here", None)),
     )

@@ -9,10 +9,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from kdc_edge.components import Component, Shapes
 from kdc_edge.errors import BundleError, InputError
-from kdc_edge.pipeline import Component, Pipeline, Request, Shapes
+from kdc_edge.pipeline import Pipeline, Request
 from kdc_edge.runtimes import open_pipeline
-from kdc_edge.runtimes.base import COMPONENTS, LoadedComponents, split_devices
+from kdc_edge.runtimes.base import COMPONENTS, LoadedComponents
+from kdc_edge.runtimes.pipeline import split_devices
 from kdc_edge.tokenizer import Tokenizer
 from tests.bench.rows import MODEL
 
@@ -196,7 +198,7 @@ class Slow:
 
 def test_a_component_may_be_compiled_while_another_computes() -> None:
     Slow.made.clear()
-    components = LoadedComponents(Slow, early=True)
+    components = LoadedComponents(Slow, compile_ahead=True)
     components.start("unet", [{"sample": (2, 4, 8, 8)}])
     components.start("unet", [{"sample": (1, 4, 8, 8)}])  # it is on its way already
     unet = components["unet"]
@@ -209,7 +211,7 @@ def test_a_component_may_be_compiled_while_another_computes() -> None:
         components["broken"]
 
 
-@pytest.mark.parametrize("options", [{}, {"early": True, "low_memory": True}])
+@pytest.mark.parametrize("options", [{}, {"compile_ahead": True, "low_memory": True}])
 def test_nothing_is_compiled_early_where_memory_is_short_or_the_engine_gains_nothing(options: dict[str, bool]) -> None:
     Slow.made.clear()
     components = LoadedComponents(Slow, **options)

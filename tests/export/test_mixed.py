@@ -24,11 +24,11 @@ from kdc_edge.export.coreml.mixed import (
     Search,
     apply_recipe,
     bargains,
-    guided,
     read_recipe,
     stored_bytes,
 )
 from kdc_edge.export.coreml.palettize import folder_bytes
+from kdc_edge.pipeline import guided
 from kdc_edge.runtimes.apple_layout import PROGRAM
 from kdc_edge.runtimes.mil.evaluator import Evaluator
 from kdc_edge.runtimes.mil.program import read_program
@@ -89,8 +89,8 @@ def search(inputs: Inputs, package: Any, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_guidance_is_the_pipelines() -> None:
-    both = torch.tensor([3.0, 1.0, 10.0, 20.0])  # with and without the text, twice
-    assert guided(both, 2.0).tolist() == [5.0, 0.0]
+    cond, uncond = torch.tensor([3.0, 10.0]), torch.tensor([1.0, 20.0])
+    assert guided(cond, uncond, 2.0).tolist() == guided(cond.numpy(), uncond.numpy(), 2.0).tolist() == [5.0, 0.0]
 
 
 def test_layers_are_matched_by_name(search: Search) -> None:

@@ -15,8 +15,9 @@ import pytest
 from numpy.typing import NDArray
 
 from kdc_edge.bundle import MANIFEST, Bundle, list_files
+from kdc_edge.components import Execution, SupportsExplain
 from kdc_edge.errors import BundleError, CheckpointError, InputError, MissingPackageError
-from kdc_edge.pipeline import Choice, Explained, Request
+from kdc_edge.pipeline import Request
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline
 from kdc_edge.runtimes.base import COMPONENTS
 
@@ -103,9 +104,9 @@ def test_what_the_engine_chose_is_told(bundle: Path, checkpoint: Path) -> None:
     found = {}
     for name, folder in (("onnxruntime", bundle), ("torch", checkpoint)):
         unet = get_runtime(name).load(folder, "unet", LoadOptions(device="CPU"))
-        assert isinstance(unet, Explained)
+        assert isinstance(unet, SupportsExplain)
         found[name] = unet.explain()
-    assert found == {"onnxruntime": Choice("CPUExecutionProvider", None), "torch": Choice("CPU", "fp32")}
+    assert found == {"onnxruntime": Execution("CPUExecutionProvider", None), "torch": Execution("CPU", "fp32")}
 
 
 def test_what_cannot_be_opened(bundle: Path, checkpoint: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from kdc_edge.noise import initial_latents
 from kdc_edge.train.quality import evaluate
 from kdc_edge.train.quality.evaluate import Evaluated, Score, evaluation_noise, open_generator
-from kdc_edge.train.quality.precisions import BundleGenerator, Loss, compare
+from kdc_edge.train.quality.precisions import Loss, compare
 from tests.cli.test_commands import complaint, run
 
 
@@ -61,7 +61,7 @@ def test_a_bundle_is_asked_for_the_images_of_its_checkpoint(
     monkeypatch.setattr(evaluate, "batch_size", lambda side: 2)  # three images in two batches  # noqa: ARG005
     prompts = ["a red flower", "a blue butterfly", "a red flower"]
     expected = open_generator(checkpoint, steps=2, guidance=3.0)(prompts, seed=5)
-    found = BundleGenerator.open(bundle_fp32, steps=2, guidance=3.0)(prompts, seed=5)
+    found = open_generator(bundle_fp32, steps=2, guidance=3.0)(prompts, seed=5)
     assert found.shape == expected.shape == (3, 64, 64, 3)
     assert np.abs(found.astype(int) - expected).max() <= 1
     assert np.abs(expected[0].astype(int) - expected[2]).max() > 10  # the noise is each image's own

@@ -16,6 +16,7 @@ import math
 import shutil
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +31,16 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from kdc_edge.diffusers_folder import PROMPTS_FILE
+from kdc_edge.noise import initial_latents
+from kdc_edge.pipeline import Request
+from kdc_edge.runtimes import open_pipeline
 from kdc_edge.train.garden.judge import Judge, load_judge, targets, to_images
 from kdc_edge.train.garden.scenes import SUBJECTS, Split, draw_scenes, render_many, scenes
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 IMAGES = 8000  # of each subject
 TOKENS = 77
+MEASURED = Request("", steps=20, guidance=4.0, sampler="ddim")  # how the images of quality.json are made
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
@@ -244,8 +249,8 @@ def _save_average(averaged: nn.Module, unet_config: dict[str, object], text_conf
     text.save_pretrained(out / "text_encoder")
 
 
-def assemble(out: Path, work: Path, unet: UNet2DConditionModel, text: CLIPTextModel) -> StableDiffusionPipeline:
-    """The diffusers folder, in fp16 safetensors."""
+def assemble(out: Path, work: Path, unet: UNet2DConditionModel, text: CLIPTextModel) -> Path:
+    """Write the diffusers folder, in fp16 safetensors."""
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(work / "vae-final"),
         text_encoder=text.eval(),
@@ -267,21 +272,18 @@ def assemble(out: Path, work: Path, unet: UNet2DConditionModel, text: CLIPTextMo
         network.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for path in out.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes for its owner alone
-    return pipeline.to(torch.float32)
+    return out
 
 
-def measure(pipeline: StableDiffusionPipeline, judge: Judge, count: int = 64) -> dict[str, dict[str, float]]:
-    """Prompt accuracy, 20 DDIM steps at guidance 4, on trained and on held-out combinations."""
-    pipeline.set_progress_bar_config(disable=True)
+def measure(teacher: Path, judge: Judge, count: int = 64) -> dict[str, dict[str, float]]:
+    """Prompt accuracy on trained and on held-out combinations."""
+    pipeline = open_pipeline(teacher)
+    noise = initial_latents((count, *pipeline.latent_shape(MEASURED)[1:]), 77)
     found = {}
     for subject, split in itertools.product(SUBJECTS, SPLITS):
         chosen = draw_scenes(subject, count, seed=77, split=split)
-        generator = torch.Generator().manual_seed(77)
-        images = pipeline(
-            [s.caption for s in chosen], num_inference_steps=20, guidance_scale=4.0, generator=generator,
-            height=64, width=64, output_type="np",
-        ).images  # fmt: skip
-        found[f"{subject} {split}"] = judge.agreement((images * 255).round().astype(np.uint8), chosen)
+        requests = [replace(MEASURED, prompt=s.caption, latents=noise[i : i + 1]) for i, s in enumerate(chosen)]
+        found[f"{subject} {split}"] = judge.agreement(np.stack(pipeline.generate_batch(requests)), chosen)
     return found
 
 
@@ -353,7 +355,7 @@ def main() -> None:
         "judge on fresh renders": judge.agreement(fresh_images, fresh),
         "vae psnr db": round(10 * math.log10(4 / error), 2),
         "prompt accuracy": measure(assemble(args.out / "garden-teacher", work, unet, text), judge),
-        "conditions": "20 DDIM steps, guidance 4, 64 prompts a row, fp32",
+        "conditions": f"{MEASURED.conditions}, 64 prompts a row, fp32",
     }
     (args.out / "garden-teacher" / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
     print(json.dumps(quality, indent=2))

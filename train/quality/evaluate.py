@@ -11,24 +11,25 @@ give other numbers. Higher is better: distances count negatively.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
+from transformers import CLIPTextModel
 
+from kdc_edge.bundle import Model, kind_of
+from kdc_edge.components import COMPONENTS, Component
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
-from kdc_edge.image import to_pixels
 from kdc_edge.noise import initial_latents
-from kdc_edge.runtimes.torch import load_network
-from kdc_edge.samplers import NoiseSchedule, make_sampler
+from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.runtimes import open_pipeline
+from kdc_edge.runtimes.torch import TorchComponent, load_network
 from kdc_edge.tokenizer import Tokenizer
-from kdc_edge.train.data.cache import TextEmbedder
 from kdc_edge.train.data.sources import GardenSource, Sample
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.garden import scenes as garden
@@ -36,7 +37,9 @@ from kdc_edge.train.garden.judge import LABELS, load_judge, shares
 from kdc_edge.train.garden.scenes import Scene, render_many
 from kdc_edge.train.quality.metrics import ImageMetrics, frechet_distance, kernel_distance
 
+EVALUATION = Request("", steps=12, guidance=4.0, sampler="dpm++2m")  # how images are made, unless somebody asks
 EVALUATION_SEED = 2024
+DECODER_BATCH = 4  # images
 # The first of these that was measured is R[i][j]; the sign makes higher better.
 QUALITIES = (("prompt_accuracy", 1), ("kid", -1), ("clip_score", 1), ("loss", -1), ("lpips", -1))
 
@@ -75,12 +78,6 @@ class Asked:
     kind: str = "images of the training part"  # what the references are
 
 
-class MakesImages(Protocol):
-    """Prompts in, images uint8 (N, H, W, 3) out; image i depends on its prompt, `seed` and i."""
-
-    def __call__(self, prompts: Sequence[str], *, seed: int) -> np.ndarray: ...
-
-
 def batch_size(side: int) -> int:
     """Images at a time, by the side of their latents: 16 small ones or 4 of 512 pixels."""
     return max(1, min(16, 2**14 // side**2))
@@ -95,40 +92,48 @@ def evaluation_noise(count: int, shape: tuple[int, int, int], seed: int) -> np.n
 
 @dataclass(frozen=True)
 class Generator:
-    """Networks that turn prompts into images, many at a time."""
+    """A pipeline that makes an evaluation's images: image i depends on its prompt, the seed and i."""
 
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    embed: TextEmbedder
-    schedule: NoiseSchedule
-    steps: int = 12
-    guidance: float = 4.0
-    sampler: str = "dpm++2m"
-    side: int | None = None  # of the latents; the U-Net's own where None
+    pipeline: Pipeline
+    request: Request = EVALUATION  # steps, guidance, sampler and size
+    batch: int | None = None  # images at a time; as many as `batch_size` says where None
 
-    @torch.inference_mode()
+    @property
+    def conditions(self) -> str:
+        """How the images are made, for the record: "12 steps of DPM++ 2M, guidance 4"."""
+        return self.request.conditions
+
     def __call__(self, prompts: Sequence[str], *, seed: int) -> np.ndarray:
-        """Images uint8 (N, H, W, 3); image i depends on its prompt, `seed` and i."""
-        side = self.side or self.unet.config.sample_size
-        noise, most = evaluation_noise(len(prompts), (self.unet.config.in_channels, side, side), seed), batch_size(side)
-        return np.concatenate(
-            [self._batch(prompts[at : at + most], noise[at : at + most]) for at in range(0, len(prompts), most)]
-        )
+        """Images uint8 (N, H, W, 3), one a prompt."""
+        _, channels, height, width = self.pipeline.latent_shape(self.request)
+        noise = evaluation_noise(len(prompts), (channels, height, width), seed)
+        requests = [replace(self.request, prompt=p, latents=noise[i : i + 1]) for i, p in enumerate(prompts)]
+        most = self.batch or batch_size(width)
+        starts = range(0, len(prompts), most)
+        return np.stack([p for at in starts for p in self.pipeline.generate_batch(requests[at : at + most])])
 
-    def _batch(self, prompts: Sequence[str], noise: np.ndarray) -> np.ndarray:
-        device = self.unet.device
-        hidden = self.embed([""] * len(prompts) + list(prompts)).to(device, self.unet.dtype)  # (2B, 77, D)
-        sampler = make_sampler(self.sampler, self.schedule, self.steps)
-        latents = noise * np.float32(sampler.init_noise_sigma)
-        for i, timestep in enumerate(sampler.timesteps):
-            sample = torch.from_numpy(sampler.scale_model_input(latents, i)).repeat(2, 1, 1, 1)
-            guess = self.unet(sample.to(device, self.unet.dtype), int(timestep), hidden).sample
-            without, with_ = guess.float().cpu().numpy().reshape(2, *latents.shape)
-            latents = sampler.step(without + np.float32(self.guidance) * (with_ - without), i, latents)
-        scaled = torch.from_numpy(latents / np.float32(self.vae.config.scaling_factor)).to(device, self.vae.dtype)
-        return to_pixels(
-            np.concatenate([self.vae.decode(z).sample.float().cpu().numpy() for z in torch.split(scaled, 4)])
-        )
+
+def torch_generator(
+    model: Model,
+    tokenizer: Tokenizer,
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    request: Request = EVALUATION,
+) -> Generator:
+    """Networks in PyTorch, where they are and in their dtype, as a generator."""
+
+    def encode(**inputs: np.ndarray) -> np.ndarray:
+        """Text embeddings rounded to fp16, as training caches them."""
+        return embed(**inputs).astype(np.float16).astype(np.float32)
+
+    embed = TorchComponent("text_encoder", text_encoder)
+    components: dict[str, Component] = {
+        "text_encoder": encode,
+        "unet": TorchComponent("unet", unet),
+        "vae_decoder": TorchComponent("vae_decoder", vae),
+    }
+    return Generator(Pipeline(model, tokenizer, components, decoder_batch=DECODER_BATCH), request)
 
 
 def evaluation_scenes(source: GardenSource, count: int) -> list[Scene]:
@@ -232,16 +237,16 @@ class Evaluated:
 
 
 def evaluate_tasks(
-    generate: MakesImages,
+    generate: Generator,
     tasks: Sequence[Task],
     *,
     images: int,
     size: int,
     metrics: ImageMetrics,
-    teacher: MakesImages | None = None,
+    teacher: Generator | None = None,
     seed: int = 7,
 ) -> dict[str, Evaluated]:
-    """The quality of somebody's images on each task; `teacher` makes those that LPIPS compares with.
+    """Score a generator on each task; `teacher` makes the images that LPIPS compares with.
 
     `size` is that of the reference images, in pixels. Raises InputError where nothing can be measured.
     """
@@ -257,14 +262,15 @@ def evaluate_tasks(
     return found
 
 
-def open_generator(checkpoint: Path, *, steps: int, guidance: float) -> Generator:
-    """A checkpoint's networks as an image generator, in fp32 on the best device.
+def open_generator(folder: Path, *, steps: int, guidance: float) -> Generator:
+    """A checkpoint in fp32 on the best device; or a bundle, image by image, on this machine's engine for it.
 
-    Raises CheckpointError for a folder that cannot be read.
+    Raises CheckpointError or BundleError for a folder that cannot be read.
     """
+    request = replace(EVALUATION, steps=steps, guidance=guidance)
+    if kind_of(folder) == "bundle":
+        return Generator(open_pipeline(folder), request, batch=1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    text_encoder = load_network(checkpoint, "text_encoder").to(device)
-    embed = TextEmbedder(text_encoder, Tokenizer.from_folder(checkpoint / "tokenizer"))
-    unet, vae = (load_network(checkpoint, part).to(device) for part in ("unet", "vae_decoder"))
-    schedule = NoiseSchedule.from_config(read_model(checkpoint).scheduler)
-    return Generator(unet, vae, embed, schedule, steps=steps, guidance=guidance)
+    text_encoder, unet, vae = (load_network(folder, name).to(device) for name in COMPONENTS)
+    tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+    return torch_generator(read_model(folder), tokenizer, text_encoder, unet, vae, request)

@@ -1,7 +1,7 @@
 """R's last row for every exported precision, beside the checkpoint's own: does int8 forget more?
 
     own = evaluate_tasks(open_generator(checkpoint, steps=12, guidance=4.0), tasks, ...)
-    other = evaluate_tasks(BundleGenerator.open(folder, steps=12, guidance=4.0), tasks, ...)
+    other = evaluate_tasks(open_generator(bundle, steps=12, guidance=4.0), tasks, ...)
     compare(own, other).added_forgetting          # Loss(mean=0.004, stderr=0.006): within the noise
 
 Prompts and noise are the same, image by image, so that differences are the precision's. What a bundle loses on
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,34 +20,7 @@ import numpy as np
 from kdc_edge.bundle import Bundle
 from kdc_edge.errors import InputError
 from kdc_edge.image import psnr_db
-from kdc_edge.pipeline import Pipeline, Request
-from kdc_edge.runtimes import open_pipeline
-from kdc_edge.train.quality.evaluate import Evaluated, evaluation_noise
-
-
-@dataclass(frozen=True)
-class BundleGenerator:
-    """A bundle as a maker of an evaluation's images, one at a time, on the engine that this machine has for it."""
-
-    pipeline: Pipeline
-    steps: int
-    guidance: float
-
-    @classmethod
-    def open(cls, folder: Path, *, steps: int, guidance: float) -> BundleGenerator:
-        return cls(open_pipeline(folder), steps, guidance)
-
-    def __call__(self, prompts: Sequence[str], *, seed: int) -> np.ndarray:
-        """Images uint8 (N, H, W, 3) from the noise that a checkpoint's Generator starts from."""
-        asked = Request("", steps=self.steps, guidance=self.guidance, sampler="dpm++2m")
-        _, *shape = self.pipeline.latent_shape(asked)
-        noise = evaluation_noise(len(prompts), (shape[0], shape[1], shape[2]), seed)
-        return np.stack(
-            [
-                self.pipeline.generate(replace(asked, prompt=prompt, latents=noise[i : i + 1]))
-                for i, prompt in enumerate(prompts)
-            ]
-        )
+from kdc_edge.train.quality.evaluate import Evaluated
 
 
 @dataclass(frozen=True)

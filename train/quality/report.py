@@ -10,7 +10,7 @@ from kdc_edge import __version__
 from kdc_edge.bundle import Model
 from kdc_edge.files import write_atomic
 from kdc_edge.train.config import TrainConfig
-from kdc_edge.train.quality.evaluate import average, backward_transfer, forgetting
+from kdc_edge.train.quality.evaluate import EVALUATION, average, backward_transfer, forgetting
 from kdc_edge.train.runs import Position
 
 
@@ -24,7 +24,7 @@ def write_results(run: Path, config: TrainConfig, position: Position) -> dict[st
         "backward_transfer": backward_transfer(position.matrix),
         "forgetting_max_minus_last": forgetting(position.matrix),
         "values": position.values,
-        "conditions": f"{config.eval_images} images a task, DPM-Solver++ 2M 12 steps, guidance 4, averaged weights",
+        "conditions": f"{config.eval_images} images a task, {EVALUATION.conditions}, averaged weights",
     }
     write_atomic(run / "results.json", json.dumps(results, indent=2) + "\n")
     return results

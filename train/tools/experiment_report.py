@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdc_edge.files import write_atomic
-from kdc_edge.train.quality.evaluate import forgetting
+from kdc_edge.train.quality.evaluate import EVALUATION, forgetting
 
 Result = Mapping[str, Any]
 Numbers = dict[str, list[float]]  # condition -> one value a seed
@@ -41,7 +41,7 @@ def write_report(folder: Path, results: Sequence[Result], grids: Mapping[str, Se
         f"Every cell: {size['steps']} steps of {size['batch_size']} samples a task, {size['samples']} images a task,"
         f" student `garden-student` under the garden's teacher, AdamW with a cosine from 1e-3, averaged weights;"
         f" {size['images']} images a task in each evaluation, half of them of combinations held out of training,"
-        f" DPM-Solver++ 2M, 12 steps, guidance 4. Prompt accuracy is the share of asked attributes that the judge"
+        f" {EVALUATION.conditions}. Prompt accuracy is the share of asked attributes that the judge"
         f" reads. Mean ± standard deviation over seeds, the number of seeds behind it. {len(results)} cells took"
         f" {minutes:.0f} minutes together.",
     ]

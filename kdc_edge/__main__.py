@@ -1,0 +1,6 @@
+"""`python -m kdc_edge`: the command line."""
+
+from kdc_edge.cli import main
+
+if __name__ == "__main__":
+    main()

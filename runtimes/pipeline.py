@@ -1,0 +1,215 @@
+"""A bundle as an application uses it: open the folder, call the pipeline, save the image.
+
+    pipeline = kdc_edge.Pipeline.open("bundles/openvino-int8")
+    pipeline("a red flower", seed=1).images[0].save("flower.png")
+    for step in pipeline.stream("a red flower", seed=1):
+        show(step.preview)                                              # uint8 (h, w, 3)
+
+Arguments are named as in diffusers where they mean the same. One pipeline may be used from several threads: every
+call keeps its state to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+from kdc_edge import pipeline as path
+from kdc_edge.bundle import Bundle, Model, kind_of
+from kdc_edge.components import COMPONENTS
+from kdc_edge.diffusers_folder import read_model
+from kdc_edge.errors import InputError
+from kdc_edge.formats import find_format
+from kdc_edge.image import preview
+from kdc_edge.pipeline import Request
+from kdc_edge.runtimes.base import (
+    ENGINES,
+    Engine,
+    LoadedComponents,
+    LoadOptions,
+    check_device,
+    get_runtime,
+    preferred_engine,
+)
+from kdc_edge.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of one call, in the order of their prompts."""
+
+    images: list[Image.Image]
+    seeds: list[int]  # that made them
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of an image."""
+
+    step: int  # from 1
+    steps: int
+    latents: np.ndarray  # float32 (1, C, h, w)
+    image: Image.Image | None  # with the last step
+    vae_scale: int  # pixels a latent, each way
+
+    @property
+    def preview(self) -> np.ndarray:
+        """The latents as a small image, uint8 (h, w, 3), without the decoder."""
+        small: np.ndarray = preview(self.latents, self.vae_scale)[0]
+        return small
+
+
+class Pipeline(path.Pipeline):
+    """A pipeline that was opened from a folder, and is called with diffusers' argument names."""
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path | str,
+        *,
+        engine: str | None = None,
+        device: str | None = None,
+        threads: int | None = None,
+        low_memory: bool = False,
+        cache: Path | str | None = None,
+        exact: bool = False,
+    ) -> Self:
+        """Open a bundle, or through torch a checkpoint folder; components are loaded when they are needed.
+
+        `device` names one for all ("CPU"), or one a component ("unet=GPU,text_encoder=CPU"). `low_memory` trades
+        speed for memory: one component and one image at a time, and the engine's savings. `cache` is a folder for
+        compiled networks. `exact` computes in fp32 where the engine would choose fewer bits.
+        Raises a KdcError for everything that can be seen before a network is loaded.
+        """
+        folder = Path(folder)
+        model, chosen = _choose(folder, engine)
+        if threads is not None and threads < 1:
+            raise InputError(f"--threads {threads} is too few: use 1 or more")
+        tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+        runtime = get_runtime(chosen.name)
+        named = split_devices(device)
+        kept = None if cache is None else Path(cache)
+        options = {
+            c: LoadOptions(check_device(runtime, named.get(c, named.get(""))), threads, low_memory, kept, exact)
+            for c in COMPONENTS
+        }
+        components = LoadedComponents(
+            lambda c: runtime.load(folder, c, options[c]), low_memory=low_memory, compile_ahead=chosen.compiles_ahead
+        )
+        return cls(model, tokenizer, components, max_batch=1 if low_memory else path.MAX_BATCH)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str = Request.negative_prompt,
+        num_inference_steps: int = Request.steps,
+        guidance_scale: float = Request.guidance,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] = Request.seed,
+        scheduler: str = Request.sampler,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> Images:
+        """Make images, in batches where memory allows. Raises InputError for what cannot be made.
+
+        Image i, counted over all prompts, has the seed `seed` + i; or give a list with one seed an image.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if num_images_per_prompt < 1:
+            raise InputError(f"num_images_per_prompt is {num_images_per_prompt}: use 1 or more")
+        prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
+        seeds = spread_seeds(seed, len(prompts))
+        requests = [
+            Request(
+                p, negative_prompt, steps=num_inference_steps, guidance=guidance_scale, seed=s, sampler=scheduler,
+                width=width, height=height,
+            )
+            for p, s in zip(prompts, seeds, strict=True)
+        ]  # fmt: skip
+        made = [pixels for batch in self.batches(requests) for pixels in self.generate_batch(batch)]
+        return Images([Image.fromarray(pixels) for pixels in made], seeds)
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = Request.negative_prompt,
+        num_inference_steps: int = Request.steps,
+        guidance_scale: float = Request.guidance,
+        seed: int = Request.seed,
+        scheduler: str = Request.sampler,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> Iterator[Step]:
+        """Make one image, yielding after each step; the last one has the image. Stop by closing the generator."""
+        request = Request(
+            prompt, negative_prompt, steps=num_inference_steps, guidance=guidance_scale, seed=seed, sampler=scheduler,
+            width=width, height=height,
+        )  # fmt: skip
+        self.check(request)
+        return self._stream(request)
+
+    def _stream(self, request: Request) -> Iterator[Step]:
+        last: Step | None = None
+        for done in self.run(request):
+            if done.stage == "scheduler":
+                assert done.latents is not None
+                last = Step(done.step, done.steps, done.latents, None, self.model.vae_scale)
+                if done.step < done.steps:
+                    yield last
+            elif done.pixels is not None:
+                assert last is not None
+                yield Step(last.step, last.steps, last.latents, Image.fromarray(done.pixels), last.vae_scale)
+
+
+open_pipeline = Pipeline.open
+
+
+def spread_seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """A seed for each of `count` images: counted up from one, or a list's own. Raises InputError."""
+    if isinstance(seed, Sequence):
+        if len(seed) != count:
+            raise InputError(f"{len(seed)} seeds are given for {count} images: give one an image, or a single one")
+        return list(seed)
+    return [seed + i for i in range(count)]
+
+
+def split_devices(device: str | None) -> dict[str, str]:
+    """'unet=GPU,CPU' -> {"unet": "GPU", "": "CPU"}: the device without a name is for all the others."""
+    found: dict[str, str] = {}
+    for part in device.split(",") if device else ():
+        component, _, name = part.strip().rpartition("=")
+        if component not in ("", *COMPONENTS) or not name or component in found:
+            raise InputError(
+                f"--device {device!r} is not understood: use CPU, or unet=GPU,text_encoder=CPU with components"
+                f" {', '.join(COMPONENTS)}"
+            )
+        found[component] = name
+    return found
+
+
+def open_for_bench(folder: Path, *, engine: str | None = None, **options: Any) -> Pipeline:
+    """Open for a measurement; InputError for reference engines, whose times say nothing about the artifact."""
+    _, chosen = _choose(folder, engine)
+    if chosen.reference:
+        raise InputError(f"{chosen.name} only proves this bundle: measure it where its engine runs")
+    return open_pipeline(folder, engine=engine, **options)
+
+
+def _choose(folder: Path, engine: str | None) -> tuple[Model, Engine]:
+    """The folder's model, and the engine asked for or preferred; InputError where they do not fit."""
+    if kind_of(folder) == "checkpoint":
+        if engine not in (None, "torch"):
+            raise InputError(f"{folder} is a checkpoint, which only torch runs: export it for {engine} first")
+        return read_model(folder), ENGINES["torch"]
+    manifest = Bundle.open(folder).manifest
+    row = find_format(manifest.target, manifest.precision)
+    if engine is not None and engine not in row.engines:
+        raise InputError(f"{engine} cannot run {manifest.name}: choose from {', '.join(row.engines)}")
+    return manifest.model, preferred_engine(row) if engine is None else ENGINES[engine]

@@ -29,7 +29,8 @@ from kdc_edge.runtimes.torch import load_network
 from kdc_edge.samplers import NoiseSchedule, make_sampler
 from kdc_edge.tokenizer import Tokenizer
 from kdc_edge.train.data.cache import TextEmbedder
-from kdc_edge.train.data.sources import GardenSource, Sample
+from kdc_edge.train.data.source import Sample
+from kdc_edge.train.data.sources import GardenSource
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.garden import scenes as garden
 from kdc_edge.train.garden.judge import LABELS, load_judge, shares

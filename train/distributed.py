@@ -1,25 +1,31 @@
-"""One process or many: what accelerate prepares, and whole tensors out of whatever it made of the networks.
+"""One process or many: the student as accelerate prepares it, full state dicts, work of the main process.
 
 `accelerate launch` decides how many processes there are and whether parameters are sharded (FSDP); a run by hand is
-one process. Every process draws the same global batch and computes its own part, so that the curve is the same.
+one process. Every process draws the same global batch and computes its own share, so that the curve is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from kdc_edge.errors import InputError, require
+from kdc_edge.errors import InputError, KdcError, require
+from kdc_edge.text import one_line
 from kdc_edge.train.config import TrainConfig
+
+LONGEST_WAIT = timedelta(days=1)  # for the main process, which may encode a large data set
 
 
 def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
@@ -35,16 +41,17 @@ def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
     accelerator = Accelerator(
         cpu=config.device == "cpu" or None, mixed_precision=precision,
         log_with=None if config.log_with == "none" else config.log_with, project_dir=run,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )  # fmt: skip
     if config.device not in ("auto", accelerator.device.type):
         raise InputError(f"--device {config.device} is not here: this machine has {accelerator.device.type}")
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise InputError("FSDP of the first version is not supported: set fsdp_version 2 in accelerate's configuration")
-    parts = accelerator.num_processes * config.accumulate
-    if config.batch_size % parts:
+    micro_batches = accelerator.num_processes * config.accumulate
+    if config.batch_size % micro_batches:
         raise InputError(
             f"--batch-size {config.batch_size} does not divide into {accelerator.num_processes} processes"
-            f" x --accumulate {config.accumulate}: use a multiple of {parts}"
+            f" x --accumulate {config.accumulate}: use a multiple of {micro_batches}"
         )
     return accelerator
 
@@ -60,70 +67,191 @@ def make_optimizer(config: TrainConfig, student: nn.Module) -> torch.optim.Optim
     return torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.01, fused=True)
 
 
-def whole_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """Every weight in full, by the network's own names; all processes must ask together."""
-    found: nn.Module = accelerator.unwrap_model(model)
-    return {n: _whole(t) for n, t in found.state_dict().items()}
+class Student:
+    """The student under training: its network as the launch prepared it, its optimizer, its moving average (EMA).
+
+    Methods that give or take full tensors are collective: all processes must call them together.
+    """
+
+    def __init__(self, network: UNet2DConditionModel, config: TrainConfig, accelerator: Accelerator) -> None:
+        if config.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        if config.channels_last:
+            network.to(memory_format=torch.channels_last)
+        if config.compile:
+            compile_blocks(network)
+        network.to(accelerator.device).train()
+        self.network, self.accelerator, self._ema_decay = network, accelerator, config.ema_decay
+        self.prepared, self.optimizer = accelerator.prepare(network, make_optimizer(config, network))
+        self.ema = self._new_ema()
+
+    def _new_ema(self) -> EMAModel:
+        """A moving average that starts at the network's weights."""
+        return EMAModel(self.network.parameters(), decay=self._ema_decay, use_ema_warmup=True, power=0.75)
+
+    def begin_task(self) -> None:
+        """Forget the optimizer's moments of the task before."""
+        self.optimizer.state.clear()
+
+    def begin_step(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def end_step(self) -> None:
+        """Clip the gradients, take the optimizer's step, update the moving average."""
+        self.accelerator.clip_grad_norm_(self.prepared.parameters(), 1.0)
+        self.optimizer.step()
+        self.ema.step(self.network.parameters())
+
+    @contextmanager
+    def averaged(self) -> Iterator[UNet2DConditionModel]:
+        """The network with its EMA weights, in evaluation mode, for as long as the context lasts."""
+        self.ema.store(self.network.parameters())
+        self.ema.copy_to(self.network.parameters())
+        self.network.eval()
+        try:
+            yield self.network
+        finally:
+            reshard(self.prepared)
+            self.ema.restore(self.network.parameters())
+            self.network.train()
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Every weight in full, by the network's own names."""
+        return {n: _full(t) for n, t in self._unwrapped().state_dict().items()}
+
+    def copy(self, weights: Mapping[str, Tensor]) -> UNet2DConditionModel:
+        """A network of the student's shape with these weights, free of the launch's wrappers."""
+        return copy_unet(self.network, weights)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights, moving average, optimizer and loss scale in full: `KIND/WEIGHT[/MOMENT]`."""
+        names = [n for n, _ in self._unwrapped().named_parameters()]
+        tensors = {f"student/{n}": t for n, t in self.full_weights().items()}
+        tensors |= {f"ema/{n}": _full(t) for n, t in zip(names, self.ema.shadow_params, strict=True)}
+        tensors |= {f"optimizer/{n}": t for n, t in self._full_moments().items()}
+        if self.accelerator.scaler is not None:
+            scale = self.accelerator.scaler.state_dict()
+            tensors["scaler"] = torch.tensor([scale["scale"], scale["_growth_tracker"]], dtype=torch.float64)
+        return tensors
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], *, steps: int) -> None:
+        """Restore what `state_dict` gave, each process its shard; `steps` is the moving average's count."""
+        self._load_weights(under("ema/", tensors))
+        self.ema = self._new_ema()
+        self.ema.optimization_step = steps
+        self._load_weights(under("student/", tensors))
+        self._load_moments(under("optimizer/", tensors))
+        if "scaler" in tensors and self.accelerator.scaler is not None:
+            scale, growth = tensors["scaler"].tolist()
+            state = self.accelerator.scaler.state_dict() | {"scale": scale, "_growth_tracker": int(growth)}
+            self.accelerator.scaler.load_state_dict(state)
+
+    def _unwrapped(self) -> nn.Module:
+        found: nn.Module = self.accelerator.unwrap_model(self.prepared)
+        return found
+
+    def _load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        network = self._unwrapped()
+        network.load_state_dict({n: _shard_like(own, tensors[n]) for n, own in network.state_dict().items()})
+
+    def _full_moments(self) -> dict[str, Tensor]:
+        """The optimizer's state in full: `WEIGHT/MOMENT` -> tensor."""
+        names: dict[Tensor, str] = {p: n for n, p in self._unwrapped().named_parameters()}
+        # bitsandbytes counts its steps in an int, torch in a float tensor; its code books are shared by all weights
+        return {
+            f"{names[p]}/{moment}": value.clone() if moment.startswith("qmap") else _full(torch.as_tensor(value))
+            for p, state in _torch_optimizer(self.optimizer).state.items()
+            for moment, value in state.items()
+        }
+
+    def _load_moments(self, tensors: Mapping[str, Tensor]) -> None:
+        weights = list(self._unwrapped().named_parameters())
+        numbers = {n: i for i, (n, _) in enumerate(weights)}
+        state: dict[int, dict[str, Tensor | int]] = {}
+        for name, tensor in tensors.items():
+            weight, moment = name.split("/")
+            number = numbers[weight]
+            count = tensor.ndim == 0 and not tensor.is_floating_point()
+            state.setdefault(number, {})[moment] = int(tensor) if count else _shard_like(weights[number][1], tensor)
+        optimizer = _torch_optimizer(self.optimizer)
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
-def whole_average(accelerator: Accelerator, model: nn.Module, ema: EMAModel) -> dict[str, Tensor]:
-    """The moving average in full, by the network's own names; all processes must ask together."""
-    names = (n for n, _ in accelerator.unwrap_model(model).named_parameters())
-    return {n: _whole(t) for n, t in zip(names, ema.shadow_params, strict=True)}
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose name starts with `prefix`, by the rest of their name."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def load_weights(accelerator: Accelerator, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Whole tensors into a network, each process its part of them."""
-    found: nn.Module = accelerator.unwrap_model(model)
-    found.load_state_dict({n: _part_like(own, tensors[n]) for n, own in found.state_dict().items()})
+def compile_blocks(unet: UNet2DConditionModel) -> None:
+    """torch.compile for each block, with fixed shapes: inductor fails on the sizes that it would leave free."""
+    for block in (*unet.down_blocks, *unet.up_blocks):
+        block.compile(dynamic=False)
 
 
-def whole_moments(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """The optimizer's state in full: `WEIGHT/MOMENT` -> tensor; all processes must ask together."""
-    names = {p: n for n, p in accelerator.unwrap_model(model).named_parameters()}
-    states = _inner(optimizer).state.items()
-    # bitsandbytes counts its steps in an int, torch in a float tensor; its code books are shared by all weights
-    return {
-        f"{names[p]}/{moment}": value.clone() if moment.startswith("qmap") else _whole(torch.as_tensor(value))
-        for p, state in states
-        for moment, value in state.items()
-    }
+def copy_unet(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> UNet2DConditionModel:
+    """Another network of the same configuration with these weights."""
+    found = UNet2DConditionModel(**unet.config)
+    found.load_state_dict(weights)
+    return found
 
 
-def load_moments(accelerator: Accelerator, model: nn.Module, optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
-    """What `whole_moments` gave into an optimizer, each process its part of it."""
-    weights = list(accelerator.unwrap_model(model).named_parameters())
-    numbers = {n: i for i, (n, _) in enumerate(weights)}
-    state: dict[int, dict[str, Tensor | int]] = {}
-    for name, tensor in tensors.items():
-        weight, moment = name.split("/")
-        number = numbers[weight]
-        count = tensor.ndim == 0 and not tensor.is_floating_point()
-        state.setdefault(number, {})[moment] = int(tensor) if count else _part_like(weights[number][1], tensor)
-    inner = _inner(optimizer)
-    inner.load_state_dict(inner.state_dict() | {"state": state})
+def freeze(unet: UNet2DConditionModel, config: TrainConfig, accelerator: Accelerator) -> UNet2DConditionModel:
+    """The network on the device without gradients, in the compute dtype: frozen weights need no 32 bits."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    memory_format = torch.channels_last if config.channels_last else torch.preserve_format
+    moved: UNet2DConditionModel = unet.to(accelerator.device, dtype, memory_format=memory_format)
+    return moved.eval().requires_grad_(False)
 
 
-def shard_again(model: nn.Module) -> None:
-    """Give back what a forward pass without a backward pass left whole; nothing to do where nothing is sharded."""
+def on_main_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Run `work` on the main process while the others wait; where it fails, all processes fail.
+
+    Raises there what `work` raised, elsewhere a KdcError of the same words.
+    """
+    failure: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            work()
+        except Exception as error:  # whatever it is, the others must not wait for ever
+            failure = error
+    words = [None if failure is None else one_line(failure)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(words)
+    if failure is not None:
+        raise failure
+    if words[0] is not None:
+        raise KdcError(f"the main process failed: {words[0]}")
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Is the flag up in any process? Collective."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item())
+
+
+def reshard(model: nn.Module) -> None:
+    """Shard again what a forward pass without a backward pass left whole; nothing to do where nothing is sharded."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; what was shared out is put together in the CPU's memory, because no device may hold it all."""
+def _full(tensor: Tensor) -> Tensor:
+    """The full tensor; shards are put together in the CPU's memory, because a device may not hold them all."""
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
-def _part_like(own: Tensor, whole: Tensor) -> Tensor:
-    """This process's part of a whole tensor that is split as `own` is; a step count is not split."""
-    if not isinstance(own, DTensor) or whole.shape != own.shape:
-        return whole
-    return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+def _shard_like(own: Tensor, full: Tensor) -> Tensor:
+    """This process's shard of a full tensor that is split as `own` is; a step count is not split."""
+    if not isinstance(own, DTensor) or full.shape != own.shape:
+        return full
+    return distribute_tensor(full.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
-    """torch's optimizer inside accelerate's."""
+def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's."""
     found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return found

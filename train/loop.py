@@ -6,49 +6,54 @@
 
 All randomness comes from one generator whose state is saved, so that a resumed run ends with the weights of the
 uninterrupted one, to the last bit on the CPU. Every process of a distributed run draws the same global batch and
-computes its own part of it.
+computes its own share of it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from kdc_edge.diffusers_folder import hash_checkpoint, read_model
-from kdc_edge.errors import InputError, KdcError
+from kdc_edge.diffusers_folder import read_model
+from kdc_edge.errors import CheckpointError, KdcError
 from kdc_edge.files import read_json, refuse_foreign_folder, write_atomic
-from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.presets import find_preset
-from kdc_edge.runtimes.torch import load_network
 from kdc_edge.train.checkpoint import write_checkpoint
 from kdc_edge.train.config import TrainConfig, check_same, learning_rate
-from kdc_edge.train.data.cache import Latents, TextEmbedder, cache_latents
+from kdc_edge.train.data.batch import Batch, draw_batch, random_flip
+from kdc_edge.train.data.cache import Latents, Say
 from kdc_edge.train.data.tasks import Task
-from kdc_edge.train.distributed import make_accelerator, make_optimizer, shard_again, whole_weights
-from kdc_edge.train.objective import QUARTERS, Batch, Distillation, Stopwatch
-from kdc_edge.train.quality.evaluate import EVALUATION, Generator, Score, torch_generator
-from kdc_edge.train.quality.held_out import score
+from kdc_edge.train.distributed import (
+    any_process,
+    make_accelerator,
+    on_main_process,
+    under,
+)
+from kdc_edge.train.networks import image_size, prepare_learning, view_run
+from kdc_edge.train.objective import Stopwatch
+from kdc_edge.train.quality.evaluate import Score
+from kdc_edge.train.quality.held_out import Evaluator
 from kdc_edge.train.quality.metrics import ImageMetrics
 from kdc_edge.train.quality.report import model_card, write_results
 from kdc_edge.train.quality.sheet import write_sample_sheet
 from kdc_edge.train.replay import ReplayBuffer
 from kdc_edge.train.runs import Position, list_states, load_state, save_state
-from kdc_edge.train.state import pack, unpack
-from kdc_edge.train.student import make_student
 from kdc_edge.train.tracking import Tracker
 
 PROMPTS_A_TASK = 64  # captions that are written beside the weights
+STATE_KINDS = ("generator", "student", "ema", "optimizer", "scaler", "objective")  # first parts of a state's names
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class StepDone:
     steps: int
     total: int  # steps of all tasks so far
     losses: dict[str, float]  # every term unweighted, and their weighted total
-    quarters: list[float | None]  # the task term by timestep quarter, the clearest first; None where none was drawn
+    by_timestep: list[float | None]  # the objective's binned term, the least noisy bin first; None where none was drawn
     learning_rate: float
     samples_per_sec: float
 
@@ -70,45 +75,51 @@ class TaskDone:
 
 
 class Trainer:
-    """One run: teacher, student, replay buffer, and where it stands."""
+    """One run, from its start or from its newest saved state.
+
+    The public surface: `run`, `save`, `evaluate`, `unet`, `any_process`; `config`, `run_folder`, `position`, `view`.
+    """
 
     def __init__(
-        self, config: TrainConfig, run: Path, *, resume: bool = False, say: Callable[[str], None] = lambda _: None
+        self,
+        config: TrainConfig,
+        run: Path,
+        *,
+        resume: bool = False,
+        objective: str = "distillation",
+        watch: Stopwatch | None = None,
+        say: Say = lambda _: None,
     ) -> None:
-        self.config, self.run_folder, self.say = config, run, say
+        self.config, self.run_folder = config, run
         self.accelerator = make_accelerator(config, run)
-        self.device: torch.device = self.accelerator.device
-        preset = find_preset(config.student)
-        self.model = read_model(config.teacher)
-        self.size = self._image_size()
+        find_preset(config.student)
+        model = read_model(config.teacher)
+        image_size(config, model)
         self._claim_folder(resume)  # after what can be refused at once
-        teacher = load_network(config.teacher, "unet")
-        self.student, self.inherited = make_student(preset, teacher, seed=config.seed, inherit_weights=config.inherit)
-        self.teacher = self.frozen(teacher)
-        self.vae = load_network(config.teacher, "vae_decoder").to(self.device)
-        cache = config.cache or run / "cache"
-        text_encoder = load_network(config.teacher, "text_encoder").to(self.device)
-        self.embed = TextEmbedder.of_teacher(config.teacher, text_encoder, cache)
-        self.vae_sha256 = hash_checkpoint(config.teacher / "vae")
-        self.schedule = NoiseSchedule.from_config(self.model.scheduler)
-        self.objective = Distillation(self.teacher, self.student, self.schedule, config.loss, self.device)
-        self.watch = Stopwatch(self.device)
+        self.watch = watch or Stopwatch()
+        learning = prepare_learning(
+            config, model, self.accelerator, run, objective=objective, watch=self.watch, say=say
+        )
+        self.teacher, self.student, self.objective = learning.teacher, learning.student, learning.objective
+        metrics = ImageMetrics(config.metric_weights, self.accelerator.device)
+        self.evaluator = Evaluator(self.teacher, metrics, config.eval_images, self.accelerator.autocast)
+        self.view = view_run(config, learning, self.accelerator, metrics)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.metrics = ImageMetrics(config.metric_weights, self.device)
-        self._prepare()
-        budget = None if config.replay_mb is None else int(config.replay_mb * 1e6)
-        capacity = config.replay if budget is None else 10**9
-        self.replay = ReplayBuffer(capacity, capacity_bytes=budget, policy=config.replay_policy)
+        self.replay = self._new_buffer()
         self.position = Position()
-        self._latents: dict[str, Latents] = {}
         if resume:
             self._restore()
         self.tracker = Tracker(self.accelerator, config, run, since=self.position.total)
 
+    def _new_buffer(self) -> ReplayBuffer:
+        budget = None if self.config.replay_mb is None else int(self.config.replay_mb * 1e6)
+        capacity = self.config.replay if budget is None else None
+        return ReplayBuffer(capacity, capacity_bytes=budget, policy=self.config.replay_policy)
+
     def _claim_folder(self, resume: bool) -> None:
         """Refuse a folder that is not this run's; a run that was killed before its first state starts again."""
-        path, main = self.run_folder / "config.json", self.accelerator.is_main_process
-        if resume and main:  # what a kill in the middle of a write left
+        path = self.run_folder / "config.json"
+        if resume and self.accelerator.is_main_process:  # what a kill in the middle of a write left
             for half in self.run_folder.glob(".*.part-*"):
                 shutil.rmtree(half)
             for half in self.run_folder.glob(".config.json.*"):
@@ -116,50 +127,12 @@ class Trainer:
         if resume and path.is_file():
             check_same(self.config, read_json(path, KdcError))
             return
-        if main:
+
+        def claim() -> None:
             refuse_foreign_folder(self.run_folder, None)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
             write_atomic(path, json.dumps(self.config.as_json(), indent=2))
 
-    def _image_size(self) -> int:
-        size = self.config.resolution or self.model.latent_size * self.model.vae_scale
-        unit = self.model.vae_scale * self.model.latent_unit
-        if size % unit or size < unit:
-            raise InputError(f"--resolution {size} does not fit this teacher: use a multiple of {unit}")
-        return size
-
-    def frozen(self, network: UNet2DConditionModel) -> UNet2DConditionModel:
-        """On the device, in the precision it is computed in: what never learns needs no 32-bit weights."""
-        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        memory_format = torch.channels_last if self.config.channels_last else torch.preserve_format
-        moved: UNet2DConditionModel = network.to(self.device, precision, memory_format=memory_format)
-        return moved.eval().requires_grad_(False)
-
-    def _prepare(self) -> None:
-        """The student on its device, as this launch wants it; its optimizer; its moving average."""
-        config, student = self.config, self.student
-        if config.gradient_checkpointing:
-            student.enable_gradient_checkpointing()
-        if config.channels_last:
-            student.to(memory_format=torch.channels_last)
-        if config.compile:
-            for network in (student, self.teacher):
-                for block in (*network.down_blocks, *network.up_blocks):
-                    block.compile(dynamic=False)  # a shape each: inductor fails on the sizes it would leave free
-        student.to(self.device).train()
-        self.net, self.optimizer = self.accelerator.prepare(student, make_optimizer(config, student))
-        self.ema = self.new_average()
-
-    def twin(self, weights: dict[str, Tensor]) -> UNet2DConditionModel:
-        """Another network of the student's shape with these weights, free of what the launch did to the student."""
-        network = UNet2DConditionModel(**self.student.config)
-        network.load_state_dict(weights)
-        return network
-
-    def new_average(self) -> EMAModel:
-        """A moving average that starts at the student's weights."""
-        return EMAModel(self.student.parameters(), decay=self.config.ema_decay, use_ema_warmup=True, power=0.75)
+        on_main_process(self.accelerator, claim)
 
     # --- the run ---
 
@@ -168,10 +141,11 @@ class Trainer:
         config, position = self.config, self.position
         while position.task < len(config.tasks):
             task = config.tasks[position.task]
-            latents = self.latents(task)
-            self.embed.prepare([*latents.captions, *self.replay.captions, ""], writes=self.accelerator.is_main_process)
+            with self.watch("prepare"):
+                latents = self.teacher.latents(task)
+                self.teacher.prepare_text([*latents.captions, *self.replay.captions, ""])
             if position.step == 0:
-                self.optimizer.state.clear()
+                self.student.begin_task()
                 self._remember_student()
             while position.step < config.steps:
                 yield self._step(task, latents)
@@ -179,7 +153,8 @@ class Trainer:
                     self._draw_samples()
                 if position.step % config.save_every == 0 and position.step < config.steps:
                     self.save()
-            self.replay.add(latents.captions, self._take_sides(latents), task=task.name, generator=self.generator)
+            flipped = random_flip(latents, self.generator)
+            self.replay.add(latents.captions, flipped, task=task.name, generator=self.generator)
             scores = self.evaluate()
             position.metric = scores[task.name].metric
             position.matrix.append([s.quality for s in scores.values()])
@@ -189,163 +164,123 @@ class Trainer:
             yield TaskDone(task.name, scores)
         self._finish()
 
+    def _remember_student(self) -> None:
+        """Let replayed samples be distilled from the EMA student from the previous task, where that is asked for."""
+        if self.config.replay_teacher == "student" and self.position.task > 0:
+            with self.student.averaged():
+                self.objective.replay_from(self.student.full_weights())
+
     def _step(self, task: Task, latents: Latents) -> StepDone:
         started = time.perf_counter()
         rate = learning_rate(self.config, self.position.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         with self.watch("data"):
-            batch = self._draw(latents)
-        losses, quarters = self._descend(batch, task)
+            batch = self.draw_batch(latents)
+        losses, by_timestep = self._descend(batch, task, rate)
         self.position.step += 1
         self.position.total += 1
         event = StepDone(
-            task.name, self.position.step, self.config.steps, self.position.total, losses, quarters, rate,
+            task.name, self.position.step, self.config.steps, self.position.total, losses, by_timestep, rate,
             self.config.batch_size / (time.perf_counter() - started),
         )  # fmt: skip
         if self.accelerator.is_main_process:
             with (self.run_folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(asdict(event)) + "\n")
-        self.tracker.log(event.losses, event.quarters, rate, event.total)
+        self.tracker.log(event.losses, event.by_timestep, rate, event.total)
         return event
 
-    def _descend(self, batch: Batch, task: Task) -> tuple[dict[str, float], list[float | None]]:
-        """One step down the gradient of the whole batch, of which this process computes its part, bit by bit."""
-        accelerator, config = self.accelerator, self.config
-        parts = accelerator.num_processes * config.accumulate
+    def draw_batch(self, latents: Latents) -> Batch:
+        """The next global batch."""
+        timesteps = self.objective.draw_timesteps
+        return draw_batch(self.config, latents, self.replay, timesteps=timesteps, generator=self.generator)
+
+    def _descend(self, batch: Batch, task: Task, rate: float) -> tuple[dict[str, float], list[float | None]]:
+        """One optimizer step; each process computes its share in `accumulate` micro-batches."""
+        accelerator, config, objective = self.accelerator, self.config, self.objective
+        micro_batches = accelerator.num_processes * config.accumulate
         sums: dict[str, Tensor] = {}
-        by_quarter = torch.zeros(2, QUARTERS, device=self.device)  # summed task loss, and count
-        self.optimizer.zero_grad(set_to_none=True)
+        by_bin = torch.zeros(2, objective.bins, device=accelerator.device)  # summed binned term, and count
+        self.student.begin_step(rate)
         for i in range(config.accumulate):
             with self.watch("data"):
-                mine = batch.part(accelerator.process_index * config.accumulate + i, parts).to(self.device)
-                hidden = self.embed(mine.captions)
+                number = accelerator.process_index * config.accumulate + i
+                mine = batch.micro_batch(number, micro_batches).to(accelerator.device)
+                text = self.teacher.embed(mine.captions)
             last = i == config.accumulate - 1
-            with nullcontext() if last else accelerator.no_sync(self.net):
-                terms = self.objective(self.net, mine, hidden, watch=self.watch, autocast=accelerator.autocast())
+            with nullcontext() if last else accelerator.no_sync(self.student.prepared):
+                terms = objective(self.student.prepared, mine, text)
                 with self.watch("student"):
                     weight = torch.where(mine.replayed, config.replay_weight, 1.0)
                     accelerator.backward((terms["total"] * weight).mean() / config.accumulate)
             terms = {n: t.detach() for n, t in terms.items()}
             sums = {n: sums.get(n, 0) + t.mean() / config.accumulate for n, t in terms.items()}
-            quarter = mine.timestep * QUARTERS // self.schedule.num_train_timesteps
-            by_quarter[0].index_add_(0, quarter, terms["task"])
-            by_quarter[1].index_add_(0, quarter, torch.ones_like(terms["task"]))
+            bins, binned = objective.bin_of(mine.timestep), terms[objective.binned_term]
+            by_bin[0].index_add_(0, bins, binned)
+            by_bin[1].index_add_(0, bins, torch.ones_like(binned))
         with self.watch("optimizer"):
-            names, seen = list(sums), torch.stack(list(sums.values()))
-            losses = dict(zip(names, accelerator.reduce(seen, "mean").tolist(), strict=True))
-            if losses["total"] - losses["total"] != 0:
+            means = accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
+            losses = dict(zip(sums, means, strict=True))
+            if not math.isfinite(losses["total"]):
                 raise KdcError(
                     f"the loss is no number at step {self.position.step + 1} of {task.name}: lower --learning-rate,"
                     " then --resume from the last saved state"
                 )
-            accelerator.clip_grad_norm_(self.net.parameters(), 1.0)
-            self.optimizer.step()
-            self.ema.step(self.student.parameters())
-            total, count = accelerator.reduce(by_quarter, "sum").tolist()
+            self.student.end_step()
+            total, count = accelerator.reduce(by_bin, "sum").tolist()
         return losses, [t / n if n else None for t, n in zip(total, count, strict=True)]
-
-    def _draw(self, latents: Latents) -> Batch:
-        """The whole batch of a step: new samples and, once there are any, replayed ones, with their noise."""
-        config, generator = self.config, self.generator
-        old = round(config.batch_size * config.replay_ratio) if len(self.replay) else 0
-        new = torch.randint(len(latents), (config.batch_size - old,), generator=generator)
-        mean, std = self._take_sides(latents)(new)
-        captions = [latents.captions[i] for i in new.tolist()]
-        if old:
-            picked = self.replay.draw(old, generator)
-            mean, std = torch.cat([mean, self.replay.mean[picked]]), torch.cat([std, self.replay.std[picked]])
-            captions += [self.replay.captions[i] for i in picked.tolist()]
-        mean, std = mean.float(), std.float()
-        dropped = torch.rand(len(captions), generator=generator) < config.caption_dropout
-        return Batch(
-            sample=mean + std * torch.randn(mean.shape, generator=generator),
-            noise=torch.randn(mean.shape, generator=generator),
-            timestep=torch.randint(self.schedule.num_train_timesteps, (len(mean),), generator=generator),
-            replayed=torch.arange(config.batch_size) >= config.batch_size - old,
-            captions=["" if d else c for c, d in zip(captions, dropped.tolist(), strict=True)],
-        )
-
-    def _take_sides(self, latents: Latents) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """Samples by number, each mirrored or not at random where both were encoded."""
-
-        def take(numbers: Tensor) -> tuple[Tensor, Tensor]:
-            if latents.flips == 1:
-                return latents.take(numbers)
-            return latents.take(numbers, torch.rand(len(numbers), generator=self.generator) < 0.5)
-
-        return take
-
-    def latents(self, task: Task) -> Latents:
-        if task.name not in self._latents:
-            self._latents[task.name] = cache_latents(
-                task, self.vae, self.config.cache or self.run_folder / "cache", vae_sha256=self.vae_sha256,
-                size=self.size, samples=self.config.samples, seed=self.config.seed, say=self.say,
-                writes=self.accelerator.is_main_process,
-            )  # fmt: skip
-        return self._latents[task.name]
-
-    def _remember_student(self) -> None:
-        """Keep the averaged student of before the task, where replayed samples are distilled from it."""
-        if self.config.replay_teacher == "student" and self.position.task > 0:
-            with self.averaged():
-                weights = whole_weights(self.accelerator, self.net)
-                self.objective.replay_from(self.frozen(self.twin(weights)))
 
     def any_process(self, flag: bool) -> bool:
         """Is the flag up in any process? All must ask together."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum").item())
+        return any_process(self.accelerator, flag)
 
     # --- quality ---
 
-    def evaluate(self) -> dict[str, Score]:
-        """Every task's quality with the averaged weights."""
-        with self.averaged() as generator:
-            return {t.name: self.score(generator, t) for t in self.config.tasks}
+    def evaluate(self, tasks: Sequence[Task] | None = None, *, teacher: bool = False) -> dict[str, Score]:
+        """The quality of the EMA student, or of the teacher, on tasks (the run's own where None). Collective."""
+        tasks = self.config.tasks if tasks is None else tasks
+        if teacher:
+            unet = self.teacher.unet
+            return {t.name: self.evaluator.score(unet, t, network=unet) for t in tasks}
+        with self.student.averaged() as unet:
+            return {t.name: self.evaluator.score(unet, t, network=self.student.prepared) for t in tasks}
 
-    def score(self, generator: Generator, task: Task) -> Score:
-        """An image generator's quality on a task."""
-        return score(self, generator, task)
-
-    @contextmanager
-    def averaged(self) -> Iterator[Generator]:
-        """A context in which the student has its moving average's weights: gives an image generator."""
-        self.ema.store(self.student.parameters())
-        self.ema.copy_to(self.student.parameters())
-        self.student.eval()
-        try:
-            yield self.generator_of(self.student)
-        finally:
-            shard_again(self.net)
-            self.ema.restore(self.student.parameters())
-            self.student.train()
-
-    def generator_of(self, unet: UNet2DConditionModel) -> Generator:
-        """An image generator of the run's size."""
-        text_encoder, tokenizer = self.embed.text_encoder, self.embed.tokenizer
-        request = replace(EVALUATION, width=self.size, height=self.size)
-        return torch_generator(self.model, tokenizer, text_encoder, unet, self.vae, request)
+    def unet(self) -> UNet2DConditionModel:
+        """A copy of the EMA student, which the checkpoint holds. Collective."""
+        with self.student.averaged():
+            return self.student.copy(self.student.full_weights())
 
     def _draw_samples(self) -> None:
-        with self.averaged() as generator:
-            path = write_sample_sheet(self.run_folder, generator, self.config.tasks, self.position.total, self.size)
-        self.tracker.log_image(path, self.position.total)
+        total, size = self.position.total, self.teacher.size
+        with self.student.averaged() as unet:
+            generator = self.teacher.generator(unet)
+            path = write_sample_sheet(self.run_folder, generator, self.config.tasks, total, size)
+        self.tracker.log_image(path, total)
 
     # --- saving ---
 
     def save(self) -> None:
-        """Save everything that a resumed run needs. All processes must call it together."""
-        tensors = pack(self)
-        if self.accelerator.is_main_process:
-            save_state(self.run_folder, self.position, tensors, self.replay, keep=self.config.keep)
-        self.accelerator.wait_for_everyone()
+        """Save everything that a resumed run needs. Collective."""
+        tensors = {"generator": self.generator.get_state(), **self.student.state_dict()}
+        tensors |= {f"objective/{n}": t for n, t in self.objective.state_dict().items()}
+        keep = self.config.keep
+        write = partial(save_state, self.run_folder, self.position, tensors, self.replay, keep=keep)
+        on_main_process(self.accelerator, write)
 
     def _restore(self) -> None:
         """Take up the newest state; a run that was killed before its first one starts from the beginning."""
         if list_states(self.run_folder):
-            unpack(self, *load_state(self.run_folder))
+            self.position, tensors, saved = load_state(self.run_folder)
+            unknown = {n.partition("/")[0] for n in tensors} - set(STATE_KINDS)
+            if unknown:
+                raise CheckpointError(
+                    f"the saved state of {self.run_folder} holds {', '.join(sorted(unknown))}, which this version"
+                    " does not know: resume with the version that started the run"
+                )
+            budget = self.replay  # this run's own, which may differ from the saved one's
+            saved.limit(budget.capacity, capacity_bytes=budget.capacity_bytes, policy=budget.policy)
+            self.replay = saved
+            self.generator.set_state(tensors["generator"])
+            self.student.load_state_dict(tensors, steps=self.position.total)
+            self.objective.load_state_dict(under("objective/", tensors))
         if self.accelerator.is_main_process:
             self._cut_metrics()
 
@@ -356,21 +291,21 @@ class Trainer:
             write_atomic(path, "".join(path.read_text().splitlines(keepends=True)[: self.position.total]))
 
     def _prompts(self) -> list[str]:
-        """Some captions of every task, what an export can calibrate itself on."""
+        """Some captions of every task, for an export to calibrate itself on."""
         found = []
         for task in self.config.tasks:
-            captions = sorted(set(self.latents(task).captions))
+            captions = sorted(set(self.teacher.latents(task).captions))
             found += random.Random(self.config.seed).sample(captions, min(PROMPTS_A_TASK, len(captions)))
         return found
 
     def _finish(self) -> None:
-        with self.averaged():
-            weights = whole_weights(self.accelerator, self.net)
-            if self.accelerator.is_main_process:
-                results = write_results(self.run_folder, self.config, self.position)
-                card = model_card(self.config, self.model, results)
-                out = self.run_folder / "checkpoint"
-                twin = self.twin(weights)
-                write_checkpoint(out, twin, parts_from=self.config.teacher, card=card, prompts=self._prompts())
-        self.accelerator.wait_for_everyone()
+        unet, prompts = self.unet(), self._prompts()
+
+        def write() -> None:
+            results = write_results(self.run_folder, self.config, self.position)
+            card = model_card(self.config, self.teacher.model, results)
+            out = self.run_folder / "checkpoint"
+            write_checkpoint(out, unet, parts_from=self.config.teacher, card=card, prompts=prompts)
+
+        on_main_process(self.accelerator, write)
         self.tracker.finish()

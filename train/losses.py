@@ -57,19 +57,19 @@ def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -
 
 
 def distillation_loss(
-    student: Tensor,
-    teacher: Tensor,
+    student_pred: Tensor,
+    teacher_pred: Tensor,
     target: Tensor,
     student_features: Mapping[str, Tensor],
     teacher_features: Mapping[str, Tensor],
     weights: LossWeights,
 ) -> dict[str, Tensor]:
     """Every term, unweighted, and their weighted `total`, each (B,); predictions and target are (B, C, h, w)."""
-    teacher = teacher.detach()
+    teacher_pred = teacher_pred.detach()
     terms = {
-        "task": mean_squared_error(student, target),
-        "output": mean_squared_error(student, teacher),
-        "soft": soft_target_loss(student, teacher, weights.temperature),
+        "task": mean_squared_error(student_pred, target),
+        "output": mean_squared_error(student_pred, teacher_pred),
+        "soft": soft_target_loss(student_pred, teacher_pred, weights.temperature),
         "feature": feature_loss(student_features, {n: f.detach().float() for n, f in teacher_features.items()}),
     }
     return terms | {"total": torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum(0)}

@@ -1,24 +1,28 @@
-"""A training run's saved states: everything that a resumed run needs to end with the uninterrupted one's weights.
+"""Saved states of a training run, and runs that go on from them.
 
     RUN/state/00000120-0/  state.json (position, scores), tensors.safetensors (weights, moving average, optimizer,
                            random state), replay.safetensors (the buffer)
 
-A state is written beside its place and renamed in; older ones are removed after that, so a kill at any moment
-leaves at least one whole state.
+    branch_run(Path("runs/kept"), Path("runs/bare"), replace(config, replay=0))      # then resume runs/bare
+    config = continue_run(Path("runs/001"), Path("runs/002"), config)                # then resume runs/002
+
+A state is everything that a resumed run needs to end with the uninterrupted one's weights. It is written beside its
+place and renamed in; older ones are removed after that, so a kill at any moment leaves at least one whole state.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kdc_edge.errors import CheckpointError
-from kdc_edge.files import atomic_folder, read_json, write_atomic
+from kdc_edge.errors import CheckpointError, InputError
+from kdc_edge.files import atomic_folder, read_json, refuse_foreign_folder, write_atomic
+from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.replay import ReplayBuffer
 
 
@@ -75,3 +79,35 @@ def load_state(run: Path) -> tuple[Position, dict[str, Tensor], ReplayBuffer]:
     except Exception as error:
         raise CheckpointError(f"{folder} is damaged: {error}; remove it and resume from the one before") from None
     return position, tensors, ReplayBuffer.load(folder / "replay.safetensors")
+
+
+def branch_run(source: Path, out: Path, config: TrainConfig) -> None:
+    """Prepare `out` to go on from the newest state of `source` with another configuration, e.g. without replay."""
+    refuse_foreign_folder(out, None)
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("checkpoint", "results.json", ".*"))
+    write_atomic(out / "config.json", json.dumps(config.as_json(), indent=2))
+
+
+def continue_run(source: Path, out: Path, config: TrainConfig) -> TrainConfig:
+    """Prepare `out` to go on from the finished run `source` with the tasks of `config` after its own.
+
+    The replay buffer, the weights, their moving average and R come along; resume `out` with the configuration that is
+    given back. Raises CheckpointError for a run that is not finished, InputError for another student.
+    """
+    states = list_states(source)
+    if not states:
+        raise CheckpointError(f"{source} is no run with saved states: name the folder of a run, such as runs/001")
+    position, _, _ = load_state(source)
+    saved = TrainConfig.load(source)
+    if position.task < len(saved.tasks):
+        raise CheckpointError(f"{source} is not finished: kdc-edge train --resume --out {source} first")
+    if saved.student != config.student:
+        raise InputError(f"--student {config.student} is not the run's {saved.student}: leave it as it was")
+    joined = replace(config, tasks=(*saved.tasks, *config.tasks))
+    refuse_foreign_folder(out, None)
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(states[0], out / "state" / states[0].name)
+    if (source / "metrics.jsonl").is_file():
+        shutil.copy(source / "metrics.jsonl", out)
+    write_atomic(out / "config.json", json.dumps(joined.as_json(), indent=2))
+    return joined

@@ -26,11 +26,11 @@ class Tracker:
             name = "tensorboard" if config.log_with == "tensorboard" else "kdc-edge"  # a folder or a project
             accelerator.init_trackers(name, init_kwargs=options)
 
-    def log(self, losses: dict[str, float], quarters: list[float | None], rate: float, step: int) -> None:
+    def log(self, losses: dict[str, float], by_timestep: list[float | None], rate: float, step: int) -> None:
         if self.on:
-            parts = {f"loss quarter/{i}": q for i, q in enumerate(quarters) if q is not None}
+            bins = {f"loss by timestep/{i}": v for i, v in enumerate(by_timestep) if v is not None}
             self.accelerator.log(
-                {f"loss/{n}": v for n, v in losses.items()} | parts | {"learning rate": rate}, step=step
+                {f"loss/{n}": v for n, v in losses.items()} | bins | {"learning rate": rate}, step=step
             )
 
     def log_image(self, path: Path, step: int) -> None:

@@ -39,9 +39,7 @@ def _load_settings(context: typer.Context, path: Path | None) -> Path | None:
         raise InputError(f"{path} does not exist: give --config the name of a TOML file") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is no TOML file: {error}") from None
-    from kdc_edge.cli.app import app
-
-    commands = [c.name for c in app.registered_commands]
+    commands = getattr(context.parent.command, "commands", {}) if context.parent else {}
     for name, section in settings.items():
         if name not in commands or not isinstance(section, dict):
             raise InputError(f"{path}: {name} is no section: use [train], [export], [generate], [bench], ...")

@@ -36,11 +36,11 @@ def quickstart(
     from kdc_edge.runtimes import open_pipeline
     from kdc_edge.train.checkpoint import GARDEN_TEACHER
     from kdc_edge.train.config import TrainConfig
-    from kdc_edge.train.continuing import branch
     from kdc_edge.train.data.sources import GardenSource
     from kdc_edge.train.data.tasks import Task
     from kdc_edge.train.loop import StepDone, Trainer
     from kdc_edge.train.quality.evaluate import EVALUATION, evaluation_scenes
+    from kdc_edge.train.runs import branch_run
 
     refuse_foreign_folder(out, None)
     config = TrainConfig(
@@ -64,10 +64,12 @@ def quickstart(
     # The first task is the same with and without replay, so it is trained once and the runs part after it.
     with Progress(3 * steps) as progress:
         kept = Trainer(config, out / "runs" / "replay")
-        teacher_scores = {t.name: kept.score(kept.generator_of(kept.teacher), t) for t in config.tasks}
+        teacher_scores = kept.evaluate(teacher=True)
         progress.say("teacher: prompt accuracy " + ", ".join(f"{n} {s.quality:.3f}" for n, s in teacher_scores.items()))
         follow(kept, progress, "student", until_task=1)
-        bare = branch(kept.run_folder, out / "runs" / "no-replay", replace(config, replay=0))
+        without = replace(config, replay=0)
+        branch_run(kept.run_folder, out / "runs" / "no-replay", without)
+        bare = Trainer(without, out / "runs" / "no-replay", resume=True)
         follow(kept, progress, "with replay", until_task=2)
         follow(bare, progress, "without replay", until_task=2)
 

@@ -88,8 +88,8 @@ def _headline(story: Story, share: float) -> Html:
 
 def kept_parameters(story: Story) -> tuple[int, int]:
     """Parameters of the teacher's and of the student's U-Net."""
-    kept = story.runs["with replay"]
-    return sum(p.numel() for p in kept.teacher.parameters()), sum(p.numel() for p in kept.student.parameters())
+    view = story.runs["with replay"].view
+    return view.teacher_parameters, view.student_parameters
 
 
 def _images(story: Story) -> list[Html]:

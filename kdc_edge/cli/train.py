@@ -90,10 +90,10 @@ def train(
     need_training("kdc-edge train")
     from kdc_edge.train.checkpoint import find_teacher
     from kdc_edge.train.config import TrainConfig
-    from kdc_edge.train.continuing import continue_run
     from kdc_edge.train.data.tasks import parse_tasks
     from kdc_edge.train.loop import Trainer
     from kdc_edge.train.losses import LossWeights
+    from kdc_edge.train.runs import continue_run
 
     if resume and out is None and not LATEST.exists():
         raise InputError("there is no run to resume in runs/: start without --resume")
@@ -121,10 +121,10 @@ def train(
     if continue_from:
         settings, resume = continue_run(continue_from, run, settings), True
     trainer = Trainer(settings, run, resume=resume, say=say)
-    if trainer.accelerator.is_main_process:
+    if trainer.view.is_main_process:
         _announce(trainer, run)
     _follow(trainer)
-    if trainer.accelerator.is_main_process:
+    if trainer.view.is_main_process:
         typer.echo(run / "checkpoint")
 
 
@@ -149,17 +149,15 @@ def _saved_settings(context: typer.Context, flags: dict[str, Any], run: Path) ->
 
 
 def _announce(trainer: Trainer, run: Path) -> None:
-    config = trainer.config
+    config, view = trainer.config, trainer.view
     point_latest(run)
-    inherited = sum(source is not None for source in trainer.inherited.values())
-    say(f"{config.student}: {inherited} of {len(trainer.inherited)} weights inherited from {config.teacher.name}")
-    count = trainer.accelerator.num_processes
-    say(f"on {trainer.device}{f' x {count}' if count > 1 else ''}, into {run}")
+    teacher = config.teacher.name
+    say(f"{config.student}: {view.inherited_tensors} of {view.student_tensors} weights inherited from {teacher}")
+    say(f"on {view.device}{f' x {view.processes}' if view.processes > 1 else ''}, into {run}")
     if trainer.position.total:
         say(f"going on after step {trainer.position.total}")
-    if any(not task.source.startswith("garden:") for task in config.tasks):
-        for line in trainer.metrics.missing():
-            say(f"not measured: {line}")
+    for line in view.not_measured:
+        say(f"not measured: {line}")
 
 
 def _benchmark(settings: TrainConfig, steps: int) -> None:
@@ -185,7 +183,7 @@ def _follow(trainer: Trainer) -> None:
 
     signal.signal(signal.SIGTERM, on_sigterm)
     total = trainer.config.steps * len(trainer.config.tasks)
-    if not trainer.accelerator.is_main_process:
+    if not trainer.view.is_main_process:
         for _ in trainer.run():
             if trainer.any_process(stop):
                 trainer.save()

@@ -47,16 +47,31 @@ def sharded(*args):
 loop.make_accelerator = sharded
 run = Path(sys.argv[1])
 trainer = loop.Trainer(settings(), run)
-assert all(isinstance(p, DTensor) for p in trainer.net.parameters())
+assert all(isinstance(p, DTensor) for p in trainer.student.prepared.parameters())
 for event in trainer.run():
     if event.total == 3:
         break  # one step after the state that was saved
-with trainer.averaged():
-    expected = loop.whole_weights(trainer.accelerator, trainer.net)
+expected = trainer.unet().state_dict()
 if trainer.accelerator.is_main_process:
     save_file(expected, run / "expected.safetensors")
 for _ in loop.Trainer(settings(), run, resume=True).run():
     pass
+"""
+
+# One process encodes and the other waits for it; no image of the task can be read.
+BROKEN = """
+import os, sys
+from pathlib import Path
+from kdc_edge.errors import KdcError
+from kdc_edge.train.data.tasks import Task
+from kdc_edge.train.loop import Trainer
+from tests.train.test_distributed import settings
+run = Path(sys.argv[1])
+broken = settings(tasks=(Task("photos", f"imagefolder:{run.parent / 'photos'}"),))
+try:
+    next(Trainer(broken, run).run())
+except KdcError as error:
+    run.with_name(f"said-{os.environ['RANK']}").write_text(str(error))
 """
 
 
@@ -90,6 +105,15 @@ def test_two_processes_that_share_the_weights_out_have_it_too(alone: Path, tmp_p
     assert distance(tmp_path / "run", alone) < 1e-4
     ours, expected = load_file(tmp_path / "run" / WEIGHTS), load_file(tmp_path / "run" / "expected.safetensors")
     assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_failure_of_the_main_process_ends_the_one_that_waits_for_it(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "roses").mkdir(parents=True)
+    (tmp_path / "photos" / "roses" / "0.jpg").write_bytes(b"broken")
+    run_in_two_processes(BROKEN, tmp_path / "run")
+    main, waiting = ((tmp_path / f"said-{rank}").read_text() for rank in (0, 1))
+    assert main.startswith("photos: none of 1 images in ")
+    assert waiting == f"the main process failed: {main}"
 
 
 def run_in_two_processes(program: str, folder: Path) -> None:

@@ -50,9 +50,9 @@ def test_the_total_is_the_weighted_sum() -> None:
 @pytest.mark.parametrize("term", ["task", "output", "soft", "feature"])
 def test_each_term_alone_has_a_gradient_for_the_student_and_none_for_the_teacher(term: str) -> None:
     student, teacher = batch(0, 2, 4, 8, 8).requires_grad_(), batch(1, 2, 4, 8, 8).requires_grad_()
-    seen = {"up_blocks.0": student * 2}
-    shown = {"up_blocks.0": teacher * 3}
-    terms = distillation_loss(student, teacher, batch(2, 2, 4, 8, 8), seen, shown, LossWeights())
+    student_features = {"up_blocks.0": student * 2}
+    teacher_features = {"up_blocks.0": teacher * 3}
+    terms = distillation_loss(student, teacher, batch(2, 2, 4, 8, 8), student_features, teacher_features, LossWeights())
     terms[term].sum().backward()
     assert student.grad is not None
     assert student.grad.abs().sum() > 0

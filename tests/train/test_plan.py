@@ -119,7 +119,7 @@ def test_a_constant_rate_and_a_smaller_image(tmp_path: Path) -> None:
     )
     events = [e for e in trainer.run() if isinstance(e, StepDone)]
     assert [e.learning_rate for e in events] == [1e-3] * 3
-    assert trainer.latents(TASKS[0]).shards[0][0].shape[-1] == 8
+    assert trainer.teacher.latents(TASKS[0]).shards[0][0].shape[-1] == 8
     with Image.open(tmp_path / "run" / "samples" / "00000002.png") as sheet:
         assert sheet.width >= 4 * 32
 
@@ -158,18 +158,18 @@ def test_tensorboard_has_every_steps_losses(tmp_path: Path) -> None:
 def test_velocity_prediction_has_the_velocity_as_target(tmp_path: Path) -> None:
     """A student that answers with v = sqrt(a) noise - sqrt(1 - a) sample has no task loss."""
     trainer = Trainer(config(tasks=TASKS[:1]), tmp_path / "run")
-    objective, batch = trainer.objective, trainer._draw(trainer.latents(TASKS[0]))
+    objective, batch = trainer.objective, trainer.draw_batch(trainer.teacher.latents(TASKS[0]))
     objective.schedule = replace(objective.schedule, prediction_type="v_prediction")
     a = objective.alphas_cumprod[batch.timestep].view(-1, 1, 1, 1)
 
     class Perfect(torch.nn.Module):
         def forward(self, noisy: torch.Tensor, timestep: torch.Tensor, hidden: torch.Tensor) -> object:
-            answer = trainer.student(noisy, timestep, hidden)
+            answer = trainer.student.network(noisy, timestep, hidden)
             answer.sample = a.sqrt() * batch.noise - (1 - a).sqrt() * batch.sample
             return answer
 
     with torch.no_grad():
-        terms = objective(Perfect(), batch, trainer.embed(batch.captions), watch=trainer.watch)
+        terms = objective(Perfect(), batch, trainer.teacher.embed(batch.captions))
     assert terms["task"].max() < 1e-10
 
 

@@ -13,7 +13,7 @@ import pytest
 from kdc_edge.noise import initial_latents
 from kdc_edge.train.quality import evaluate
 from kdc_edge.train.quality.evaluate import Evaluated, Score, evaluation_noise, open_generator
-from kdc_edge.train.quality.precisions import Loss, compare
+from kdc_edge.train.quality.precisions import QualityDrop, compare
 from tests.cli.test_commands import complaint, run
 
 
@@ -28,7 +28,7 @@ def test_what_is_lost_is_paired_image_by_image() -> None:
     assert found.lost["a"].mean == pytest.approx(0.1)
     assert found.lost["a"].stderr == pytest.approx(np.std([0.2, 0, 0, 0.2], ddof=1) / 2)
     assert found.lost["a"].within_noise
-    assert found.lost["b"] == Loss(0.0, 0.0, True)
+    assert found.lost["b"] == QualityDrop(0.0, 0.0, True)
     # The last task's loss is no forgetting; the earlier ones' mean is, with the error of a mean of two.
     assert found.added_forgetting is not None
     assert found.added_forgetting.mean == pytest.approx(0.05)
@@ -43,7 +43,7 @@ def test_a_single_task_cannot_be_forgotten_and_distances_have_no_spread() -> Non
     )
     found = compare({"a": own}, {"a": other})
     assert found.added_forgetting is None
-    assert found.lost["a"] == Loss(2, None, None)  # the greater distance is the worse
+    assert found.lost["a"] == QualityDrop(2, None, None)  # the greater distance is the worse
     assert found.psnr_db == found.worst_psnr_db == pytest.approx(20 * math.log10(255))
 
 

@@ -21,7 +21,8 @@ from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.flower_names import FLOWER_NAMES
 from kdc_edge.train.data.images import LeftOut, read_image
-from kdc_edge.train.data.sources import SOURCES, Sample, Source, open_source
+from kdc_edge.train.data.source import Sample, Source
+from kdc_edge.train.data.sources import SOURCES, open_source
 from kdc_edge.train.data.tasks import parse_tasks
 from kdc_edge.train.loop import Trainer
 
@@ -318,11 +319,10 @@ def test_every_layout_trains_a_few_steps(tmp_path: Path) -> None:
     said: list[str] = []
     trainer = Trainer(config, tmp_path / "run", say=said.append)
     for task in tasks:
-        latents = trainer.latents(task)
+        latents = trainer.teacher.latents(task)
         for _ in range(2):
             assert trainer._step(task, latents).losses["total"] > 0
     assert any("3 of 11 images left out: 2 cannot be read as an image, 1 smaller than" in line for line in said)
-    with trainer.averaged() as generator:
-        score = trainer.score(generator, tasks[1])
+    score = trainer.evaluate(tasks[1:2])[tasks[1].name]
     assert (score.metric, score.quality) == ("-loss", -score.values["loss"])
     assert score.values["loss"] > 0

@@ -1,6 +1,6 @@
 """Latents and text embeddings, computed once: the VAE and the text encoder never learn.
 
-    CACHE/flowers-train-1f2e.../    shard-00000.safetensors ...   posterior mean and deviation, fp16, of each sample
+    CACHE/flowers-train-1f2e.../    shard-00000.safetensors ...   posterior mean and std, fp16, of each sample
                                     index.json                    written last: counts, what was left out and why
     CACHE/text-9ab8.../             shard-00000.safetensors ...   embeddings of unique captions, fp16
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import write_atomic
 from kdc_edge.tokenizer import Tokenizer
 from kdc_edge.train.data.images import LeftOut
-from kdc_edge.train.data.sources import Part
+from kdc_edge.train.data.source import Part
 from kdc_edge.train.data.tasks import Task
 
 SHARD_BYTES = 64 * 2**20
@@ -40,11 +39,17 @@ TEXTS_A_SHARD = 256
 NAMES_KEPT = 20  # of the samples left out, in index.json
 
 Say = Callable[[str], None]
+Write = Callable[[], None]
+
+
+def write_here(write: Write) -> None:
+    """One process reads what it wrote itself; with several, pass `on_main_process` of their accelerator."""
+    write()
 
 
 @dataclass(frozen=True)
 class Latents:
-    """A task's encoded samples, memory-mapped: scaled posterior mean and deviation, (n, F, C, h, w) fp16 a shard.
+    """A task's encoded samples, memory-mapped: scaled posterior mean and std, (n, F, C, h, w) fp16 a shard.
 
     F is 2 where the mirror image was encoded too, else 1.
     """
@@ -65,13 +70,13 @@ class Latents:
         return int(self.shards[0][0].shape[1])
 
     def take(self, numbers: Tensor, flipped: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and deviation (B, C, h, w) fp16 of these samples (B,), mirrored where `flipped` (B,) says so."""
+        """Mean and std (B, C, h, w) fp16 of these samples (B,), mirrored where `flipped` (B,) says so."""
         shard = torch.searchsorted(self.starts, numbers, right=True) - 1
         row = numbers - self.starts[shard]
-        side = torch.zeros_like(row) if flipped is None else flipped.long()
+        flip = torch.zeros_like(row) if flipped is None else flipped.long()
         picked = [
             (self.shards[s][0][r, f], self.shards[s][1][r, f])
-            for s, r, f in zip(shard.tolist(), row.tolist(), side.tolist(), strict=True)
+            for s, r, f in zip(shard.tolist(), row.tolist(), flip.tolist(), strict=True)
         ]
         return torch.stack([mean for mean, _ in picked]), torch.stack([std for _, std in picked])
 
@@ -84,7 +89,7 @@ def cache_key(task: Task, *, vae_sha256: str, size: int, samples: int | None, se
 
 @torch.inference_mode()
 def encode_images(vae: AutoencoderKL, images: np.ndarray) -> tuple[Tensor, Tensor]:
-    """uint8 (N, H, W, 3) -> posterior mean and deviation (N, C, h, w) fp16, times the scaling factor."""
+    """uint8 (N, H, W, 3) -> posterior mean and std (N, C, h, w) fp16, times the scaling factor."""
     batch = torch.from_numpy(images).permute(0, 3, 1, 2)
     posterior = vae.encode(batch.to(vae.device, vae.dtype) / 127.5 - 1).latent_dist
     scale = vae.config.scaling_factor
@@ -102,19 +107,20 @@ def cache_latents(
     seed: int = 0,
     part: Part = "train",
     say: Say = lambda _: None,
-    writes: bool = True,
+    write_once: Callable[[Write], None] = write_here,
 ) -> Latents:
     """The task's latents at `size` pixels, encoded unless `folder` has them. Raises InputError when none is left.
 
-    `writes=False` waits until another process has written them.
+    Of several processes one writes: `write_once` runs the writing there and gives back when all may read.
     """
     key = cache_key(task, vae_sha256=vae_sha256, size=size, samples=samples, seed=seed, part=part)
     home = folder / f"{task.name}-{part}-{key}"
-    index = home / "index.json"
-    while not writes and not index.is_file():
-        time.sleep(0.2)
-    if not index.is_file():
-        _encode(task, vae, home, size=size, samples=samples, seed=seed, part=part, say=say)
+
+    def write() -> None:
+        if not (home / "index.json").is_file():
+            _encode(task, vae, home, size=size, samples=samples, seed=seed, part=part, say=say)
+
+    write_once(write)
     shards, captions = [], []
     for path in sorted(home.glob("shard-*.safetensors")):
         with _open(path) as file:
@@ -188,15 +194,15 @@ def _write_shard(
     left: Counter[str],
 ) -> None:
     at_once = max(1, 2**22 // images[0].size)  # a batch of 4 million values keeps the encoder's memory small
-    means, deviations = [], []
+    means, stds = [], []
     for start in range(0, len(images), at_once):
         batch = np.stack(images[start : start + at_once])
-        sides = [batch, np.ascontiguousarray(batch[:, :, ::-1])] if mirrored else [batch]
-        encoded = [encode_images(vae, side) for side in sides]
+        flips = [batch, np.ascontiguousarray(batch[:, :, ::-1])] if mirrored else [batch]
+        encoded = [encode_images(vae, flip) for flip in flips]
         means.append(torch.stack([mean for mean, _ in encoded], 1))  # (n, F, C, h, w)
-        deviations.append(torch.stack([std for _, std in encoded], 1))
+        stds.append(torch.stack([std for _, std in encoded], 1))
     texts = {"captions": json.dumps(captions), "progress": json.dumps({"read": read, "left_out": left})}
-    write_atomic(path, save({"mean": torch.cat(means), "std": torch.cat(deviations)}, metadata=texts))
+    write_atomic(path, save({"mean": torch.cat(means), "std": torch.cat(stds)}, metadata=texts))
 
 
 def _open(path: Path) -> safe_open:
@@ -218,7 +224,7 @@ class TextEmbedder:
 
     @classmethod
     def of_teacher(cls, teacher: Path, text_encoder: CLIPTextModel, cache: Path) -> TextEmbedder:
-        """With a home in the cache that belongs to this teacher's words."""
+        """An embedder whose folder in the cache is keyed by the teacher's text encoder and tokenizer."""
         parts = hash_checkpoint(teacher / "text_encoder") + hash_checkpoint(teacher / "tokenizer")
         home = cache / f"text-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
         return cls(text_encoder, Tokenizer.from_folder(teacher / "tokenizer"), home)

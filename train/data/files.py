@@ -18,7 +18,7 @@ from kdc_edge.errors import InputError, require
 from kdc_edge.files import inside
 from kdc_edge.train.data.flower_names import FLOWER_NAMES
 from kdc_edge.train.data.images import PICKLES, SUFFIXES, LeftOut, read_image
-from kdc_edge.train.data.sources import Part, Sample, fill
+from kdc_edge.train.data.source import Part, Sample, fill
 
 MAX_METADATA_BYTES = 2**30
 MAX_LINE_CHARS = 100_000

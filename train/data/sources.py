@@ -10,63 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import numpy as np
 from PIL import Image
 
 from kdc_edge.errors import InputError
+from kdc_edge.train.data.files import open_butterflies, open_imagefolder, open_oxford_flowers
 from kdc_edge.train.data.images import LeftOut
+from kdc_edge.train.data.source import Part, Sample, Source
+from kdc_edge.train.data.streams import open_hf, open_webdataset
 from kdc_edge.train.garden import scenes as garden
 from kdc_edge.train.garden.scenes import PLURALS, Scene, Split, draw_scenes
 
-Part = Literal["train", "test"]
-
-MAX_CAPTION_CHARS = 1000  # CLIP reads 77 tokens
 GARDEN_SAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image with its caption; `name` says where it came from."""
-
-    name: str
-    image: np.ndarray  # uint8 (size, size, 3)
-    caption: str
-
-
-class Source(Protocol):
-    """Images with captions."""
-
-    @property
-    def mirrored(self) -> bool:
-        """Is an image's mirror image as good as the image?"""
-        ...
-
-    @property
-    def has_test_part(self) -> bool:
-        """Else the test part is the training part."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Changes when what `read` gives changes; a cache is keyed by it."""
-        ...
-
-    def read(
-        self, *, size: int, samples: int | None, seed: int, start: int = 0, part: Part = "train"
-    ) -> Iterator[Sample | LeftOut]:
-        """At most `samples` entries (all where None) from entry number `start` on, always in the same order."""
-        ...
-
-    def notes(self) -> list[str]:
-        """What a user should know of the data before training: empty classes, rows without an image."""
-        ...
-
-
-def fill(template: str | None, default: str, name: str) -> str:
-    """A caption from its template: no format codes, `{name}` alone. Cleaned of what no tokenizer reads."""
-    text = " ".join((template or default).replace("{name}", name).split())
-    return text.encode("utf-8", "replace").decode()[:MAX_CAPTION_CHARS]
 
 
 @dataclass(frozen=True)
@@ -110,43 +66,13 @@ def _garden(what: str, caption: str | None) -> GardenSource:
     return GardenSource(tuple(names[plural] for plural in what.split("+")))
 
 
-def _imagefolder(what: str, caption: str | None) -> Source:
-    from kdc_edge.train.data.files import open_imagefolder
-
-    return open_imagefolder(what, caption)
-
-
-def _oxford_flowers(what: str, caption: str | None) -> Source:
-    from kdc_edge.train.data.files import open_oxford_flowers
-
-    return open_oxford_flowers(what, caption)
-
-
-def _butterflies(what: str, caption: str | None) -> Source:
-    from kdc_edge.train.data.files import open_butterflies
-
-    return open_butterflies(what, caption)
-
-
-def _hf(what: str, caption: str | None) -> Source:
-    from kdc_edge.train.data.streams import open_hf
-
-    return open_hf(what, caption)
-
-
-def _webdataset(what: str, caption: str | None) -> Source:
-    from kdc_edge.train.data.streams import open_webdataset
-
-    return open_webdataset(what, caption)
-
-
 SOURCES: dict[str, Callable[[str, str | None], Source]] = {
     "garden": _garden,
-    "imagefolder": _imagefolder,
-    "oxford-flowers": _oxford_flowers,
-    "butterflies": _butterflies,
-    "hf": _hf,
-    "webdataset": _webdataset,
+    "imagefolder": open_imagefolder,
+    "oxford-flowers": open_oxford_flowers,
+    "butterflies": open_butterflies,
+    "hf": open_hf,
+    "webdataset": open_webdataset,
 }
 
 

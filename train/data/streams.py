@@ -19,7 +19,7 @@ from PIL import Image
 from kdc_edge.errors import InputError, require
 from kdc_edge.text import one_line
 from kdc_edge.train.data.images import LeftOut, read_image
-from kdc_edge.train.data.sources import Part, Sample, fill
+from kdc_edge.train.data.source import Part, Sample, fill
 
 CAPTION_COLUMNS = ("text", "caption", "txt", "prompt", "description", "label", "labels", "cls", "class", "json")
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kdc_edge.errors import InputError
-from kdc_edge.train.data.sources import Source, open_source
+from kdc_edge.train.data.source import Source
+from kdc_edge.train.data.sources import open_source
 
 
 @dataclass(frozen=True)

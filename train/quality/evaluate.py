@@ -30,7 +30,8 @@ from kdc_edge.pipeline import Pipeline, Request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.torch import TorchComponent, load_network
 from kdc_edge.tokenizer import Tokenizer
-from kdc_edge.train.data.sources import GardenSource, Sample
+from kdc_edge.train.data.source import Sample
+from kdc_edge.train.data.sources import GardenSource
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.garden import scenes as garden
 from kdc_edge.train.garden.judge import LABELS, load_judge, shares

@@ -1,50 +1,67 @@
-"""What a run measures of a task: its images, and the denoising loss on latents that are held out."""
+"""The quality of a run on its tasks: generated images, and the denoising loss on latents held out of training."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
 
-from kdc_edge.train.data.cache import cache_latents
+from kdc_edge.train.data.batch import Batch, add_noise
 from kdc_edge.train.data.tasks import Task
-from kdc_edge.train.objective import QUARTERS, Batch
-from kdc_edge.train.quality.evaluate import Generator, Score, ask, score_images
-
-if TYPE_CHECKING:
-    from kdc_edge.train.loop import Trainer
+from kdc_edge.train.losses import mean_squared_error
+from kdc_edge.train.networks import Teacher
+from kdc_edge.train.quality.evaluate import Score, ask, score_images
+from kdc_edge.train.quality.metrics import ImageMetrics
 
 EVALUATION_NOISE = 7  # the seed of every evaluation's noise
+TIMESTEPS = 4  # the middles of as many equal parts, for the held-out loss
 
 
-def score(trainer: Trainer, generator: Generator, task: Task) -> Score:
-    """An image generator's quality on a task; beyond the garden, with LPIPS to the teacher and the held-out loss."""
-    asked = ask(task, trainer.config.eval_images, size=trainer.size)
-    images = generator(asked.prompts, seed=EVALUATION_NOISE)
-    if asked.scenes:
-        return score_images(images, asked, trainer.metrics)
-    taught = None
-    if trainer.metrics.has_lpips:
-        taught = trainer.generator_of(trainer.teacher)(asked.prompts, seed=EVALUATION_NOISE)
-    return score_images(images, asked, trainer.metrics, paired=taught, loss=held_out_loss(trainer, task))
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores U-Nets on tasks, with the teacher's other networks."""
 
+    teacher: Teacher
+    metrics: ImageMetrics
+    images: int  # of each task
+    autocast: Callable[[], AbstractContextManager[object]]
 
-@torch.no_grad()
-def held_out_loss(trainer: Trainer, task: Task) -> float:
-    """The denoising loss on the task's test part (or training part, where it has no other), noise fixed."""
-    config, accelerator = trainer.config, trainer.accelerator
-    latents = cache_latents(
-        task, trainer.vae, config.cache or trainer.run_folder / "cache", vae_sha256=trainer.vae_sha256,
-        size=trainer.size, samples=config.eval_images, part="test", writes=accelerator.is_main_process,
-    )  # fmt: skip
-    generator, losses = torch.Generator().manual_seed(EVALUATION_NOISE), []
-    spread = trainer.schedule.num_train_timesteps // QUARTERS
-    for i, caption in enumerate(latents.captions):
-        mean, _ = latents.take(torch.tensor([i] * QUARTERS))
-        noise = torch.randn(mean.shape, generator=generator)
-        timestep = torch.arange(QUARTERS) * spread + spread // 2
-        batch = Batch(mean.float(), noise, timestep, timestep < 0, [caption] * QUARTERS).to(trainer.device)
-        hidden = trainer.embed(batch.captions)
-        terms = trainer.objective(trainer.net, batch, hidden, watch=trainer.watch, autocast=accelerator.autocast())
-        losses.append(terms["task"].mean().item())
-    return sum(losses) / len(losses)
+    def score(self, unet: UNet2DConditionModel, task: Task, *, network: nn.Module) -> Score:
+        """The quality of a U-Net's images on a task.
+
+        Beyond the garden, with LPIPS to the teacher's images and the held-out loss. `network` is the U-Net as the
+        launch wraps it, for the loss. Collective.
+        """
+        asked = ask(task, self.images, size=self.teacher.size)
+        images = self.teacher.generator(unet)(asked.prompts, seed=EVALUATION_NOISE)
+        if asked.scenes:
+            return score_images(images, asked, self.metrics)
+        teacher_images = None
+        if self.metrics.has_lpips:
+            teacher_images = self.teacher.generator(self.teacher.unet)(asked.prompts, seed=EVALUATION_NOISE)
+        loss = self._held_out_loss(network, task)
+        return score_images(images, asked, self.metrics, paired=teacher_images, loss=loss)
+
+    @torch.no_grad()
+    def _held_out_loss(self, network: nn.Module, task: Task) -> float:
+        """The denoising loss on the task's test part (or training part, where it has no other), noise fixed."""
+        device, schedule = self.teacher.device, self.teacher.schedule
+        alphas_cumprod = torch.tensor(schedule.alphas_cumprod, dtype=torch.float32).to(device)
+        latents = self.teacher.test_latents(task, self.images)
+        generator, losses = torch.Generator().manual_seed(EVALUATION_NOISE), []
+        spread = schedule.num_train_timesteps // TIMESTEPS
+        for i, caption in enumerate(latents.captions):
+            mean, _ = latents.take(torch.tensor([i] * TIMESTEPS))
+            noise = torch.randn(mean.shape, generator=generator)
+            timestep = torch.arange(TIMESTEPS) * spread + spread // 2
+            batch = Batch(mean.float(), noise, timestep, timestep < 0, [caption] * TIMESTEPS).to(device)
+            text = self.teacher.embed(batch.captions)
+            noisy, target = add_noise(batch, alphas_cumprod, prediction_type=schedule.prediction_type)
+            with self.autocast():
+                pred = network(noisy, batch.timestep, text).sample
+            losses.append(mean_squared_error(pred.float(), target).mean().item())
+        return sum(losses) / len(losses)

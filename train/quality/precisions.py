@@ -2,7 +2,7 @@
 
     own = evaluate_tasks(open_generator(checkpoint, steps=12, guidance=4.0), tasks, ...)
     other = evaluate_tasks(open_generator(bundle, steps=12, guidance=4.0), tasks, ...)
-    compare(own, other).added_forgetting          # Loss(mean=0.004, stderr=0.006): within the noise
+    compare(own, other).added_forgetting          # QualityDrop(mean=0.004, stderr=0.006): within the noise
 
 Prompts and noise are the same, image by image, so that differences are the precision's. What a bundle loses on
 the tasks before the last is what it adds to forgetting (maximum minus last): the maximum is the checkpoint's past.
@@ -24,15 +24,15 @@ from kdc_edge.train.quality.evaluate import Evaluated
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Quality that is gone: positive is worse."""
+class QualityDrop:
+    """Quality of the checkpoint minus quality of the bundle: positive is worse."""
 
     mean: float
     stderr: float | None  # of the differences image by image; None where images have no score of their own
     within_noise: bool | None  # no more than two standard errors?
 
     @classmethod
-    def of(cls, mean: float, stderr: float | None) -> Loss:
+    def of(cls, mean: float, stderr: float | None) -> QualityDrop:
         return cls(mean, stderr, None if stderr is None else abs(mean) <= 2 * stderr)
 
 
@@ -40,8 +40,8 @@ class Loss:
 class Comparison:
     """A bundle beside its checkpoint."""
 
-    lost: dict[str, Loss]  # by task
-    added_forgetting: Loss | None  # the mean of `lost` over the tasks before the last; None for a single task
+    lost: dict[str, QualityDrop]  # by task
+    added_forgetting: QualityDrop | None  # the mean of `lost` over the tasks before the last; None for a single task
     psnr_db: float | None  # median over all images; None where both are equal
     worst_psnr_db: float | None
 
@@ -54,22 +54,22 @@ def compare(own: Mapping[str, Evaluated], other: Mapping[str, Evaluated]) -> Com
     return Comparison(lost, _mean(list(lost.values())[:-1]), median_db, worst_db)
 
 
-def _lost(own: Evaluated, other: Evaluated) -> Loss:
+def _lost(own: Evaluated, other: Evaluated) -> QualityDrop:
     mean = own.score.quality - other.score.quality
     differences = np.subtract(own.score.by_image, other.score.by_image)
     if len(differences) < 2:
-        return Loss.of(mean, None)
-    return Loss.of(mean, float(np.std(differences, ddof=1) / math.sqrt(len(differences))))
+        return QualityDrop.of(mean, None)
+    return QualityDrop.of(mean, float(np.std(differences, ddof=1) / math.sqrt(len(differences))))
 
 
-def _mean(losses: Sequence[Loss]) -> Loss | None:
+def _mean(losses: Sequence[QualityDrop]) -> QualityDrop | None:
     """Over tasks, whose images are independent."""
     if not losses:
         return None
     errors = [loss.stderr for loss in losses if loss.stderr is not None]
     known = len(errors) == len(losses)
     stderr = math.sqrt(sum(e**2 for e in errors)) / len(losses) if known else None
-    return Loss.of(float(np.mean([loss.mean for loss in losses])), stderr)
+    return QualityDrop.of(float(np.mean([loss.mean for loss in losses])), stderr)
 
 
 def refuse_strangers(bundles: Sequence[Path], checkpoint_sha256: str) -> None:

@@ -24,13 +24,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.train.checkpoint import GARDEN_TEACHER, find_teacher
 from kdc_edge.train.config import TrainConfig
-from kdc_edge.train.data.sources import Sample
+from kdc_edge.train.data.batch import Batch
+from kdc_edge.train.data.source import Sample
 from kdc_edge.train.data.tasks import Task
+from kdc_edge.train.distributed import make_accelerator
 from kdc_edge.train.loop import StepDone, Trainer
-from kdc_edge.train.objective import Batch, Stopwatch
+from kdc_edge.train.networks import Teacher, prepare_learning
+from kdc_edge.train.objective import Stopwatch
 
 WARMUP = 2  # steps that are not counted
 OURS, PLAIN_FP16, PLAIN_FP32 = RECIPES = ("cached-latents", "plain-fp16", "plain-fp32")
@@ -74,70 +78,73 @@ def measure_run(config: TrainConfig, run: Path, steps: int) -> Speed:
     if steps < 1:
         raise InputError(f"--benchmark {steps} is too few: use 1 or more")
     config = replace(config, steps=steps + WARMUP, save_every=steps + WARMUP, log_with="none", sample_every=0)
-    trainer = Trainer(config, run)
-    trainer.watch = Stopwatch(trainer.device, exact=True)
-    started = time.perf_counter()
-    trainer.embed.prepare([*trainer.latents(config.tasks[0]).captions, ""])
-    prepare_sec = time.perf_counter() - started
+    watch = Stopwatch(exact=True)
+    trainer = Trainer(config, run, watch=watch)
     events = trainer.run()
 
     def step() -> None:
         if not isinstance(next(events), StepDone):
             raise RuntimeError("the run ended before the benchmark")
 
-    return _time(step, trainer, OURS, steps, prepare_sec)
+    return _time(step, OURS, config.batch_size, steps, watch, cuda=trainer.view.device.startswith("cuda"))
 
 
 def measure_plain(config: TrainConfig, run: Path, steps: int, *, half: bool) -> Speed:
     """The plain recipe on the same task, networks, loss and batch; `half` is under fp16 autocast."""
     config = replace(config, log_with="none", channels_last=False, compile=False, mixed_precision="no")
-    trainer = Trainer(config, run)
-    trainer.watch = Stopwatch(trainer.device, exact=True)
-    scaler = torch.amp.GradScaler(trainer.device.type, enabled=half)
-    source = config.tasks[0].open()
-    wanted = min(config.samples or 256, 256)  # decoding is not what is compared: the images lie in memory
-    samples = [s for s in source.read(size=trainer.size, samples=wanted, seed=0) if isinstance(s, Sample)]
+    accelerator = make_accelerator(config, run)
+    device: torch.device = accelerator.device
 
     def autocast() -> torch.autocast:
-        return torch.autocast(trainer.device.type, torch.float16, enabled=half)
+        return torch.autocast(device.type, torch.float16, enabled=half)
+
+    watch = Stopwatch(exact=True)
+    model = read_model(config.teacher)
+    learning = prepare_learning(config, model, accelerator, run, watch=watch, autocast=autocast)
+    teacher, student, objective = learning.teacher, learning.student, learning.objective
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    source = config.tasks[0].open()
+    wanted = min(config.samples or 256, 256)  # decoding is not what is compared: the images lie in memory
+    samples = [s for s in source.read(size=teacher.size, samples=wanted, seed=0) if isinstance(s, Sample)]
 
     def step() -> None:
-        with trainer.watch("data"), autocast():
-            batch, hidden = _encode_batch(trainer, samples)
-        terms = trainer.objective(trainer.net, batch, hidden, watch=trainer.watch, autocast=autocast())
-        with trainer.watch("student"):
-            trainer.optimizer.zero_grad()
+        with watch("data"), autocast():
+            batch, text = _encode_batch(teacher, samples, config.batch_size)
+        terms = objective(student.prepared, batch, text)
+        with watch("student"):
+            student.optimizer.zero_grad()
             torch.autograd.backward(scaler.scale(terms["total"].mean()))
-        with trainer.watch("optimizer"):
-            scaler.unscale_(trainer.optimizer)
-            torch.nn.utils.clip_grad_norm_(trainer.net.parameters(), 1.0)
-            scaler.step(trainer.optimizer)
+        with watch("optimizer"):
+            scaler.unscale_(student.optimizer)
+            torch.nn.utils.clip_grad_norm_(student.prepared.parameters(), 1.0)
+            scaler.step(student.optimizer)
             scaler.update()
-            trainer.ema.step(trainer.student.parameters())
+            student.ema.step(student.network.parameters())
 
-    return _time(step, trainer, PLAIN_FP16 if half else PLAIN_FP32, steps, 0.0)
+    recipe = PLAIN_FP16 if half else PLAIN_FP32
+    return _time(step, recipe, config.batch_size, steps, watch, cuda=device.type == "cuda")
 
 
 @torch.no_grad()
-def _encode_batch(trainer: Trainer, samples: list[Sample]) -> tuple[Batch, Tensor]:
+def _encode_batch(teacher: Teacher, samples: list[Sample], count: int) -> tuple[Batch, Tensor]:
     """Images and captions through the frozen networks, as at every step of a plain script."""
-    device, count = trainer.device, trainer.config.batch_size
+    device, vae, embed = teacher.device, teacher.vae, teacher.embed
     picked = [samples[i] for i in torch.randint(len(samples), (count,)).tolist()]
     images = torch.stack([torch.from_numpy(s.image) for s in picked]).permute(0, 3, 1, 2).to(device)
-    latents = trainer.vae.encode(images.float() / 127.5 - 1).latent_dist.sample() * trainer.vae.config.scaling_factor
-    ids = torch.from_numpy(trainer.embed.tokenizer.encode([s.caption for s in picked])).to(device)
-    hidden = trainer.embed.text_encoder(ids).last_hidden_state
-    timestep = torch.randint(trainer.schedule.num_train_timesteps, (count,), device=device)
+    latents = vae.encode(images.float() / 127.5 - 1).latent_dist.sample() * vae.config.scaling_factor
+    ids = torch.from_numpy(embed.tokenizer.encode([s.caption for s in picked])).to(device)
+    text = embed.text_encoder(ids).last_hidden_state
+    timestep = torch.randint(teacher.schedule.num_train_timesteps, (count,), device=device)
     sample = latents.float()
     batch = Batch(sample, torch.randn_like(sample), timestep, timestep < 0, [s.caption for s in picked])
-    return batch, hidden.float()
+    return batch, text.float()
 
 
-def _time(step: Callable[[], None], trainer: Trainer, recipe: str, steps: int, prepare_sec: float) -> Speed:
-    cuda = trainer.device.type == "cuda"
+def _time(step: Callable[[], None], recipe: str, batch_size: int, steps: int, watch: Stopwatch, *, cuda: bool) -> Speed:
     for _ in range(WARMUP):
         step()
-    trainer.watch.seconds.clear()
+    prepare_sec = watch.seconds.get("prepare", 0.0)
+    watch.seconds.clear()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     times = []
@@ -152,12 +159,12 @@ def _time(step: Callable[[], None], trainer: Trainer, recipe: str, steps: int, p
     return Speed(
         recipe=recipe,
         device=torch.cuda.get_device_name() if cuda else "cpu",
-        batch_size=trainer.config.batch_size,
+        batch_size=batch_size,
         steps=steps,
-        images_per_sec=trainer.config.batch_size / median,
+        images_per_sec=batch_size / median,
         step_ms=1000 * median,
         peak_memory_bytes=peak,
-        shares={name: seconds / sum(times) for name, seconds in trainer.watch.seconds.items()},
+        shares={name: seconds / sum(times) for name, seconds in watch.seconds.items()},
         prepare_sec=prepare_sec,
     )
 
@@ -184,7 +191,7 @@ def main() -> None:
         mixed_precision=args.mixed_precision, channels_last=args.channels_last, compile=args.compile,
         gradient_checkpointing=args.gradient_checkpointing,
     )  # fmt: skip
-    fresh = multiprocessing.get_context("spawn")  # peak memory is a process's own, and so is the luck of its start
+    fresh = multiprocessing.get_context("spawn")  # a fresh process per measurement
     for batch_size in args.batch_size:
         found: dict[str, list[Speed]] = {recipe: [] for recipe in args.recipe}
         for _ in range(args.rounds):

@@ -22,10 +22,10 @@ from kdc_edge.errors import InputError
 from kdc_edge.files import read_json, write_atomic
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import TrainConfig
-from kdc_edge.train.continuing import branch
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.loop import Trainer
 from kdc_edge.train.losses import LossWeights
+from kdc_edge.train.runs import branch_run
 from kdc_edge.train.tools.experiment_report import write_report
 
 TASKS = tuple(Task(name, f"garden:{name}") for name in ("flowers", "butterflies", "fish"))
@@ -94,8 +94,7 @@ def run_cell(cell: Cell, out: Path, size: Size) -> dict[str, object]:
         pass
     final = trainer.position.values[-1]
     if len(trainer.config.tasks) == 1 and trainer.config.tasks[0] == ALL:
-        with trainer.averaged() as generator:  # jointly: one task was trained, three are asked for
-            final = [trainer.score(generator, task).values for task in TASKS]
+        final = [score.values for score in trainer.evaluate(TASKS).values()]  # trained as one task, asked as three
     result: dict[str, object] = {
         "grid": cell.grid, "condition": cell.condition, "seed": cell.seed,
         "final": {task.name: values for task, values in zip(_asked(cell), final, strict=True)},
@@ -128,7 +127,8 @@ def _replay(cell: Cell, out: Path, config: TrainConfig) -> Trainer:
         for _ in first.run():
             if first.position.task == 1:
                 break
-    return branch(shared, home, config)
+    branch_run(shared, home, config)
+    return Trainer(config, home, resume=True)
 
 
 def _losses(cell: Cell, out: Path, config: TrainConfig) -> Trainer:

@@ -1,0 +1,94 @@
+"""A step's batch: new samples and replayed ones, with everything random about them.
+
+batch = draw_batch(config, latents, replay, timesteps=objective.draw_timesteps, generator=generator)
+noisy, target = add_noise(batch, alphas_cumprod, prediction_type="epsilon")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from kdc_edge.train.config import TrainConfig
+from kdc_edge.train.data.cache import Latents
+from kdc_edge.train.replay import ReplayBuffer, Take
+
+DrawTimesteps = Callable[[int, torch.Generator], Tensor]  # how many, random state -> (count,)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of a step: latents (B, C, h, w) fp32, the others (B,)."""
+
+    sample: Tensor
+    noise: Tensor
+    timestep: Tensor
+    replayed: Tensor  # bool: from the buffer
+    captions: list[str]  # emptied where dropped
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def micro_batch(self, number: int, of: int) -> Batch:
+        """Every `of`-th sample from `number` on, so that replayed ones are spread evenly."""
+        return Batch(**{f.name: getattr(self, f.name)[number::of] for f in fields(self)})
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            sample=self.sample.to(device),
+            noise=self.noise.to(device),
+            timestep=self.timestep.to(device),
+            replayed=self.replayed.to(device),
+            captions=self.captions,
+        )
+
+
+def draw_batch(
+    config: TrainConfig, latents: Latents, replay: ReplayBuffer, *, timesteps: DrawTimesteps, generator: torch.Generator
+) -> Batch:
+    """The global batch of a step: new samples and, once there are any, `replay_ratio` replayed ones, with their noise.
+
+    Every process draws the same one. The order of draws is part of exact resume.
+    """
+    old = round(config.batch_size * config.replay_ratio) if len(replay) else 0
+    new = torch.randint(len(latents), (config.batch_size - old,), generator=generator)
+    mean, std = random_flip(latents, generator)(new)
+    captions = [latents.captions[i] for i in new.tolist()]
+    if old:
+        picked = replay.draw(old, generator)
+        mean, std = torch.cat([mean, replay.mean[picked]]), torch.cat([std, replay.std[picked]])
+        captions += [replay.captions[i] for i in picked.tolist()]
+    mean, std = mean.float(), std.float()
+    dropped = torch.rand(len(captions), generator=generator) < config.caption_dropout
+    return Batch(
+        sample=mean + std * torch.randn(mean.shape, generator=generator),
+        noise=torch.randn(mean.shape, generator=generator),
+        timestep=timesteps(len(mean), generator),
+        replayed=torch.arange(config.batch_size) >= config.batch_size - old,
+        captions=["" if d else c for c, d in zip(captions, dropped.tolist(), strict=True)],
+    )
+
+
+def random_flip(latents: Latents, generator: torch.Generator) -> Take:
+    """Random horizontal flip: latents by sample number, mirrored with probability 0.5 where both were encoded."""
+
+    def take(numbers: Tensor) -> tuple[Tensor, Tensor]:
+        if latents.flips == 1:
+            return latents.take(numbers)
+        return latents.take(numbers, torch.rand(len(numbers), generator=generator) < 0.5)
+
+    return take
+
+
+def add_noise(batch: Batch, alphas_cumprod: Tensor, *, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """Noisy latents and the prediction's target, both (B, C, h, w), for `alphas_cumprod` (T,).
+
+    The target is the noise, or for `v_prediction` the velocity (Salimans and Ho, arXiv 2202.00512, appendix D).
+    """
+    a = alphas_cumprod[batch.timestep].view(-1, 1, 1, 1)
+    noisy = a.sqrt() * batch.sample + (1 - a).sqrt() * batch.noise
+    velocity = prediction_type == "v_prediction"
+    return noisy, a.sqrt() * batch.noise - (1 - a).sqrt() * batch.sample if velocity else batch.noise

@@ -1,0 +1,160 @@
+"""The teacher of a run: frozen networks on the device, and the latents and embeddings computed with them once.
+
+teacher = Teacher(config, model, unet, accelerator, run, say=print)
+latents = teacher.latents(task)                  # cached on the disk
+images = teacher.generator(unet)(prompts, seed=7)     # any U-Net of its latent space, e.g. the student's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from kdc_edge.bundle import Model
+from kdc_edge.diffusers_folder import hash_checkpoint
+from kdc_edge.errors import InputError
+from kdc_edge.noise_schedule import NoiseSchedule
+from kdc_edge.presets import find_preset
+from kdc_edge.runtimes.torch import load_network
+from kdc_edge.train.config import TrainConfig
+from kdc_edge.train.data.cache import Latents, Say, TextEmbedder, cache_latents
+from kdc_edge.train.data.source import Part
+from kdc_edge.train.data.tasks import Task
+from kdc_edge.train.distributed import Student, compile_blocks, copy_unet, freeze, on_main_process
+from kdc_edge.train.objective import Objective, Setup, Stopwatch
+from kdc_edge.train.objectives import make_objective
+from kdc_edge.train.quality.evaluate import EVALUATION, Generator, torch_generator
+from kdc_edge.train.quality.metrics import ImageMetrics
+from kdc_edge.train.student import Account, make_student
+
+
+def image_size(config: TrainConfig, model: Model) -> int:
+    """Pixels a side: the configuration's, or the teacher's own. Raises InputError for a size that does not fit it."""
+    size = config.resolution or model.latent_size * model.vae_scale
+    unit = model.vae_scale * model.latent_unit
+    if size % unit or size < unit:
+        raise InputError(f"--resolution {size} does not fit this teacher: use a multiple of {unit}")
+    return size
+
+
+class Teacher:
+    """Frozen U-Net, VAE and text encoder, in the compute dtype or fp32. `latents` and `embed` fill the cache."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Model,
+        unet: UNet2DConditionModel,
+        accelerator: Accelerator,
+        run: Path,
+        *,
+        say: Say = lambda _: None,
+    ) -> None:
+        self.model, self.size = model, image_size(config, model)
+        self.device: torch.device = accelerator.device
+        self.unet = freeze(unet, config, accelerator)
+        self.vae = load_network(config.teacher, "vae_decoder").to(self.device)
+        self.schedule = NoiseSchedule.from_config(model.scheduler)
+        self._config, self._accelerator, self._say = config, accelerator, say
+        self._cache = config.cache or run / "cache"
+        text_encoder = load_network(config.teacher, "text_encoder").to(self.device)
+        self.embed = TextEmbedder.of_teacher(config.teacher, text_encoder, self._cache)
+        self._vae_sha256 = hash_checkpoint(config.teacher / "vae")
+        self._latents: dict[str, Latents] = {}
+
+    def latents(self, task: Task) -> Latents:
+        """The latents of a task's training part. Collective: the main process encodes, the others wait for it."""
+        if task.name not in self._latents:
+            config = self._config
+            self._latents[task.name] = self._open_latents(task, "train", config.samples, config.seed, self._say)
+        return self._latents[task.name]
+
+    def test_latents(self, task: Task, samples: int) -> Latents:
+        """The latents of `samples` images of a task's test part. Collective."""
+        return self._open_latents(task, "test", samples, 0, lambda _: None)
+
+    def _open_latents(self, task: Task, part: Part, samples: int | None, seed: int, say: Say) -> Latents:
+        return cache_latents(
+            task, self.vae, self._cache, vae_sha256=self._vae_sha256, size=self.size, samples=samples, seed=seed,
+            part=part, say=say, write_once=partial(on_main_process, self._accelerator),
+        )  # fmt: skip
+
+    def prepare_text(self, captions: Sequence[str]) -> None:
+        """Embed captions ahead of training; the main process keeps them on the disk."""
+        self.embed.prepare(captions, writes=self._accelerator.is_main_process)
+
+    def generator(self, unet: UNet2DConditionModel) -> Generator:
+        """An image generator with this U-Net and the teacher's other networks."""
+        text_encoder, tokenizer = self.embed.text_encoder, self.embed.tokenizer
+        request = replace(EVALUATION, width=self.size, height=self.size)
+        return torch_generator(self.model, tokenizer, text_encoder, unet, self.vae, request)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Teacher, student and objective of a run, on the device and ready for a step."""
+
+    teacher: Teacher
+    student: Student
+    objective: Objective
+    inherited: Account
+
+
+def prepare_learning(
+    config: TrainConfig, model: Model, accelerator: Accelerator, run: Path, *, objective: str = "distillation",
+    watch: Stopwatch, autocast: Callable[[], AbstractContextManager[object]] | None = None, say: Say = lambda _: None,
+) -> Learning:  # fmt: skip
+    """Load the networks and let the launch prepare them; `autocast` is the accelerator's where None."""
+    teacher_unet = load_network(config.teacher, "unet")
+    preset = find_preset(config.student)
+    network, inherited = make_student(preset, teacher_unet, seed=config.seed, inherit_weights=config.inherit)
+    teacher = Teacher(config, model, teacher_unet, accelerator, run, say=say)
+
+    def frozen_student(weights: Mapping[str, Tensor]) -> UNet2DConditionModel:
+        return freeze(copy_unet(network, weights), config, accelerator)
+
+    setup = Setup(
+        config, teacher.unet, network, teacher.schedule, teacher.embed, frozen_student, accelerator.device,
+        autocast or accelerator.autocast, watch,
+    )  # fmt: skip
+    made = make_objective(objective, setup)  # its hooks come first, before the launch's
+    if config.compile:
+        compile_blocks(teacher.unet)
+    return Learning(teacher, Student(network, config, accelerator), made, inherited)
+
+
+@dataclass(frozen=True)
+class RunView:
+    """Facts of a run for whoever reports on it."""
+
+    device: str
+    processes: int
+    is_main_process: bool
+    teacher_parameters: int  # of the U-Nets
+    student_parameters: int
+    student_tensors: int
+    inherited_tensors: int  # copied from the teacher
+    not_measured: tuple[str, ...]  # a line for each metric whose weight file is missing
+
+
+def view_run(config: TrainConfig, learning: Learning, accelerator: Accelerator, metrics: ImageMetrics) -> RunView:
+    """The facts of a run that is ready to start."""
+    beyond_garden = any(not task.source.startswith("garden:") for task in config.tasks)
+    return RunView(
+        device=str(accelerator.device),
+        processes=accelerator.num_processes,
+        is_main_process=accelerator.is_main_process,
+        teacher_parameters=sum(p.numel() for p in learning.teacher.unet.parameters()),
+        student_parameters=sum(p.numel() for p in learning.student.network.parameters()),
+        student_tensors=len(learning.inherited),
+        inherited_tensors=sum(source is not None for source in learning.inherited.values()),
+        not_measured=tuple(metrics.missing()) if beyond_garden else (),
+    )

@@ -1,10 +1,10 @@
 """Apple's names and layouts behind the contract's: what the Core ML engines share.
 
 The files that Apple's Swift package reads have fixed shapes, their own names, the text's channels first and the
-timestep once a sample (FACTS: Core ML). A pipeline speaks the contract's names and any batch; `adapt` stands
+timestep once a sample. A pipeline speaks the contract's names and any batch; `adapt` stands
 between the two.
 
-    unet = adapt("unet", info.inputs, predict)           # predict(**Apple's inputs) -> Apple's outputs
+    unet = adapt(bundle, "unet", predict)           # predict(**Apple's inputs) -> Apple's outputs
     noise_pred = unet(sample=sample, timestep=timestep, encoder_hidden_states=hidden)
 """
 

@@ -1,7 +1,7 @@
 """What a step computes: a noisy batch, the teacher's and the student's view of it, the loss of each sample.
 
-    objective = Distillation(teacher, schedule, config.loss)
-    terms = objective(student, batch, hidden)          # {"task": (B,), ..., "total": (B,)}
+    objective = Distillation(teacher, student, schedule, config.loss, device)
+    terms = objective(student, batch, hidden, watch=watch)          # {"task": (B,), ..., "total": (B,)}
 
 The loop takes any callable of this shape, so that another objective is another object.
 """

@@ -1,27 +1,24 @@
-"""What every export does around its target's own work: configs, tokenizer, manifest, proof, last rename.
+"""The steps that all targets share: configs, tokenizer, manifest, proof, final rename.
 
-    bundle = write_bundle(checkpoint, out, find_format("onnx", "fp16"), write, verify=True)
+    bundle = write_bundle(request, write)
 
-`write(part, folder)` is the target's own work: it puts one component's files into `folder` and names them,
-the one that the engine opens first. `finish(folder)` adds what the target needs beside the components. The
-folder stands at `out` only when all is done, the proof included.
+`write(part, folder)` is the target's step: it writes one component's files to `folder` and returns their names, the one
+that the engine opens first. `finish(folder)` adds files beside the components. The folder appears at `request.out` only
+after all steps, the proof included.
 """
 
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kdc_edge import __version__
 from kdc_edge.bundle import (
     MANIFEST,
     Bundle,
-    CalibrationInfo,
     Check,
     ComponentInfo,
     ComponentName,
@@ -35,17 +32,20 @@ from kdc_edge.bundle import (
 )
 from kdc_edge.diffusers_folder import hash_checkpoint, read_model
 from kdc_edge.errors import BundleError, CheckpointError, ParityError
+from kdc_edge.export.calibration import Calibration, calibrate
 from kdc_edge.export.components import ExportComponent, describe, load_component
 from kdc_edge.export.parity import IMAGES, check_parity
+from kdc_edge.export.targets import ExportRequest
 from kdc_edge.files import atomic_folder, inside, read_json
 from kdc_edge.formats import Format
+from kdc_edge.hardware import package_versions
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.prompts import own_prompts
 from kdc_edge.tokenizer import write_vocabulary
 
 Write = Callable[[ExportComponent, Path], list[str]]
 Interface = tuple[dict[str, Tensor], dict[str, Tensor]]  # inputs and outputs by name
-Finish = Callable[[Path], Sequence[Check] | None]  # checks of what it adds, where it adds something to prove
+Finish = Callable[[Path], Sequence[Check] | None]  # checks of the files that it adds
 
 PACKAGES = (
     "torch", "diffusers", "transformers", "optimum", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf",
@@ -62,23 +62,19 @@ def optimum_interface(part: ExportComponent) -> Interface:
 
 
 def write_bundle(
-    checkpoint: Path,
-    out: Path,
-    row: Format,
+    request: ExportRequest,
     write: Write,
     *,
     interface: Callable[[ExportComponent], Interface] = optimum_interface,
     finish: Finish | None = None,
-    verify: bool = True,
-    prompts: Sequence[str] | None = None,
-    calibration: CalibrationInfo | None = None,
+    calibration: Calibration | None = None,
     recipe: Recipe | None = None,
-    command: str | None = None,
 ) -> Bundle:
-    """Fill a folder beside `out`, prove it, rename it in. Raises a KdcError, and `out` stays as it was.
+    """Fill a folder beside `request.out`, prove it, rename it in. Raises a KdcError; `out` is then as it was.
 
-    `interface` says what goes into a component and comes out of it where a target has names of its own.
+    `interface` gives a component's inputs and outputs for a target with names of its own.
     """
+    checkpoint, out, row = request.checkpoint, request.out, request.format
     model = read_model(checkpoint)
     NoiseSchedule.from_config(model.scheduler)  # refuses a schedule that no sampler has, before the work
     with atomic_folder(out, marker=MANIFEST) as folder:
@@ -94,23 +90,31 @@ def write_bundle(
             model=model,
             components=components,
             files=list_files(folder),
-            calibration=calibration,
+            calibration=calibration.info if calibration else None,
             recipe=recipe,
             provenance=Provenance(
                 checkpoint=checkpoint.resolve().name,
                 checkpoint_sha256=hash_checkpoint(checkpoint),
-                packages=_versions(),
-                command=command,
+                packages=package_versions(PACKAGES),
+                command=request.command,
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             ),
         )
         write_manifest(folder, manifest)
-        if verify:
-            parity = check_parity(checkpoint, folder, row, prompts or spread(own_prompts(checkpoint), IMAGES))
+        if request.verify:
+            prompts = request.prompts or spread(own_prompts(checkpoint), IMAGES)
+            parity = check_parity(checkpoint, folder, row, prompts)
             parity = parity.model_copy(update={"checks": [*parity.checks, *own_checks]})
             _demand(parity, row)
             write_manifest(folder, manifest.model_copy(update={"parity": parity}))
     return Bundle.open(out)
+
+
+def calibrate_for(request: ExportRequest) -> Calibration | None:
+    """Recorded U-Net inputs where the format is quantized on them."""
+    if not request.format.calibrated:
+        return None
+    return calibrate(request.checkpoint, request.calibration_prompts, request.calibration_samples)
 
 
 def spread(prompts: Sequence[str], count: int) -> list[str]:
@@ -174,16 +178,6 @@ def _words(check: Check) -> str:
         f"{check.what}: {check.psnr_db:.1f} dB where {check.threshold_db:g} dB are needed"
         f" (largest error {check.max_abs_error:.3g})"
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {"kdc-edge": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -1,6 +1,6 @@
 """Checkpoint to OpenVINO IR: names, folders and tokenizer as optimum-intel and openvino_genai open them.
 
-    bundle = export_openvino(Path("runs/latest/checkpoint"), Path("bundles/openvino-fp16"), precision="fp16")
+    bundle = export(ExportRequest(checkpoint, Path("bundles/openvino-fp16"), "openvino", "fp16"), NoOptions())
 
 Weights: `fp16` halves them; `w8` and `w4` keep them as integers that are widened inside the graph (size, hardly
 time). `int8` also computes in integers (W8A8): the ranges of the U-Net's activations are recorded while the
@@ -10,11 +10,7 @@ memory is the largest one's.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import logging
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,12 +21,13 @@ import numpy as np
 
 from kdc_edge.bundle import Bundle
 from kdc_edge.errors import require
-from kdc_edge.export.bundle_writer import write_bundle
-from kdc_edge.export.calibration import Calibration, calibrate
+from kdc_edge.export.bundle_writer import calibrate_for, write_bundle
+from kdc_edge.export.calibration import Calibration
 from kdc_edge.export.components import ExportComponent
 from kdc_edge.export.rewrites.gates import split_gates
 from kdc_edge.export.rewrites.upsampling import split_upsampling
-from kdc_edge.formats import find_format
+from kdc_edge.export.targets import ExportRequest, NoOptions
+from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.openvino import trimmed, without_telemetry
 
 without_telemetry()
@@ -40,44 +37,21 @@ MODEL = "openvino_model.xml"
 W4_GROUP = 64  # weights of a row that share a scale; it divides every width of SD 1.x
 
 
-def export_openvino(
-    checkpoint: Path,
-    out: Path,
-    *,
-    precision: str,
-    verify: bool = True,
-    prompts: Sequence[str] | None = None,
-    calibration_prompts: Sequence[str] | None = None,
-    calibration_samples: int | None = None,
-    command: str | None = None,
-) -> Bundle:
-    """Write a bundle to `out`, proved against PyTorch on `prompts` before it takes its place there.
-
-    Raises CheckpointError, ParityError or InputError; `out` is then what it was before.
-    """
-    row = find_format("openvino", precision)
-    calibration = calibrate(checkpoint, calibration_prompts, calibration_samples) if row.calibrated else None
+def export(request: ExportRequest, _: NoOptions) -> Bundle:
+    """Write and prove a bundle: see `export_checkpoint`."""
+    precision = request.precision
+    calibration = calibrate_for(request)
 
     def write(part: ExportComponent, folder: Path) -> list[str]:
         split_upsampling(part.module)
         split_gates(part.module)
         opened = in_a_file if calibration and part.name == "unet" else converted
-        with _quiet(), opened(part, folder) as model:
+        with quiet(progress=True), opened(part, folder) as model:
             model = compress(model, part.name, precision, calibration)
             _ov.save_model(model, folder / MODEL, compress_to_fp16=precision != "fp32")
         return [MODEL, "openvino_model.bin"]
 
-    return write_bundle(
-        checkpoint,
-        out,
-        row,
-        write,
-        finish=write_tokenizer,
-        verify=verify,
-        prompts=prompts,
-        calibration=calibration.info if calibration else None,
-        command=command,
-    )
+    return write_bundle(request, write, finish=write_tokenizer, calibration=calibration)
 
 
 def convert(part: ExportComponent) -> Any:
@@ -164,20 +138,7 @@ def write_tokenizer(bundle: Path) -> None:
     from openvino_tokenizers import convert_tokenizer
     from transformers import CLIPTokenizer
 
-    with _quiet():
+    with quiet(progress=True):
         found = convert_tokenizer(CLIPTokenizer.from_pretrained(folder), with_detokenizer=True)
     for name, model in zip(("openvino_tokenizer.xml", "openvino_detokenizer.xml"), found, strict=True):
         _ov.save_model(model, folder / name, compress_to_fp16=False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back what torch, OpenVINO and nncf say about their own insides; progress bars go to stderr."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -1,9 +1,9 @@
-"""The machine this runs on: its processor and what that computes fast, memory, accelerators.
+"""This machine: processor, instruction sets, memory, accelerators, and versions of installed packages.
 
     machine = this_machine()
-    machine.features         # ("AVX2", "AVX-512", "AVX512_BF16"); None where the system does not tell
+    machine.processor.features         # ("AVX2", "AVX-512", "AVX512_BF16"); None where the system does not tell
 
-Nothing is imported to learn any of it, and nothing is asked of a network.
+No package is imported for it, and no network is used.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import psutil
+
+from kdc_edge import __version__
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Feature:
     name: str
     flags: tuple[str, ...]  # in Linux's /proc/cpuinfo, any of them
     sysctl: str | None  # on macOS
-    does: str
+    description: str
 
 
 X86 = (
@@ -62,7 +66,7 @@ _ARM_CORES = {
 
 @dataclass(frozen=True)
 class Processor:
-    name: str  # as its maker gives it, where the system tells; else its architecture
+    name: str  # the vendor's name where the system tells it, else the architecture
     architecture: str  # x86_64, aarch64, arm64, ...
     features: tuple[str, ...] | None  # of this architecture's table; None where the system does not tell
     absent: tuple[str, ...] | None  # the rest of that table
@@ -75,12 +79,12 @@ class Machine:
     processor: Processor
     cores: int | None  # logical, as many as this process may use
     memory_bytes: int
-    available_bytes: int  # that could be taken now without swapping
+    available_bytes: int  # without swapping
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """Hardware that is here, the engine's device that would use it, and how to get that."""
+    """Hardware in this machine, the engine's device for it, and how to install that device."""
 
     name: str
     engine: str
@@ -100,6 +104,17 @@ def this_machine() -> Machine:
     )
 
 
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """kdc-edge's version and those of the installed packages, from their metadata: nothing is imported."""
+    found = {"kdc-edge": __version__}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
 def this_processor() -> Processor:
     architecture = platform.machine() or "unknown"
     cpuinfo = Path("/proc/cpuinfo")
@@ -112,7 +127,7 @@ def this_processor() -> Processor:
 
 
 def read_cpuinfo(text: str, architecture: str) -> Processor:
-    """From Linux's /proc/cpuinfo; what is unknown there is left out."""
+    """From Linux's /proc/cpuinfo; unknown fields are left out."""
     fields: dict[str, list[str]] = {}
     for line in text.splitlines():
         key, colon, value = line.partition(":")
@@ -139,7 +154,7 @@ def read_sysctl(text: str, architecture: str) -> Processor:
 
 
 def _processor(name: str, architecture: str, there: set[str] | None) -> Processor:
-    """`there`: flags or sysctl names. On a machine whose cores differ, what all of them have."""
+    """`there`: flags or sysctl names that all cores have."""
     table = _table(architecture)
     if there is None or not table:
         return Processor(name, architecture, None, None)
@@ -155,12 +170,12 @@ def _table(architecture: str) -> tuple[Feature, ...]:
     return ARM if architecture.lower().startswith(("aarch64", "arm")) else ()
 
 
-def feature_does(name: str) -> str:
-    return next(f.does for f in (*X86, *ARM) if f.name == name)
+def describe_feature(name: str) -> str:
+    return next(f.description for f in (*X86, *ARM) if f.name == name)
 
 
 def find_accelerators(root: Path = Path("/")) -> list[Accelerator]:
-    """What Linux's drivers say is in this machine; `root` is for tests. Other systems tell nothing here."""
+    """Accelerators that Linux's drivers report; none on other systems. `root` is for tests."""
     found = []
     if (root / "proc/driver/nvidia/version").is_file():
         for engine, hint in (

@@ -2,6 +2,7 @@
 
 one_line(error)                     # the first line of another library's exception, printable and short
 megabytes(1_380_000_000)            # "1,380 MB": decimal everywhere
+gigabytes(25_769_803_776)           # "25.8 GB"
 decibels(None), decibels(41.23)     # "equal", "41.2 dB"
 markdown_table(("a", "b"), [(1, 2)])
 """
@@ -48,6 +49,11 @@ def megabytes(size_bytes: float) -> str:
     """Decimal megabytes: "12.7 MB", "1,380 MB"."""
     size = size_bytes / 1e6
     return f"{size:,.0f} MB" if size >= 100 else f"{size:.1f} MB"
+
+
+def gigabytes(size_bytes: float) -> str:
+    """Decimal gigabytes, for a machine's memory: "25.8 GB"."""
+    return f"{size_bytes / 1e9:.1f} GB"
 
 
 def decibels(psnr_db: float | None) -> str:

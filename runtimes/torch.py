@@ -9,8 +9,6 @@ safetensors files are read.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import numpy as np
 from kdc_edge.components import Component, Execution
 from kdc_edge.diffusers_folder import check_weights
 from kdc_edge.errors import CheckpointError, InputError, require
+from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
 from kdc_edge.text import one_line
 
@@ -104,23 +103,6 @@ class TorchRuntime:
         if options.threads is not None:
             _torch.set_num_threads(options.threads)
         return TorchComponent(component, load_network(folder, component).to(chosen.lower()))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Neither progress bars nor advice from the two libraries; what they said before is restored."""
-    logs = [require(f"{p}.utils.logging", extra="train", purpose="a checkpoint") for p in ("diffusers", "transformers")]
-    before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
-    for log in logs:
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log, verbosity, bars in before:
-            log.set_verbosity(verbosity)
-            if bars:
-                log.enable_progress_bar()
 
 
 RUNTIME = TorchRuntime()

@@ -108,18 +108,20 @@ def _network_hash(part: ExportComponent, sizes: Mapping[str, int] | None) -> str
 
 @pytest.fixture(scope="session")
 def bundle_fp32(checkpoint: Path, traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
-    from kdc_edge.export.onnx.export import export_onnx
+    from kdc_edge.export.targets import ExportRequest, export_checkpoint
 
     out = tmp_path_factory.mktemp("bundles") / "onnx-fp32"
-    return export_onnx(checkpoint, out, precision="fp32", command="a test").root
+    return export_checkpoint(ExportRequest(checkpoint, out, "onnx", "fp32", command="a test")).root
 
 
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Path, traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
     """fp16, the default precision."""
-    from kdc_edge.export.onnx.export import export_onnx
+    from kdc_edge.export.targets import ExportRequest, export_checkpoint
 
-    return export_onnx(checkpoint, tmp_path_factory.mktemp("bundles") / "onnx-fp16", precision="fp16").root
+    return export_checkpoint(
+        ExportRequest(checkpoint, tmp_path_factory.mktemp("bundles") / "onnx-fp16", "onnx", "fp16")
+    ).root
 
 
 @pytest.fixture
@@ -138,10 +140,10 @@ def coreml_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """fp16, for Core ML, with Resources/; of all workers."""
     from filelock import FileLock
 
-    from kdc_edge.export.coreml.export import CoreMLOptions, export_coreml
+    from kdc_edge.export.targets import CoreMLOptions, ExportRequest, export_checkpoint
 
     out = _shared(tmp_path_factory) / "coreml-fp16"
     with FileLock(out.with_suffix(".lock")):
         if not out.exists():
-            export_coreml(checkpoint, out, precision="fp16", options=CoreMLOptions(swift=True))
+            export_checkpoint(ExportRequest(checkpoint, out, "coreml", "fp16"), CoreMLOptions(swift=True))
     return out

@@ -20,7 +20,8 @@ from kdc_edge.diffusers_folder import PROMPTS_FILE, check_weights
 from kdc_edge.errors import CheckpointError, InputError, require
 from kdc_edge.files import atomic_folder, read_json, write_atomic
 from kdc_edge.presets import SCHEDULER, TEXT_ENCODERS, VAES, Preset
-from kdc_edge.runtimes.torch import load_network, quiet
+from kdc_edge.quiet import quiet
+from kdc_edge.runtimes.torch import load_network
 from kdc_edge.text import one_line
 from kdc_edge.tokenizer import CLIP_FOLDER, write_vocabulary
 from kdc_edge.train.student import Account, make_student

@@ -1,10 +1,10 @@
-"""The networks as Core ML packages: Apple's names, shapes and layouts around the exportable modules.
+"""The networks for Core ML: exportable modules wrapped in Apple's names, shapes and layouts.
 
-    network = apple_network(part, sizes)
+    network = apple_network(part, model, unet_batch=2)
     network.module(*network.samples()), network.inputs["sample"].shape          # (2, 4, 64, 64)
 
-Names and layouts are those that Apple's Swift package reads: the text's ids are floats, its channels come before
-its tokens, and there is one timestep a sample. All shapes are fixed: Core ML plans its memory ahead.
+Names and layouts are those of Apple's Swift package: float token ids, text embeddings with channels before tokens, one
+timestep per sample. All shapes are fixed, because Core ML plans its memory ahead.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class AppleNetwork:
     module: nn.Module
     inputs: Mapping[str, TensorInfo]
     outputs: Mapping[str, TensorInfo]
-    descriptions: Mapping[str, str]  # of every input and output
-    does: str
+    descriptions: Mapping[str, str]  # by input or output name
+    purpose: str
 
     def samples(self) -> list[Tensor]:
         """One input each, for the tracer."""
@@ -58,7 +58,7 @@ class AppleNetwork:
 
 
 def apple_network(part: ExportComponent, model: Model, *, unet_batch: int) -> AppleNetwork:
-    """The component as Core ML gets it; it shares the weights of `part`."""
+    """The component in Apple's layout; it shares the weights of `part`."""
     latents = [model.latent_channels, model.latent_size, model.latent_size]
     tokens = part.config.tokens
     described = part.config.output_shapes
@@ -71,10 +71,10 @@ def apple_network(part: ExportComponent, model: Model, *, unet_batch: int) -> Ap
             {"last_hidden_state": floats(1, tokens, width), "pooled_outputs": floats(1, width)},
             {
                 "input_ids": f"token ids of the prompt as floats, padded to {tokens}",
-                "last_hidden_state": "the text as the U-Net reads it: one vector a token",
-                "pooled_outputs": "the text as one vector; the U-Net does not read it",
+                "last_hidden_state": "text embedding for the U-Net: one vector per token",
+                "pooled_outputs": "text embedding as one vector; not an input of the U-Net",
             },
-            "reads a prompt",
+            "encodes a prompt",
         )
     if part.name == "unet":
         width = int(part.config.input_shapes["encoder_hidden_states"][2])
@@ -87,10 +87,10 @@ def apple_network(part: ExportComponent, model: Model, *, unet_batch: int) -> Ap
             },
             {"noise_pred": floats(unet_batch, int(described["out_sample"][1]), *latents[1:])},
             {
-                "sample": "noisy latents, scaled as the sampler wants them",
-                "timestep": "how far the noise has come, one a sample, as a float",
+                "sample": "noisy latents, scaled for the sampler",
+                "timestep": "noise level, one per sample, as a float",
                 "encoder_hidden_states": "the text encoder's last hidden state, channels first",
-                "noise_pred": "the noise in the sample, as the network sees it",
+                "noise_pred": "predicted noise in the sample",
             },
             "predicts the noise in latents",
         )

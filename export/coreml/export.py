@@ -1,10 +1,10 @@
-"""Checkpoint to Core ML: packages with the names and layouts that Apple's Swift package reads.
+"""Checkpoint to Core ML: packages with the names and layouts that Apple's Swift package expects.
 
-    bundle = export_coreml(Path("runs/latest/checkpoint"), Path("bundles/coreml-fp16"), precision="fp16")
+    bundle = export(ExportRequest(checkpoint, Path("bundles/coreml-fp16"), "coreml", "fp16"), CoreMLOptions())
 
 Each network is traced by torch.jit, converted by coremltools to an ML Program, and compressed: `w8` keeps int8
-weights with a scale a channel, `palette8/6/4` a table of 2**n values a weight, found by k-means. Everything but
-fp32 computes in fp16. It works on any machine; the proof is computed by runtimes/mil where Core ML is not.
+weights with one scale per channel, `palette8/6/4` one table of 2**n values per weight tensor, found by k-means. All
+precisions but fp32 compute in fp16. Any machine can export; where there is no Core ML, runtimes/mil computes the proof.
 """
 
 from __future__ import annotations
@@ -27,101 +27,51 @@ from kdc_edge.export.calibration import Calibration, calibrate
 from kdc_edge.export.components import ExportComponent, load_component
 from kdc_edge.export.coreml.apple_modules import AppleNetwork, apple_network
 from kdc_edge.export.coreml.extras import EXTRAS, extra_networks, prove
-from kdc_edge.export.coreml.mixed import Budget, Search, Tell, apply_recipe
-from kdc_edge.export.coreml.palettize import MIN_WEIGHTS, folder_bytes, palettize, quiet
+from kdc_edge.export.coreml.mixed import Budget, Search, Tell, apply_recipe, read_recipe
+from kdc_edge.export.coreml.palettize import MIN_WEIGHTS, folder_bytes, palettize
 from kdc_edge.export.coreml.swift import lay_out_resources
-from kdc_edge.export.rewrites.attention import ATTENTIONS, set_attention
-from kdc_edge.files import refuse_foreign_folder
-from kdc_edge.formats import Format, find_format
+from kdc_edge.export.rewrites.attention import set_attention
+from kdc_edge.export.targets import CoreMLOptions, ExportRequest
+from kdc_edge.files import parse_size, refuse_foreign_folder
+from kdc_edge.formats import Format
+from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.apple_layout import CHUNKS, PACKAGES, PROGRAM
 from kdc_edge.runtimes.coreml_tools import load_coremltools
-from kdc_edge.text import one_line
+from kdc_edge.text import megabytes, one_line
 
-DEPLOYMENT_TARGETS = ("iOS17", "iOS18")  # macOS 14 and 15
-UNET_BATCHES = (1, 2)
 CHUNK_BYTES = 1_000_000_000  # iPhones do not load more in one piece
-PALETTE_BITS = {"palette8": 8, "palette6": 6, "palette4": 4, "mixed": 8}  # mixed: of all but the U-Net
-MIXED_SAMPLES = 12  # U-Net calls, a prompt each: every layer and number of bits costs as many
+PALETTE_BITS = {"palette8": 8, "palette6": 6, "palette4": 4, "mixed": 8}  # mixed: all but the U-Net
+MIXED_SAMPLES = 12  # U-Net calls, one per prompt; the search repeats them for each layer and bit width
 
 
-@dataclass(frozen=True)
-class CoreMLOptions:
-    """What only Core ML asks. Raises InputError naming the option."""
-
-    unet_batch: int = 2  # 2 computes both halves of guidance at once; 1 takes less memory
-    deployment_target: str = "iOS17"  # iOS 17 and macOS 14; iOS18 (macOS 15) has fused attention
-    attention: str = "original"  # export/attention.py
-    swift: bool = False  # lay out Resources/ for Apple's Swift package
-    budget: Budget | None = None  # of mixed
-    recipe: Recipe | None = None  # of mixed, found before: instead of a budget
-
-    def __post_init__(self) -> None:
-        if self.unet_batch not in UNET_BATCHES:
-            raise InputError(f"--unet-batch {self.unet_batch} is not what Apple's package reads: use 2 or 1")
-        if self.deployment_target not in DEPLOYMENT_TARGETS:
-            raise InputError(
-                f"--deployment-target {self.deployment_target!r} is unknown:"
-                f" choose from {', '.join(DEPLOYMENT_TARGETS)}"
-            )
-        if self.attention not in ATTENTIONS:
-            raise InputError(f"--attention {self.attention!r} is unknown: choose from {', '.join(ATTENTIONS)}")
-        if self.attention == "sdpa" and self.deployment_target == "iOS17":
-            raise InputError("--attention sdpa is an operation of iOS 18 and macOS 15: add --deployment-target iOS18")
-
-
-def export_coreml(
-    checkpoint: Path,
-    out: Path,
-    *,
-    precision: str,
-    options: CoreMLOptions | None = None,
-    verify: bool = True,
-    prompts: Sequence[str] | None = None,
-    calibration_prompts: Sequence[str] | None = None,
-    calibration_samples: int | None = None,
-    command: str | None = None,
-    tell: Tell | None = None,
-) -> Bundle:
-    """Write a bundle to `out`, proved against PyTorch on `prompts` before it takes its place there.
-
-    `mixed` searches on calibration inputs from `calibration_prompts`, and `tell` gets a line now and then.
-    Raises CheckpointError, ParityError or InputError; `out` is then what it was before.
-    """
-    row = find_format("coreml", precision)
-    chosen = options or CoreMLOptions()
-    _check_budget(row, chosen)
+def export(request: ExportRequest, options: CoreMLOptions) -> Bundle:
+    """Write and prove a bundle: see `export_checkpoint`. `mixed` first searches its recipe on calibration inputs."""
+    budget, recipe = _read_budget(request.format, options)
     load_coremltools("exporting to Core ML")
-    refuse_foreign_folder(out, MANIFEST)  # before the search, which may take hours
-    export = _Export(checkpoint, read_model(checkpoint), row, chosen, tell or (lambda _: None))
-    recipe, calibration = chosen.recipe, None
-    if chosen.budget is not None:
-        samples = MIXED_SAMPLES if calibration_samples is None else calibration_samples
-        calibration = calibrate(checkpoint, calibration_prompts, samples, samples_an_image=1)
-        recipe = export.search(calibration, out.parent)
+    refuse_foreign_folder(request.out, MANIFEST)  # before the search, which may take hours
+    export = _Export(request, read_model(request.checkpoint), options)
+    calibration = None
+    if budget is not None:
+        samples = MIXED_SAMPLES if request.calibration_samples is None else request.calibration_samples
+        calibration = calibrate(request.checkpoint, request.calibration_prompts, samples, samples_an_image=1)
+        recipe = export.search(budget, calibration)
     return write_bundle(
-        checkpoint,
-        out,
-        row,
+        request,
         lambda part, folder: export.write(part, folder, recipe),
         interface=export.interface,
-        finish=export.finish if chosen.swift else None,
-        verify=verify,
-        prompts=prompts,
-        calibration=calibration.info if calibration else None,
+        finish=export.finish if options.swift else None,
+        calibration=calibration,
         recipe=recipe,
-        command=command,
     )
 
 
 @dataclass(frozen=True)
 class _Export:
-    """What stays the same for every network of one export."""
+    """The conversion of each network under one request."""
 
-    checkpoint: Path
+    request: ExportRequest
     model: Model
-    row: Format
     options: CoreMLOptions
-    tell: Tell
 
     def interface(self, part: ExportComponent) -> Interface:
         network = apple_network(part, self.model, unet_batch=self.options.unet_batch)
@@ -129,37 +79,38 @@ class _Export:
 
     def write(self, part: ExportComponent, folder: Path, recipe: Recipe | None) -> list[str]:
         """One component's packages in `folder`; their files' names, programs first."""
+        precision = self.request.precision
         network, package = self._convert(part)
         if recipe is not None and part.name == "unet":
             package = apply_recipe(package, recipe)
         else:
-            package = compress(package, self.row.precision)
-        return save(package, folder, part.name, network, self.tell)
+            package = compress(package, precision)
+        return save(package, folder, part.name, network, self.request.tell)
 
     def finish(self, folder: Path) -> list[Check]:
-        """What Apple's package reads beside the components, proved, and Resources/."""
-        checks = []
-        for name, network in extra_networks(self.checkpoint, self.model):
+        """The other networks that Apple's package reads, proved, and Resources/."""
+        row, checks = self.request.format, []
+        for name, network in extra_networks(self.request.checkpoint, self.model):
             package = convert(network, half=self._half, target=self.options.deployment_target)
-            save(compress(package, self.row.precision), folder / name, name, network, self.tell)
-            checks.append(prove(name, network, folder / name / f"{EXTRAS[name]}.mlpackage", self.row))
+            save(compress(package, row.precision), folder / name, name, network, self.request.tell)
+            checks.append(prove(name, network, folder / name / f"{EXTRAS[name]}.mlpackage", row))
         lay_out_resources(folder)
         return checks
 
-    def search(self, calibration: Calibration, beside: Path) -> Recipe:
-        """The recipe for the budget; what is found on the way stays in a folder of its own."""
-        assert self.options.budget is not None
-        part: Any = load_component(self.checkpoint, "unet")
+    def search(self, budget: Budget, calibration: Calibration) -> Recipe:
+        """The recipe for the budget; measurements are kept beside the bundle, for other budgets too."""
+        checkpoint, tell = self.request.checkpoint, self.request.tell
+        part: Any = load_component(checkpoint, "unet")
         _, package = self._convert(part)
-        options = repr(replace(self.options, budget=None, swift=False))
-        key = "".join([hash_checkpoint(self.checkpoint), calibration.info.model_dump_json(), options])
-        folder = beside / f".coreml-search-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-        self.tell(f"searching; what is found is kept in {folder}, for other budgets too")
-        return Search(part.module.unet, package, calibration, folder, self.tell).find(self.options.budget)
+        options = repr(replace(self.options, max_size=None, min_psnr=None, swift=False))
+        key = "".join([hash_checkpoint(checkpoint), calibration.info.model_dump_json(), options])
+        folder = self.request.out.parent / f".coreml-search-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+        tell(f"searching; measurements are kept in {folder}, for other budgets too")
+        return Search(part.module.unet, package, calibration, folder, tell).find(budget)
 
     @property
     def _half(self) -> bool:
-        return self.row.precision != "fp32"
+        return self.request.precision != "fp32"
 
     def _convert(self, part: ExportComponent) -> tuple[AppleNetwork, Any]:
         target = self.options.deployment_target
@@ -171,13 +122,19 @@ class _Export:
         return network, convert(network, half=self._half, target=target)
 
 
-def _check_budget(row: Format, options: CoreMLOptions) -> None:
-    """Mixed needs a budget or a recipe, and nothing else takes one."""
-    given = [x for x in (options.budget, options.recipe) if x is not None]
+def _read_budget(row: Format, options: CoreMLOptions) -> tuple[Budget | None, Recipe | None]:
+    """The budget or the recipe, which precision mixed needs and no other takes."""
+    given = [x for x in (options.max_size, options.min_psnr, options.recipe) if x is not None]
     if row.precision == "mixed" and len(given) != 1:
-        raise InputError("coreml-mixed needs --max-size 300MB, --min-psnr 30 or --recipe FILE, and one of them only")
+        raise InputError("coreml-mixed needs one of --max-size 300MB, --min-psnr 30 and --recipe FILE")
     if row.precision != "mixed" and given:
         raise InputError(f"{row.name} has no budget: --max-size, --min-psnr and --recipe are for --precision mixed")
+    if options.recipe is not None:
+        return None, read_recipe(options.recipe)
+    if not given:
+        return None, None
+    size_bytes = None if options.max_size is None else parse_size(options.max_size, "--max-size")
+    return Budget(size_bytes, options.min_psnr), None
 
 
 def convert(network: AppleNetwork, *, half: bool, target: str) -> Any:
@@ -224,7 +181,7 @@ def save(package: Any, folder: Path, name: str, network: AppleNetwork, tell: Tel
         names: Sequence[str] = [(PACKAGES | EXTRAS)[name]]
         package.save(str(folder / f"{names[0]}.mlpackage"))
         if name == "unet" and folder_bytes(folder) > CHUNK_BYTES:
-            tell(f"the U-Net's package is over {CHUNK_BYTES / 1e9:g} GB, more than iPhones load: it lies in two")
+            tell(f"the U-Net package is over {megabytes(CHUNK_BYTES)}, the limit of iPhones: it is split in two")
             _chunk(ct, folder / f"{names[0]}.mlpackage", network)
             names = CHUNKS
     programs = [f"{n}.mlpackage/{PROGRAM}" for n in names]
@@ -238,10 +195,10 @@ def save(package: Any, folder: Path, name: str, network: AppleNetwork, tell: Tel
 
 
 def describe(package: Any, network: AppleNetwork) -> None:
-    """What Xcode shows of the package."""
+    """Metadata of the package, which Xcode shows."""
     package.author = "exported by kdc-edge"
-    package.short_description = f"Part of a Stable Diffusion student: {network.does}."
-    spec = package.get_spec().description  # of a chunk, whose inputs may be another's outputs
+    package.short_description = f"Part of a Stable Diffusion student: {network.purpose}."
+    spec = package.get_spec().description  # of a chunk, whose inputs may be outputs of the other
     for ends, descriptions, infos in (
         (spec.input, package.input_description, network.inputs),
         (spec.output, package.output_description, network.outputs),

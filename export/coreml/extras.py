@@ -1,9 +1,9 @@
-"""What Apple's Swift package reads beside the pipeline's components: the VAE's encoder and the safety checker.
+"""Further networks for Apple's Swift package: the VAE encoder and the safety checker.
 
-    for name, network, package in extra_networks(checkpoint, model): ...
+    for name, network in extra_networks(checkpoint, model): ...
 
-The encoder starts image-to-image; the checker looks at images before they are shown, and is exported where the
-checkpoint has one. Neither is part of our own pipeline, so each is proved here on one input, alone.
+The encoder is for image-to-image; the checker, exported where the checkpoint has one, blacks out unsafe images. Neither
+is part of our own pipeline, so each is proved here on one input of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXTRAS = {"vae_encoder": "VAEEncoder", "safety_checker": "SafetyChecker"}
 
 
 class AppleVaeEncoder(nn.Module):
-    """An image (1, 3, 8h, 8w) in [-1, 1] and noise -> latents (1, C, h, w), as noisy as the first step wants them."""
+    """An image (1, 3, 8h, 8w) in [-1, 1] and noise -> latents (1, C, h, w) with the noise of the first step."""
 
     def __init__(self, network: Any, scaling_factor: float) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class AppleVaeEncoder(nn.Module):
 
 
 class AppleSafetyChecker(nn.Module):
-    """An image as CLIP sees it (1, 3, S, S) -> is it unsafe, and by how much (1, concepts)."""
+    """CLIP input (1, 3, S, S), images -> images with unsafe ones black, unsafe or not, scores (1, concepts)."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -122,8 +122,8 @@ def _vae_encoder(checkpoint: Path, model: Model) -> AppleNetwork:
             "sample": "an image in [-1, 1]",
             "diagonal_noise": "unit normal, for drawing from the encoder's distribution",
             "noise": "unit normal, added to the latents",
-            "sqrt_alphas_cumprod": "how much of the image is left at the first step",
-            "sqrt_one_minus_alphas_cumprod": "how much noise there is at the first step",
+            "sqrt_alphas_cumprod": "weight of the image at the first step",
+            "sqrt_one_minus_alphas_cumprod": "weight of the noise at the first step",
             "latent": "noisy latents",
         },
         "turns an image into latents",
@@ -148,12 +148,12 @@ def _safety_checker(folder: Path, model: Model) -> AppleNetwork:
             "concept_scores": floats(1, len(network.concept_embeds)),
         },
         {
-            "clip_input": "the image as CLIP sees it, normalized",
-            "images": "images to make black where they are unsafe",
+            "clip_input": "the image, normalized for CLIP",
+            "images": "images",
             "adjustment": "added to every score: more is stricter",
-            "filtered_images": "the images, black where they are unsafe",
+            "filtered_images": "the images, unsafe ones black",
             "has_nsfw_concepts": "1 where the image is unsafe",
-            "concept_scores": "above 0 where a concept is in the image",
+            "concept_scores": "above 0 where the image shows a concept",
         },
-        "says whether an image is safe to show",
+        "detects unsafe images",
     )

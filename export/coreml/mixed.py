@@ -1,6 +1,6 @@
 """Mixed-bit palettization: each layer of the U-Net gets as few bits as it can bear, within a budget.
 
-    search = Search(unet, package, calibration, Path("bundles/.coreml-search-1f2e..."))
+    search = Search(unet, package, calibration, Path("bundles/.coreml-search-1f2e"), tell)
     recipe = search.find(Budget(max_size_bytes=300_000_000))       # layer by layer 1, 2, 4, 6 or 8 bits
     package = apply_recipe(package, recipe)
 
@@ -30,12 +30,14 @@ from torch import nn
 from kdc_edge.bundle import Recipe
 from kdc_edge.errors import InputError
 from kdc_edge.export.calibration import Calibration
-from kdc_edge.export.coreml.palettize import MIN_WEIGHTS, folder_bytes, palettize, quiet
+from kdc_edge.export.coreml.palettize import MIN_WEIGHTS, folder_bytes, palettize
 from kdc_edge.files import read_json
 from kdc_edge.pipeline import guided
+from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.apple_layout import PROGRAM
 from kdc_edge.runtimes.mil.evaluator import Evaluator
 from kdc_edge.runtimes.mil.program import read_program
+from kdc_edge.text import invalid_field, megabytes
 
 BITS = (8, 6, 4, 2, 1)
 ENTRY_BYTES = 192  # a table's and its indices' own metadata and alignment in a package
@@ -206,7 +208,7 @@ class Search:
             size -= step.saved_bytes
         if size > max_size_bytes:
             raise InputError(
-                f"--max-size {max_size_bytes / 1e6:g}MB is below {size / 1e6:.4g} MB, the least at 1 bit a weight"
+                f"--max-size {megabytes(max_size_bytes)} is too small: 1 bit per weight takes {megabytes(size)}"
             )
         return len(steps)
 
@@ -277,8 +279,6 @@ def read_recipe(path: Path) -> Recipe:
     try:
         return Recipe.model_validate(found.get("recipe", found))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
         raise InputError(
-            f"{path} holds no recipe: {where:.200}: {first['msg']:.200}; name a mixed bundle's kdc-edge.json"
+            f"{path} holds no recipe: {invalid_field(error)}; give the kdc-edge.json of a mixed bundle"
         ) from None

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from kdc_edge.errors import InputError
+from kdc_edge.text import last_line
 
 VOCABULARY = ("vocab.json", "merges.txt")
 COMPILER = ("xcrun", "coremlcompiler", "compile")
@@ -49,5 +50,5 @@ def _compile(package: Path, resources: Path) -> None:
             "--swift compiles with xcrun, which comes with Xcode: install Xcode, or leave it out"
         ) from None
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:300]
-        raise InputError(f"{shlex.join(COMPILER)} cannot compile {package.name}: {said}")
+        reason = last_line(done.stderr, "no reason given")
+        raise InputError(f"{shlex.join(COMPILER)} cannot compile {package.name}: {reason}")

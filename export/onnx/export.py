@@ -1,6 +1,6 @@
 """Checkpoint to ONNX: three graphs with free batch, height and width, as optimum names them.
 
-    bundle = export_onnx(Path("runs/latest/checkpoint"), Path("bundles/onnx-fp16"), precision="fp16")
+    bundle = export(ExportRequest(checkpoint, Path("bundles/onnx-fp16"), "onnx", "fp16"), OnnxOptions())
 
 `fp16` stores the weights in half precision behind casts: half the bytes on the disk, the arithmetic stays in 32
 bits. `w8` and `w4` store them as integers; `int8` also computes the U-Net's convolutions and matrix products in
@@ -9,12 +9,8 @@ integers (int8.py). What each rewrite of the graph is worth stands in docs/bench
 
 from __future__ import annotations
 
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,54 +20,24 @@ from torch.export import Dim
 
 from kdc_edge.bundle import Bundle, Model, Tensor
 from kdc_edge.diffusers_folder import read_model
-from kdc_edge.errors import InputError
-from kdc_edge.export.bundle_writer import Interface, optimum_interface, write_bundle
-from kdc_edge.export.calibration import calibrate
+from kdc_edge.export.bundle_writer import Interface, calibrate_for, optimum_interface, write_bundle
 from kdc_edge.export.components import ExportComponent
 from kdc_edge.export.onnx.int8 import quantize_int8
 from kdc_edge.export.onnx.weights import store_bits, store_half
 from kdc_edge.export.rewrites.attention import fuse_attention
 from kdc_edge.export.rewrites.upsampling import split_upsampling
-from kdc_edge.formats import find_format
+from kdc_edge.export.targets import ExportRequest, OnnxOptions
+from kdc_edge.quiet import quiet
 
 OPSET = 20  # the first with Gelu, which the U-Net's feed-forward layers use; onnxruntime 1.20 reads it
 EXTERNAL_DATA_BYTES = 100_000_000  # weights beside the graph are mapped, not copied; protobuf ends at 2 GiB anyway
-ATTENTIONS = ("fused", "original")
 
 
-@dataclass(frozen=True)
-class OnnxOptions:
-    """What only ONNX has."""
-
-    attention: str = "fused"  # one operation of onnxruntime's; `original` is standard ONNX, for other engines
-    static: bool = False  # one sample of the model's own size, as some devices need it
-
-    def __post_init__(self) -> None:
-        if self.attention not in ATTENTIONS:
-            raise InputError(f"--attention {self.attention} is not for ONNX: choose from {', '.join(ATTENTIONS)}")
-
-
-def export_onnx(
-    checkpoint: Path,
-    out: Path,
-    *,
-    precision: str,
-    options: OnnxOptions | None = None,
-    verify: bool = True,
-    prompts: Sequence[str] | None = None,
-    calibration_prompts: Sequence[str] | None = None,
-    calibration_samples: int | None = None,
-    command: str | None = None,
-    tell: Callable[[str], None] = lambda _: None,
-) -> Bundle:
-    """Write a bundle to `out`, proved against PyTorch on `prompts` before it takes its place there.
-
-    Raises CheckpointError, ParityError or InputError; `out` is then what it was before.
-    """
-    row = find_format("onnx", precision)
-    options = options or OnnxOptions()
-    sizes = static_sizes(read_model(checkpoint)) if options.static else {}
-    calibration = calibrate(checkpoint, calibration_prompts, calibration_samples) if row.calibrated else None
+def export(request: ExportRequest, options: OnnxOptions) -> Bundle:
+    """Write and prove a bundle: see `export_checkpoint`."""
+    precision = request.precision
+    sizes = static_sizes(read_model(request.checkpoint)) if options.static else {}
+    calibration = calibrate_for(request)
 
     def write(part: ExportComponent, folder: Path) -> list[str]:
         if options.attention == "fused":
@@ -87,9 +53,9 @@ def export_onnx(
                 model, left_out = quantize_int8(base, calibration.inputs)
                 store_half(model)
                 for layer, snr_db in left_out.items():
-                    tell(f"{layer} stays in float: its int8 twin is right to {snr_db:.1f} dB")
+                    request.tell(f"{layer} stays in float: in int8 its signal-to-noise ratio is {snr_db:.1f} dB")
                 return save_graph(model, folder)
-        if row.bytes_per_weight <= 1:
+        if request.format.bytes_per_weight <= 1:
             store_bits(model, 4 if precision == "w4" and part.name == "unet" else 8)
         if precision != "fp32":
             store_half(model)  # what is left
@@ -99,17 +65,7 @@ def export_onnx(
         inputs, outputs = optimum_interface(part)
         return _fixed(inputs, sizes), _fixed(outputs, sizes)
 
-    return write_bundle(
-        checkpoint,
-        out,
-        row,
-        write,
-        interface=interface,
-        verify=verify,
-        prompts=prompts,
-        calibration=calibration.info if calibration else None,
-        command=command,
-    )
+    return write_bundle(request, write, interface=interface, calibration=calibration)
 
 
 def static_sizes(model: Model) -> dict[str, int]:
@@ -127,7 +83,7 @@ def trace(part: ExportComponent, sizes: Mapping[str, int] | None = None) -> ir.M
     sizes = sizes or {}
     names = {"batch_size": "batch_size", "latent_height": "height", "latent_width": "width"}  # here: optimum's
     given: dict[str, Any] = {names[name]: size for name, size in sizes.items() if name in names}
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             part.module,
             tuple(part.config.generate_dummy_inputs(**given).values()),
@@ -188,18 +144,3 @@ def _clean(model: ir.Model, part: ExportComponent, sizes: Mapping[str, int]) -> 
                 value.shape = value.type = None  # written in the tracer's own symbols; engines infer them
     for value in ends:
         value.metadata_props.clear()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back what torch and onnxscript say about their own insides while they trace."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # Deprecations inside torch's exporter change with every release, and nobody here can act on them.
-            warnings.filterwarnings("ignore", module=r"(torch|onnxscript|onnx_ir|copyreg)(\.|$)")
-            yield
-    finally:
-        log.setLevel(level)

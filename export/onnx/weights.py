@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from kdc_edge.errors import require
+from kdc_edge.quiet import quiet
 
 HALF_MIN_VALUES = 1024  # biases and norms are a thousandth of the weights: nothing to gain, precision to lose
 BLOCK = 32  # weights of a matrix's column that share a scale
@@ -63,17 +64,16 @@ def store_bits(model: ir.Model, bits: Literal[4, 8]) -> None:
 
 
 def _store_blocks(model: ir.Model, node: ir.Node, weights: ir.Value, bits: Literal[4, 8]) -> None:
-    """A product with a matrix (K, N) as onnxruntime's MatMulNBits, with its own quantizer."""
-    native: Any = require("onnxruntime.capi._pybind_state", extra="export", purpose=f"weights of {bits} bits")
-    quantize = {4: native.quantize_matmul_4bits, 8: native.quantize_matmul_8bits}[bits]
+    """A product with a matrix (K, N) as onnxruntime's MatMulNBits, quantized by onnxruntime."""
+    with quiet():
+        module: Any = require(
+            "onnxruntime.quantization.matmul_nbits_quantizer", extra="export", purpose=f"weights in {bits} bits"
+        )
+    config = module.DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, bits=bits)
     assert weights.const_value is not None
     matrix = np.ascontiguousarray(weights.const_value.numpy())
     rows, columns = matrix.shape
-    blocks = -(-rows // BLOCK)
-    packed = np.zeros((columns, blocks, BLOCK * bits // 8), np.uint8)
-    scales = np.zeros((columns, blocks), np.float32)
-    zeros = np.zeros((columns, -(-blocks * bits // 8)), np.uint8)  # written, but known: the scales are symmetric
-    quantize(packed, np.pad(matrix, ((0, blocks * BLOCK - rows), (0, 0))), scales, zeros, BLOCK, columns, rows, True)
+    packed, scales, _ = module.DefaultWeightOnlyQuantizer(config).qbits_block_quant(matrix)
     source = node.inputs[0]
     inputs = [
         source,

@@ -16,7 +16,6 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
-ATTENTIONS = ("original", "split-einsum", "sdpa")
 QUERIES_AT_ONCE = 512  # of split-einsum: a head's scores (B, S, 1, 512) stay in the Neural Engine's memory
 
 

@@ -14,17 +14,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-import kdc_edge
 from kdc_edge.bundle import Check
 from kdc_edge.errors import InputError
-from kdc_edge.hardware import this_machine
+from kdc_edge.hardware import package_versions, this_machine
 
 SCHEMA: Literal["kdc-edge/bench/3"] = "kdc-edge/bench/3"
 PACKAGES = ("numpy", "onnxruntime", "openvino", "coremltools", "torch", "diffusers", "transformers")
@@ -230,12 +228,6 @@ def text_sha256(*lines: str) -> str:
 
 def here() -> Environment:
     """This machine. Versions come from the packages' metadata: nothing is imported to learn them."""
-    versions = {"kdc-edge": kdc_edge.__version__}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     machine = this_machine()
     return Environment(
         os=machine.os,
@@ -243,5 +235,5 @@ def here() -> Environment:
         cores=machine.cores,
         memory_bytes=machine.memory_bytes,
         python=machine.python,
-        versions=versions,
+        versions=package_versions(PACKAGES),
     )

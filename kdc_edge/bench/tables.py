@@ -225,7 +225,7 @@ def _engine(row: Row) -> str:
 
 def _does(target: str, precision: str) -> str | None:
     try:
-        return find_format(target, precision).does
+        return find_format(target, precision).description
     except InputError:  # a report from a newer kdc-edge
         return None
 

@@ -1,4 +1,4 @@
-"""kdc-edge devices: what this machine is, what runs on it, what is missing and how to get it."""
+"""kdc-edge devices: this machine, its engines and their devices, and how to install missing ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def devices(as_json: Json = False) -> None:
-    """This machine: processor, features, memory; engines and their devices; what is missing and how to get it."""
+    """Show the processor, memory, engines and devices of this machine, and how to install missing ones."""
     from kdc_edge.hardware import find_accelerators, this_machine
 
     machine, engines = this_machine(), find_engines()
@@ -28,7 +28,7 @@ def devices(as_json: Json = False) -> None:
 
 
 def find_engines() -> list[dict[str, Any]]:
-    """Each engine with its version and devices, or with why it cannot run here (`missing`)."""
+    """Each engine with its version and devices, or the reason why it cannot run here (`missing`)."""
     from kdc_edge.errors import InputError, MissingPackageError
     from kdc_edge.runtimes import ENGINES, get_runtime
     from kdc_edge.text import one_line
@@ -43,14 +43,14 @@ def find_engines() -> list[dict[str, Any]]:
             row["missing"] = f"not installed: pip install 'kdc-edge[{engine.extra}]'"
         except InputError as error:  # of another system
             row["missing"] = str(error).removeprefix(f"{name} ")
-        except Exception as error:  # a package that is there and does not work must not hide the others
+        except Exception as error:  # a broken package must not hide the others
             row["missing"] = f"cannot be loaded ({one_line(error)}): pip install --force-reinstall {engine.package}"
         found.append(row)
     return found
 
 
 def missing(engines: Sequence[dict[str, Any]], accelerators: Sequence[Accelerator]) -> list[str]:
-    """What is not here and how to get it, a line each: engines, and devices for hardware that is."""
+    """Missing engines, and missing devices for hardware that is here, a line each with the command that installs it."""
     lines = [f"{row['engine']}: {row['missing']}" for row in engines if "missing" in row]
     there = {(row["engine"], d["name"].split(".")[0]) for row in engines for d in row.get("devices", ())}
     loaded = {row["engine"] for row in engines if "devices" in row}
@@ -62,24 +62,28 @@ def missing(engines: Sequence[dict[str, Any]], accelerators: Sequence[Accelerato
 
 
 def describe(machine: Machine, engines: Sequence[dict[str, Any]], lacking: Sequence[str]) -> list[str]:
-    """The same for people."""
-    from kdc_edge.hardware import feature_does
+    """The same as text, a line each."""
+    from kdc_edge.hardware import describe_feature
+    from kdc_edge.text import gigabytes
 
     processor = machine.processor
     rows = [
         ("processor", f"{processor.name}, {processor.architecture}, {machine.cores or 'unknown'} cores"),
-        ("features", "this system does not tell"),
-        ("memory", f"{machine.memory_bytes / 2**30:.1f} GiB, {machine.available_bytes / 2**30:.1f} available"),
+        ("features", "unknown: this system does not report them"),
+        ("memory", f"{gigabytes(machine.memory_bytes)}, {gigabytes(machine.available_bytes)} available"),
         ("system", f"{machine.os}, Python {machine.python}"),
     ]
     if processor.features is not None:
-        rows[1] = ("features", ", ".join(f"{n} ({feature_does(n)})" for n in processor.features) or "none that matter")
+        rows[1] = (
+            "features",
+            ", ".join(f"{n} ({describe_feature(n)})" for n in processor.features) or "none that engines use",
+        )
         if processor.absent:
-            rows.insert(2, ("not in it", ", ".join(processor.absent)))
+            rows.insert(2, ("absent", ", ".join(processor.absent)))
     lines = [f"{name:<10} {value}" for name, value in rows]
     for row in engines:
         if "devices" in row:
             listed = "; ".join(f"{d['name']} ({d['description']})" for d in row["devices"])
-            proves = ", proves artifacts and is not measured" if row["reference"] else ""
+            proves = ", for proofs only, not measured" if row["reference"] else ""
             lines.append(f"engine     {row['engine']} {row['version']}: {listed}{proves}")
     return lines + [f"missing    {line}" for line in lacking]

@@ -1,125 +1,96 @@
-"""kdc-edge export: a proved artifact from a checkpoint."""
+"""kdc-edge export: a proved bundle from a checkpoint."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
 from typer import Argument, Option
 
 from kdc_edge.cli.project import BUNDLES, Config, command_line, latest_checkpoint, need_export, say
 from kdc_edge.errors import InputError
-from kdc_edge.formats import DEFAULT_PRECISION, Format, find_format, targets
+from kdc_edge.export.targets import TARGETS, ExportRequest, Target, export_checkpoint
+from kdc_edge.formats import DEFAULT_PRECISION, find_format, targets
 from kdc_edge.text import megabytes
 
-if TYPE_CHECKING:
-    from kdc_edge.export.coreml.export import CoreMLOptions
+
+def with_target_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with its `**options` as one flag for each option of the targets; None where a flag is not given."""
+    flags: dict[str, tuple[Any, str | None, list[str]]] = {}  # type, metavar, help texts
+    for target in TARGETS.values():
+        for field, kind in _fields(target):
+            *_, texts = flags.setdefault(field.name, (kind, field.metadata.get("metavar"), []))
+            default = f" Default: {field.default}." if field.default else ""
+            texts.append(f"{target.title}: {field.metadata['help']}{default}")
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for name, (kind, metavar, texts) in flags.items():
+        names = [f"--{name.replace('_', '-')}"] if kind is bool else []  # no --no-...
+        option = Option(*names, metavar=metavar, help=" ".join(texts), rich_help_panel="Options of one target")
+        annotation: Any = Annotated[Optional[kind], option]  # noqa: UP045
+        own.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    command.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in own} | {"return": None}
+    return command
 
 
+def _fields(target: Target) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+    kinds = get_type_hints(target.options)
+    yield from ((field, kinds[field.name]) for field in dataclasses.fields(target.options))
+
+
+@with_target_options
 def export(
-    checkpoint: Annotated[Path | None, Argument(help="A diffusers folder; the latest run's when not given.")] = None,
+    checkpoint: Annotated[Path | None, Argument(help="A diffusers folder. Default: from the latest run.")] = None,
     target: Annotated[str, Option(help=f"One of {', '.join(targets())}.")] = "onnx",
-    precision: Annotated[str | None, Option(help="See kdc-edge formats.")] = None,
-    out: Annotated[Path | None, Option(help="The bundle's folder; bundles/TARGET-PRECISION when not given.")] = None,
+    precision: Annotated[str | None, Option(help=f"See kdc-edge formats. Default: {DEFAULT_PRECISION}.")] = None,
+    out: Annotated[Path | None, Option(help="Folder of the bundle. Default: bundles/TARGET-PRECISION.")] = None,
     calibration_prompts: Annotated[
-        Path | None, Option(metavar="FILE", help="Prompts, one a line, for int8; the training captions by default.")
+        Path | None,
+        Option(metavar="FILE", help="int8, mixed: prompts, one per line. Default: the training captions."),
     ] = None,
-    calibration_samples: Annotated[int | None, Option(help="U-Net calls recorded for int8; 64 by default.")] = None,
-    verify: Annotated[bool, Option("--verify/--no-verify", help="Prove it against PyTorch first.")] = True,
-    unet_batch: Annotated[int | None, Option(help="Core ML: samples a U-Net pass, 2 (with guidance) or 1.")] = None,
-    deployment_target: Annotated[
-        str | None, Option(help="Core ML: iOS17 (macOS 14), the default, or iOS18 (macOS 15).")
+    calibration_samples: Annotated[
+        int | None, Option(help="int8, mixed: U-Net calls to calibrate on. Default: 64; mixed 12.")
     ] = None,
-    attention: Annotated[
-        str | None,
-        Option(
-            help="ONNX: fused (onnxruntime's), or original (standard operations). Core ML: original (GPU),"
-            " split-einsum (Neural Engine), or sdpa (fused; needs iOS18)."
-        ),
-    ] = None,
-    static: Annotated[
-        bool | None, Option("--static", help="ONNX: one sample of the model's own size; some devices need it.")
-    ] = None,
-    swift: Annotated[
-        bool | None, Option("--swift", help="Core ML: lay out Resources/ for Apple's Swift package.")
-    ] = None,
-    max_size: Annotated[
-        str | None, Option(metavar="SIZE", help="Core ML, mixed: of the U-Net's package, such as 300MB.")
-    ] = None,
-    min_psnr: Annotated[float | None, Option(help="Core ML, mixed: of the U-Net's guided prediction, in dB.")] = None,
-    recipe: Annotated[
-        Path | None, Option(metavar="FILE", help="Core ML, mixed: a mixed bundle's kdc-edge.json, to apply it again.")
-    ] = None,
+    verify: Annotated[bool, Option("--verify/--no-verify", help="Compare the result with PyTorch.")] = True,
     config: Config = None,
+    **options: Any,
 ) -> None:
-    """Export a checkpoint to a bundle that a device can run, and prove that it computes the same."""
+    """Export a checkpoint to a bundle for devices, and prove that it computes the same as PyTorch."""
     del config
     row = find_format(target, precision or DEFAULT_PRECISION)
     if precision is None:
-        say(f"no precision given: {row.precision}, {row.does}")
+        say(f"no precision given: {row.precision}, {row.description}")
     source = checkpoint or latest_checkpoint()
     if checkpoint is None:
         say(f"no checkpoint given: {source.resolve()}")
-    own: dict[str, tuple[Any, tuple[str, ...]]] = {  # with the targets that have the option
-        "unet_batch": (unet_batch, ("coreml",)),
-        "deployment_target": (deployment_target, ("coreml",)),
-        "attention": (attention, ("onnx", "coreml")),
-        "static": (static, ("onnx",)),
-        "swift": (swift, ("coreml",)),
-        "max_size": (max_size, ("coreml",)),
-        "min_psnr": (min_psnr, ("coreml",)),
-        "recipe": (recipe, ("coreml",)),
-    }
-    asked = {name: value for name, (value, _) in own.items() if value is not None}
-    for name in asked:
-        if row.target not in own[name][1]:
-            raise InputError(f"--{name.replace('_', '-')} is for --target {' or '.join(own[name][1])}: leave it out")
+    given = {name: value for name, value in options.items() if value is not None}
+    _refuse_other_targets(target, given)
     need_export("kdc-edge export")
-    out = out or BUNDLES / row.name
-    common: dict[str, Any] = {"precision": row.precision, "verify": verify, "command": command_line()}
-    calibration = _calibration(row, calibration_prompts, calibration_samples)
-    if target == "openvino":
-        from kdc_edge.export.openvino import export_openvino
+    from kdc_edge.prompts import read_prompts
 
-        bundle = export_openvino(source, out, **common, **calibration)
-    elif target == "coreml":
-        from kdc_edge.export.coreml.export import export_coreml
-
-        bundle = export_coreml(source, out, **common, **calibration, options=_coreml_options(asked), tell=say)
-    else:
-        from kdc_edge.export.onnx.export import OnnxOptions, export_onnx
-
-        bundle = export_onnx(source, out, **common, **calibration, options=OnnxOptions(**asked), tell=say)
+    request = ExportRequest(
+        source, out or BUNDLES / row.name, row.target, row.precision, verify=verify, command=command_line(), tell=say,
+        calibration_prompts=None if calibration_prompts is None else read_prompts(calibration_prompts),
+        calibration_samples=calibration_samples,
+    )  # fmt: skip
+    bundle = export_checkpoint(request, TARGETS[row.target].options(**given))
     if bundle.manifest.parity is None:
         say("not proved: --no-verify was given")
     else:
         for check in bundle.manifest.parity.checks:
             say(f"{check.what}: {check.text} (at least {check.threshold_db:.0f} dB)")
     say(megabytes(bundle.size_bytes))
-    typer.echo(out)
+    typer.echo(request.out)
 
 
-def _calibration(row: Format, prompts: Path | None, samples: int | None) -> dict[str, Any]:
-    """The calibration's options, refused where nothing is calibrated."""
-    if prompts is None and samples is None:
-        return {}
-    if not row.calibrated:
-        raise InputError(f"{row.name} needs no calibration: leave out --calibration-prompts and --calibration-samples")
-    from kdc_edge.prompts import read_prompts
-
-    return {"calibration_prompts": prompts and read_prompts(prompts), "calibration_samples": samples}
-
-
-def _coreml_options(asked: dict[str, Any]) -> CoreMLOptions:
-    """The options that only Core ML has, with the budget and the recipe read."""
-    from kdc_edge.export.coreml.export import CoreMLOptions
-    from kdc_edge.export.coreml.mixed import Budget, read_recipe
-    from kdc_edge.files import parse_size
-
-    size, psnr_db, recipe = (asked.pop(name, None) for name in ("max_size", "min_psnr", "recipe"))
-    if size is not None or psnr_db is not None:
-        asked["budget"] = Budget(size and parse_size(size, "--max-size"), psnr_db)
-    if recipe is not None:
-        asked["recipe"] = read_recipe(recipe)
-    return CoreMLOptions(**asked)
+def _refuse_other_targets(target: str, given: dict[str, Any]) -> None:
+    """Raise InputError for an option that the target does not have."""
+    for name in given:
+        owners = [key for key, row in TARGETS.items() if name in {field.name for field, _ in _fields(row)}]
+        if target not in owners:
+            raise InputError(f"--{name.replace('_', '-')} is for --target {' or '.join(owners)}: leave it out")

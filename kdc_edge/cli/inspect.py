@@ -1,4 +1,4 @@
-"""kdc-edge verify, info, formats: look at artifacts."""
+"""kdc-edge verify, info, formats: inspect bundles and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from kdc_edge.cli.project import all_bundles
 
 
 def verify(
-    bundles: Annotated[list[Path] | None, Argument(help="Bundles; all in bundles/ when not given.")] = None,
+    bundles: Annotated[list[Path] | None, Argument(help="Default: all in bundles/.")] = None,
 ) -> None:
     """Check every file of a bundle against its hash."""
     from kdc_edge.bundle import Bundle
 
     for path in bundles or all_bundles():
-        typer.echo(f"{path}: {Bundle.open(path).verify()} files as exported")
+        typer.echo(f"{path}: {Bundle.open(path).verify()} files unchanged")
 
 
 def info(
@@ -50,7 +50,7 @@ def info(
         facts["size"] = megabytes(bundle.size_bytes)
         for check in manifest.parity.checks if manifest.parity else ():
             facts[f"parity {check.what}"] = check.text
-        facts["proved by"] = manifest.parity.conditions if manifest.parity else "nothing: --no-verify was given"
+        facts["proved by"] = manifest.parity.conditions if manifest.parity else "no proof: --no-verify was given"
         facts["made by"] = manifest.provenance.command
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
@@ -60,11 +60,13 @@ def info(
 
 
 def formats(as_json: Json = False) -> None:
-    """What can be exported, and how good it has to be."""
+    """List the export formats; --json adds the PSNR thresholds of the proof."""
     from kdc_edge.formats import FORMATS
 
     if as_json:
         typer.echo(json.dumps([asdict(f) for f in FORMATS], indent=2))
         return
     for f in FORMATS:
-        typer.echo(f"--target {f.target} --precision {f.precision}: {f.does}; {f.bytes_per_weight:g} bytes a weight")
+        typer.echo(
+            f"--target {f.target} --precision {f.precision}: {f.description}; {f.bytes_per_weight:g} bytes per weight"
+        )

@@ -30,7 +30,7 @@ def quickstart(
     from kdc_edge.bench.runner import measure_in_fresh_process
     from kdc_edge.cli.progress import Progress
     from kdc_edge.cli.quickstart_report import Story, write_report
-    from kdc_edge.export.onnx.export import export_onnx
+    from kdc_edge.export.targets import ExportRequest, export_checkpoint
     from kdc_edge.files import refuse_foreign_folder, write_atomic
     from kdc_edge.image import grid, save_png
     from kdc_edge.runtimes import open_pipeline
@@ -77,9 +77,9 @@ def quickstart(
     bundles = []
     for precision in ("fp32", "fp16"):
         say(f"exporting to onnx-{precision} and proving it")
-        bundles.append(
-            export_onnx(checkpoint, out / "bundles" / f"onnx-{precision}", precision=precision, command=command_line())
-        )
+        folder = out / "bundles" / f"onnx-{precision}"
+        request = ExportRequest(checkpoint, folder, "onnx", precision, command=command_line())
+        bundles.append(export_checkpoint(request))
         bundles[-1].verify()
 
     scenes = [evaluation_scenes(GardenSource((s,)), 4)[i] for s in ("flower", "butterfly") for i in (0, 1, 3)]

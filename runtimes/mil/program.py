@@ -5,8 +5,8 @@
     program.read(program.operations[0].attributes["val"])       # an array: a view into the mapped file
 
 model.mlmodel is a protobuf message; the schema is Apple's (coremltools, mlmodel/format: Model.proto, MIL.proto).
-It is decoded here field by field because importing coremltools takes seconds and, where PyTorch is installed,
-brings that in too. weight.bin is Apple's blob storage, version 2: a header of 64 bytes, then entries of 64 bytes
+It is decoded field by field (protobuf.py) because importing coremltools takes seconds and, where PyTorch is installed,
+imports PyTorch too. weight.bin is Apple's blob storage, version 2: a header of 64 bytes, then entries of 64 bytes
 of metadata and the data behind them. Both files are untrusted: every length is checked before it is used.
 """
 
@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from kdc_edge.errors import BundleError
 from kdc_edge.files import inside
+from kdc_edge.runtimes.mil.protobuf import Buffer, Damaged, collect, entries, floats, integers, one, text
 
 MAX_PROGRAM_BYTES = 256 * 2**20  # the 482M U-Net's is 1.4 MiB: weights lie in their own file
 MODEL_PATH = "@model_path/"
@@ -50,13 +51,6 @@ DTYPES: dict[int, tuple[str, type[np.generic], int]] = {
 STRING = 2
 NUMPY = {name: dtype for name, dtype, _ in DTYPES.values()} | {"string": np.str_}
 BITS = {name: bits for name, _, bits in DTYPES.values()}
-
-T = TypeVar("T")
-Buffer = memoryview
-
-
-class Damaged(ValueError):
-    """The bytes are not what their format says; becomes a BundleError that names the file."""
 
 
 @dataclass(frozen=True)
@@ -189,44 +183,44 @@ def read_program(path: Path) -> Program:
 
 
 def _model(path: Path, data: Buffer) -> Program:
-    found = _collect(data)
+    found = collect(data)
     if 502 not in found:
         raise Damaged("it holds no mlProgram")
-    description = _collect(_one(found, 2))
-    metadata = _collect(_one(description, 100)) if 100 in description else {}
+    description = collect(one(found, 2))
+    metadata = collect(one(description, 100)) if 100 in description else {}
     names = {1: "shortDescription", 2: "versionString", 3: "author", 4: "license"}
-    words = {names[n]: _text(v[-1]) for n, v in metadata.items() if n in names}
-    function = _collect(_entries(_one(found, 502), 2)["main"])
-    opset = _text(_one(function, 2))
-    block = _collect(_entries_of(function.get(3, []))[opset])
+    words = {names[n]: text(v[-1]) for n, v in metadata.items() if n in names}
+    function = collect(entries(collect(one(found, 502)).get(2, []))["main"])
+    opset = text(one(function, 2))
+    block = collect(entries(function.get(3, []))[opset])
     return Program(
         path=path,
-        specification_version=int(_one(found, 1)),
+        specification_version=int(one(found, 1)),
         opset=opset,
         inputs=dict(_feature(f) for f in description.get(1, [])),
         outputs=dict(_feature(f) for f in description.get(10, [])),
         operations=[_operation(o) for o in block.get(3, [])],
-        metadata=words | {k: _text(v) for k, v in _entries_of(metadata.get(100, [])).items()},
+        metadata=words | {k: text(v) for k, v in entries(metadata.get(100, [])).items()},
     )
 
 
 def _feature(data: Buffer) -> tuple[str, TensorType]:
     """FeatureDescription: a name and the array that it stands for."""
-    found = _collect(data)
+    found = collect(data)
     kinds = {65568: "fp32", 65552: "fp16", 131104: "int32"}
-    array = _collect(_one(_collect(_one(found, 3)), 5))
-    return _text(_one(found, 1)), TensorType(kinds[int(_one(array, 2))], tuple(_integers(array.get(1, []))))
+    array = collect(one(collect(one(found, 3)), 5))
+    return text(one(found, 1)), TensorType(kinds[int(one(array, 2))], tuple(integers(array.get(1, []))))
 
 
 def _operation(data: Buffer) -> Operation:
-    found = _collect(data)
+    found = collect(data)
     if 4 in found:
         raise Damaged("control flow, which no export of ours contains")
     operation = Operation(
-        type=_text(_one(found, 1)),
-        inputs={k: tuple(map(_binding, _collect(v).get(1, []))) for k, v in _entries_of(found.get(2, [])).items()},
+        type=text(one(found, 1)),
+        inputs={k: tuple(map(_binding, collect(v).get(1, []))) for k, v in entries(found.get(2, [])).items()},
         outputs=dict(_named_type(v) for v in found.get(3, [])),
-        attributes={k: _value(v) for k, v in _entries_of(found.get(5, [])).items()},
+        attributes={k: _value(v) for k, v in entries(found.get(5, [])).items()},
     )
     if not operation.outputs or (operation.type == "const" and "val" not in operation.attributes):
         raise Damaged("an operation without its result")
@@ -234,133 +228,49 @@ def _operation(data: Buffer) -> Operation:
 
 
 def _binding(data: Buffer) -> str | Value:
-    found = _collect(data)
-    return _text(found[1][-1]) if 1 in found else _value(_one(found, 2))
+    found = collect(data)
+    return text(found[1][-1]) if 1 in found else _value(one(found, 2))
 
 
 def _named_type(data: Buffer) -> tuple[str, TensorType]:
-    found = _collect(data)
-    return _text(_one(found, 1)), _type(_one(found, 2))
+    found = collect(data)
+    return text(one(found, 1)), _type(one(found, 2))
 
 
 def _type(data: Buffer) -> TensorType:
     """ValueType: only tensors occur in our programs."""
-    tensor = _collect(_one(_collect(data), 1))
-    kind = int(_one(tensor, 1))
+    tensor = collect(one(collect(data), 1))
+    kind = int(one(tensor, 1))
     sides: list[int | None] = []
     for dimension in tensor.get(3, []):
-        constant = _collect(dimension).get(1)
-        sides.append(int(_collect(constant[-1]).get(1, [0])[-1]) if constant else None)
+        constant = collect(dimension).get(1)
+        sides.append(int(collect(constant[-1]).get(1, [0])[-1]) if constant else None)
     return TensorType("string" if kind == STRING else DTYPES[kind][0], tuple(sides))
 
 
 def _value(data: Buffer) -> Value:
-    found = _collect(data)
-    kind = _type(_one(found, 2))
+    found = collect(data)
+    kind = _type(one(found, 2))
     if 5 in found:
-        blob = _collect(found[5][-1])
-        return Value(kind, file=_text(_one(blob, 1)), offset=int(blob.get(2, [0])[-1]))
-    return Value(kind, _immediate(_collect(_one(_collect(_one(found, 3)), 1)), kind))
+        blob = collect(found[5][-1])
+        return Value(kind, file=text(one(blob, 1)), offset=int(blob.get(2, [0])[-1]))
+    return Value(kind, _immediate(collect(one(collect(one(found, 3)), 1)), kind))
 
 
 def _immediate(tensor: dict[int, list[Any]], kind: TensorType) -> Any:
     """TensorValue: a oneof of packed numbers, strings, or raw bytes."""
     if 4 in tensor:
-        words = [_text(v) for v in _collect(tensor[4][-1]).get(1, [])]
+        words = [text(v) for v in collect(tensor[4][-1]).get(1, [])]
         return words[0] if not kind.shape and len(words) == 1 else np.array(words)
     shape = [side or 0 for side in kind.shape]
-    readers: dict[int, Callable[[list[Any]], Any]] = {1: _floats, 2: _integers, 3: _integers, 5: _integers}
+    readers: dict[int, Callable[[list[Any]], Any]] = {1: floats, 2: integers, 3: integers, 5: integers}
     for number, read in readers.items():
         if number in tensor:
-            values = np.array(read(_collect(tensor[number][-1]).get(1, [])), NUMPY[kind.dtype])
+            values = np.array(read(collect(tensor[number][-1]).get(1, [])), NUMPY[kind.dtype])
             return values.reshape(shape)
     if 7 in tensor:
-        raw = _collect(tensor[7][-1]).get(1, [b""])[-1]
+        raw = collect(tensor[7][-1]).get(1, [b""])[-1]
         return unpack(raw, kind)
     if kind.size:
         raise Damaged("a constant without its value")
     return np.zeros(shape, NUMPY[kind.dtype])
-
-
-# Protobuf's wire format: every field is a key, (number << 3) | kind, and a payload.
-
-
-def _collect(data: Buffer) -> dict[int, list[Any]]:
-    """A message's fields by number; embedded messages, strings and packed numbers are still bytes."""
-    if not isinstance(data, memoryview):
-        raise Damaged("a number where a message is expected")
-    found: dict[int, list[Any]] = {}
-    position, end = 0, len(data)
-    while position < end:
-        key, position = _varint(data, position)
-        number, kind = key >> 3, key & 7
-        if kind == 0:
-            value, position = _varint(data, position)
-            found.setdefault(number, []).append(value)
-            continue
-        if kind == 2:
-            length, position = _varint(data, position)
-        elif kind in (1, 5):
-            length = 8 if kind == 1 else 4
-        else:
-            raise Damaged(f"a field of kind {kind}")
-        if position + length > end:
-            raise Damaged("it ends in the middle of a field")
-        found.setdefault(number, []).append(data[position : position + length])
-        position += length
-    return found
-
-
-def _varint(data: Buffer, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        if position >= len(data) or shift > 63:
-            raise Damaged("it ends in the middle of a number")
-        byte = data[position]
-        position += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, position
-        shift += 7
-
-
-def _one(found: Mapping[int, list[Any]], number: int) -> Any:
-    if number not in found:
-        raise Damaged(f"field {number} is missing")
-    return found[number][-1]
-
-
-def _entries(data: Buffer, number: int) -> dict[str, Buffer]:
-    return _entries_of(_collect(data).get(number, []))
-
-
-def _entries_of(fields: list[Any]) -> dict[str, Buffer]:
-    """A map: repeated messages of key and value."""
-    pairs = (_collect(entry) for entry in fields)
-    return {_text(pair.get(1, [memoryview(b"")])[-1]): pair.get(2, [memoryview(b"")])[-1] for pair in pairs}
-
-
-def _text(data: Buffer) -> str:
-    if not isinstance(data, memoryview):
-        raise Damaged("a number where a text is expected")
-    return bytes(data).decode("utf-8")
-
-
-def _floats(fields: list[Any]) -> list[float]:
-    return [v for data in fields for v in struct.unpack(f"<{len(data) // 4}f", data)]
-
-
-def _integers(fields: list[Any]) -> list[int]:
-    """Signed 64-bit numbers, packed or not."""
-    return [v - 2**64 if v >= 2**63 else v for v in _varints(fields)]
-
-
-def _varints(fields: list[Any]) -> Iterator[int]:
-    for data in fields:
-        if isinstance(data, int):
-            yield data
-            continue
-        position = 0
-        while position < len(data):
-            value, position = _varint(data, position)
-            yield value

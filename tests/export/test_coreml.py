@@ -18,8 +18,8 @@ import torch
 from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError, InputError, ParityError
 from kdc_edge.export.components import load_component
-from kdc_edge.export.coreml.export import CoreMLOptions, export_coreml
 from kdc_edge.export.rewrites.attention import set_attention
+from kdc_edge.export.targets import CoreMLOptions, ExportRequest, export_checkpoint
 from kdc_edge.pipeline import Request
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_for_bench, open_pipeline
 from kdc_edge.runtimes.apple_layout import PROGRAM
@@ -28,7 +28,7 @@ from kdc_edge.runtimes.mil.program import read_program
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from tests.cli.test_commands import complaint, run
 
-# FACTS of Apple's Swift package: names and shapes, in the garden's sizes.
+# Names and shapes that Apple's Swift package expects, in the garden's sizes.
 APPLE = {
     "text_encoder/TextEncoder": (
         {"input_ids": (1, 77)},
@@ -109,7 +109,9 @@ def test_the_proof_was_computed_here(coreml_bundle: Path) -> None:
 
 @pytest.mark.usefixtures("converted")
 def test_compressed_weights(checkpoint: Path, coreml_bundle: Path, tmp_path: Path) -> None:
-    made = export_coreml(checkpoint, tmp_path / "out", precision="palette4", prompts=["a red flower"])
+    made = export_checkpoint(
+        ExportRequest(checkpoint, tmp_path / "out", "coreml", "palette4", prompts=["a red flower"])
+    )
     assert made.size_bytes < 0.4 * Bundle.open(coreml_bundle).size_bytes + 500_000
     parity = made.manifest.parity
     assert parity is not None
@@ -123,7 +125,7 @@ def test_a_large_unet_lies_in_two_packages(
     checkpoint: Path, coreml_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kdc_edge.export.coreml.export.CHUNK_BYTES", 3_000_000)
-    made = export_coreml(checkpoint, tmp_path / "out", precision="fp16", verify=False)
+    made = export_checkpoint(ExportRequest(checkpoint, tmp_path / "out", "coreml", "fp16", verify=False))
     files = made.manifest.components["unet"].files
     assert files[:2] == [f"unet/UnetChunk{i}.mlpackage/{PROGRAM}" for i in (1, 2)]
     assert sorted(p.name for p in (made.root / "unet").iterdir()) == [
@@ -205,7 +207,7 @@ def test_attention_layouts_through_core_ml(kind: str, target: str) -> None:
 @pytest.mark.parametrize(("kind", "target"), [("original", "iOS17"), ("split-einsum", "iOS17"), ("sdpa", "iOS18")])
 def test_whole_images_with_each_attention_layout(kind: str, target: str, tmp_path: Path) -> None:
     options = CoreMLOptions(attention=kind, deployment_target=target)
-    made = export_coreml(GARDEN_TEACHER, tmp_path / kind, precision="fp16", options=options)
+    made = export_checkpoint(ExportRequest(GARDEN_TEACHER, tmp_path / kind, "coreml", "fp16"), options)
     parity = made.manifest.parity
     assert parity is not None
     assert {"unet", "image"} <= {c.what for c in parity.checks}
@@ -293,7 +295,7 @@ def test_a_safety_checker_is_exported_where_there_is_one(own_checkpoint: Path, t
 
 def test_options_are_checked_before_the_work(checkpoint: Path, tmp_path: Path) -> None:
     for options, message in (
-        ({"unet_batch": 3}, "--unet-batch 3 is not what Apple's package reads: use 2 or 1"),
+        ({"unet_batch": 3}, "--unet-batch 3 is not supported by Apple's package: use 2 or 1"),
         ({"deployment_target": "iOS9"}, "--deployment-target 'iOS9' is unknown: choose from iOS17, iOS18"),
         ({"attention": "flash"}, "--attention 'flash' is unknown"),
         ({"attention": "sdpa"}, "add --deployment-target iOS18"),
@@ -324,7 +326,7 @@ def test_damaged_weights_fail_the_export(checkpoint: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(coreml, "save", save_wrongly)
     with pytest.raises(ParityError, match=r"coreml-fp16 does not compute .*: unet: "):
-        export_coreml(checkpoint, tmp_path / "out", precision="fp16", prompts=["a red flower"])
+        export_checkpoint(ExportRequest(checkpoint, tmp_path / "out", "coreml", "fp16", prompts=["a red flower"]))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -367,7 +369,10 @@ def test_the_482m_student(tmp_path: Path) -> None:
 
     source = tmp_path / "student"
     init_checkpoint(source, find_preset("kdc-482m"), None, seed=0)
-    bundles = {p: export_coreml(source, tmp_path / p, precision=p, verify=False) for p in ("fp16", "palette6", "w8")}
+    bundles = {
+        p: export_checkpoint(ExportRequest(source, tmp_path / p, "coreml", p, verify=False))
+        for p in ("fp16", "palette6", "w8")
+    }
     assert bundles["palette6"].size_bytes < 560e6
     unet = bundles["fp16"].manifest.components["unet"]
     assert {n: t.shape for n, t in (unet.inputs | unet.outputs).items()} == {

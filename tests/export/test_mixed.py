@@ -16,8 +16,7 @@ from kdc_edge.bundle import CalibrationInfo, Recipe, Tensor
 from kdc_edge.errors import InputError
 from kdc_edge.export.calibration import Calibration
 from kdc_edge.export.coreml.apple_modules import AppleNetwork, AppleUNet
-from kdc_edge.export.coreml.export import CoreMLOptions, convert, export_coreml
-from kdc_edge.export.coreml.kmeans import kmeans
+from kdc_edge.export.coreml.export import convert
 from kdc_edge.export.coreml.mixed import (
     BITS,
     Budget,
@@ -27,7 +26,8 @@ from kdc_edge.export.coreml.mixed import (
     read_recipe,
     stored_bytes,
 )
-from kdc_edge.export.coreml.palettize import folder_bytes
+from kdc_edge.export.coreml.palettize import folder_bytes, kmeans
+from kdc_edge.export.targets import CoreMLOptions, ExportRequest, export_checkpoint
 from kdc_edge.pipeline import guided
 from kdc_edge.runtimes.apple_layout import PROGRAM
 from kdc_edge.runtimes.mil.evaluator import Evaluator
@@ -211,9 +211,9 @@ def test_each_step_of_a_layer_is_a_worse_bargain_than_the_last(size: int, errors
 
 
 def test_only_mixed_takes_a_budget(checkpoint: Path, tmp_path: Path) -> None:
-    budget = CoreMLOptions(budget=Budget(max_size_bytes=10**6))
+    budget = CoreMLOptions(max_size="1MB")
     with pytest.raises(InputError, match="coreml-fp16 has no budget"):
-        export_coreml(checkpoint, tmp_path / "out", precision="fp16", options=budget)
-    with pytest.raises(InputError, match="coreml-mixed needs --max-size 300MB, --min-psnr 30 or --recipe FILE"):
-        export_coreml(checkpoint, tmp_path / "out", precision="mixed")
+        export_checkpoint(ExportRequest(checkpoint, tmp_path / "out", "coreml", "fp16"), budget)
+    with pytest.raises(InputError, match="coreml-mixed needs one of --max-size 300MB, --min-psnr 30 and --recipe FILE"):
+        export_checkpoint(ExportRequest(checkpoint, tmp_path / "out", "coreml", "mixed"))
     assert not (tmp_path / "out").exists()

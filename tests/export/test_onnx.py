@@ -17,7 +17,8 @@ from kdc_edge.bundle import Bundle
 from kdc_edge.diffusers_folder import hash_checkpoint
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.export.components import load_component
-from kdc_edge.export.onnx.export import export_onnx, trace
+from kdc_edge.export.onnx.export import trace
+from kdc_edge.export.targets import ExportRequest, export_checkpoint
 from kdc_edge.runtimes import LoadOptions, get_runtime
 
 NAMES = {
@@ -111,7 +112,7 @@ def test_large_weights_lie_beside_the_graph(
     checkpoint: Path, tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kdc_edge.export.onnx.export.EXTERNAL_DATA_BYTES", 1_000_000)
-    made = export_onnx(checkpoint, tmp_path / "out", precision="fp16", verify=False)
+    made = export_checkpoint(ExportRequest(checkpoint, tmp_path / "out", "onnx", "fp16", verify=False))
     assert made.manifest.parity is None
     assert made.manifest.components["unet"].files == ["unet/model.onnx", "unet/model.onnx_data"]
     assert made.manifest.components["text_encoder"].files == ["text_encoder/model.onnx"]
@@ -130,27 +131,27 @@ def test_large_weights_lie_beside_the_graph(
 def test_a_tokenizer_as_transformers_5_saves_it(own_checkpoint: Path, tmp_path: Path, bundle: Path) -> None:
     for name in ("vocab.json", "merges.txt"):
         (own_checkpoint / "tokenizer" / name).unlink()
-    made = export_onnx(own_checkpoint, tmp_path / "out", precision="fp16", verify=False)
+    made = export_checkpoint(ExportRequest(own_checkpoint, tmp_path / "out", "onnx", "fp16", verify=False))
     for name in ("vocab.json", "merges.txt"):
         ours, original = ((root / "tokenizer" / name).read_text("utf-8") for root in (made.root, bundle))
         assert ours.split() == original.split() or json.loads(ours) == json.loads(original)
     (own_checkpoint / "tokenizer" / "tokenizer.json").write_text('{"model": {"vocab": 3}}')
     with pytest.raises(CheckpointError, match="no byte-pair vocabulary"):
-        export_onnx(own_checkpoint, tmp_path / "other", precision="fp16", verify=False)
+        export_checkpoint(ExportRequest(own_checkpoint, tmp_path / "other", "onnx", "fp16", verify=False))
 
 
 def test_bad_requests_stop_before_the_work(checkpoint: Path, own_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(InputError, match="no precision 'int3'"):
-        export_onnx(checkpoint, out, precision="int3")
+        export_checkpoint(ExportRequest(checkpoint, out, "onnx", "int3"))
     with pytest.raises(CheckpointError, match="no checkpoint at"):
-        export_onnx(tmp_path / "nowhere", out, precision="fp16")
+        export_checkpoint(ExportRequest(tmp_path / "nowhere", out, "onnx", "fp16"))
     with pytest.raises(InputError, match="holds other files"):
-        export_onnx(checkpoint, own_checkpoint, precision="fp16")
+        export_checkpoint(ExportRequest(checkpoint, own_checkpoint, "onnx", "fp16"))
     config = own_checkpoint / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"thresholding": True}))
     with pytest.raises(InputError, match="thresholding"):
-        export_onnx(own_checkpoint, out, precision="fp16")
+        export_checkpoint(ExportRequest(own_checkpoint, out, "onnx", "fp16"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
 
 
@@ -165,7 +166,7 @@ def test_an_interrupted_export_leaves_what_was_there(
     before = Bundle.open(own_bundle).manifest
     for out in (tmp_path / "new", own_bundle):
         with pytest.raises(KeyboardInterrupt):
-            export_onnx(checkpoint, out, precision="fp32")
+            export_checkpoint(ExportRequest(checkpoint, out, "onnx", "fp32"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle"]
     assert Bundle.open(own_bundle).manifest == before
 
@@ -175,13 +176,14 @@ import sys, time
 from pathlib import Path
 import onnx_ir as ir
 import kdc_edge.export.onnx.export as onnx
+from kdc_edge.export.targets import ExportRequest, export_checkpoint
 def trace(part, sizes=None):
     if part.name == "vae_decoder":
         print("ready", flush=True)
         time.sleep(600)
     return ir.load(Path(sys.argv[3]) / part.name / "model.onnx")
 onnx.trace = trace
-onnx.export_onnx(Path(sys.argv[1]), Path(sys.argv[2]), precision="fp16")
+export_checkpoint(ExportRequest(Path(sys.argv[1]), Path(sys.argv[2]), "onnx", "fp16"))
 """
 
 
@@ -194,4 +196,4 @@ def test_a_killed_export_leaves_no_half_bundle(checkpoint: Path, bundle_fp32: Pa
         os.kill(child.pid, signal.SIGKILL)
     assert list(tmp_path.glob(".out.part-*/unet/model.onnx"))  # it was in the middle
     assert not out.exists()
-    assert export_onnx(checkpoint, out, precision="fp16", verify=False).verify() > 0
+    assert export_checkpoint(ExportRequest(checkpoint, out, "onnx", "fp16", verify=False)).verify() > 0

@@ -19,9 +19,10 @@ from hypothesis.extra import numpy as arrays
 from kdc_edge.bundle import MANIFEST, Bundle, list_files
 from kdc_edge.errors import BundleError, InputError
 from kdc_edge.export.components import ExportComponent, load_component
-from kdc_edge.export.onnx.export import OnnxOptions, export_onnx, trace
+from kdc_edge.export.onnx.export import trace
 from kdc_edge.export.onnx.int8 import quantize_int8, uint8_scale
 from kdc_edge.export.onnx.weights import round_channels
+from kdc_edge.export.targets import ExportRequest, OnnxOptions, export_checkpoint
 from kdc_edge.hardware import Processor
 from kdc_edge.pipeline import Request
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline
@@ -38,9 +39,9 @@ def bundles(
     folder = tmp_path_factory.mktemp("bundles")
     made = {"fp32": bundle_fp32, "fp16": bundle}
     for precision in ("w8", "w4"):
-        made[precision] = export_onnx(checkpoint, folder / precision, precision=precision).root
-    made["int8"] = export_onnx(
-        checkpoint, folder / "int8", precision="int8", calibration_prompts=PROMPTS, calibration_samples=6
+        made[precision] = export_checkpoint(ExportRequest(checkpoint, folder / precision, "onnx", precision)).root
+    made["int8"] = export_checkpoint(
+        ExportRequest(checkpoint, folder / "int8", "onnx", "int8", calibration_prompts=PROMPTS, calibration_samples=6)
     ).root
     return made
 
@@ -86,7 +87,7 @@ def test_original_attention_is_standard_onnx_and_equal(
 
     monkeypatch.setattr("kdc_edge.export.onnx.export.trace", trace_unet)
     options = OnnxOptions(attention="original", static=True)
-    made = export_onnx(checkpoint, tmp_path / "out", precision="fp32", options=options, verify=False)
+    made = export_checkpoint(ExportRequest(checkpoint, tmp_path / "out", "onnx", "fp32", verify=False), options)
     graph = onnx.load(unet_model(made.root)).graph
     assert {node.domain for node in graph.node} == {""}
     assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == [1, 4, 16, 16]
@@ -96,7 +97,7 @@ def test_original_attention_is_standard_onnx_and_equal(
     assert np.abs(fixed.astype(int) - free).max() <= 1  # guidance asks for two samples, the graph takes one
     with pytest.raises(BundleError, match="cannot compute this"):
         open_pipeline(made.root).generate(Request("a red flower", steps=1, width=128, height=128))
-    with pytest.raises(InputError, match="--attention sdpa is not for ONNX: choose from fused, original"):
+    with pytest.raises(InputError, match="--attention 'sdpa' is unknown: choose from fused, original"):
         OnnxOptions(attention="sdpa")
 
 
@@ -226,7 +227,7 @@ def test_a_weight_file_that_is_missing_or_shorter(
         "kdc_edge.export.onnx.export.trace", lambda part, _sizes=None: ir.load(bundle_fp32 / part.name / "model.onnx")
     )
     monkeypatch.setattr("kdc_edge.export.onnx.export.EXTERNAL_DATA_BYTES", 1000)
-    root = export_onnx(checkpoint, tmp_path / "out", precision="fp16", verify=False).root
+    root = export_checkpoint(ExportRequest(checkpoint, tmp_path / "out", "onnx", "fp16", verify=False)).root
     data = root / "unet" / "model.onnx_data"
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(BundleError, match=r"model\.onnx_data.*copy or export it again"):

@@ -16,7 +16,8 @@ import pytest
 from kdc_edge.bundle import Bundle, list_files
 from kdc_edge.errors import BundleError, InputError, KdcError
 from kdc_edge.export.calibration import calibrate
-from kdc_edge.export.openvino import export_openvino, one_by_one
+from kdc_edge.export.openvino import one_by_one
+from kdc_edge.export.targets import ExportRequest, export_checkpoint
 from kdc_edge.pipeline import Request
 from kdc_edge.prompts import own_prompts, read_prompts
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline
@@ -32,7 +33,7 @@ NAMES = {
 @pytest.fixture(scope="module")
 def fp32(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundles") / "openvino-fp32"
-    return export_openvino(checkpoint, out, precision="fp32", command="a test").root
+    return export_checkpoint(ExportRequest(checkpoint, out, "openvino", "fp32", command="a test")).root
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +46,13 @@ def bundles(fp32: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
         patch.setattr(convert, lambda part: ov.Core().read_model(fp32 / part.name / "openvino_model.xml"))
         made = {"fp32": fp32}
         for precision in ("fp16", "w8", "w4"):
-            made[precision] = export_openvino(checkpoint, folder / precision, precision=precision).root
-        made["int8"] = export_openvino(
-            checkpoint, folder / "int8", precision="int8", calibration_prompts=prompts, calibration_samples=6
+            made[precision] = export_checkpoint(
+                ExportRequest(checkpoint, folder / precision, "openvino", precision)
+            ).root
+        made["int8"] = export_checkpoint(
+            ExportRequest(
+                checkpoint, folder / "int8", "openvino", "int8", calibration_prompts=prompts, calibration_samples=6
+            )
         ).root
     return made
 
@@ -106,10 +111,11 @@ def test_what_is_computed_in_integers(bundles: dict[str, Path]) -> None:
 
 @pytest.mark.full
 def test_the_hybrid_computes_less_in_integers(bundles: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:
-    hybrid = export_openvino(
-        checkpoint, tmp_path / "hybrid", precision="int8-hybrid", calibration_prompts=["a red flower"],
+    request = ExportRequest(
+        checkpoint, tmp_path / "hybrid", "openvino", "int8-hybrid", calibration_prompts=["a red flower"],
         calibration_samples=2,
     )  # fmt: skip
+    hybrid = export_checkpoint(request)
     assert hybrid.manifest.parity is not None
     assert all(c.passed for c in hybrid.manifest.parity.checks)
     assert 0 < operations(hybrid.root)["FakeQuantize"] < operations(bundles["int8"])["FakeQuantize"]

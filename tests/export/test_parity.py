@@ -10,8 +10,8 @@ import pytest
 
 from kdc_edge.bundle import Bundle, Check
 from kdc_edge.errors import CheckpointError, ParityError
-from kdc_edge.export.onnx.export import export_onnx
 from kdc_edge.export.parity import Call, check_images, compare, record
+from kdc_edge.export.targets import ExportRequest, export_checkpoint
 from kdc_edge.formats import find_format
 from kdc_edge.pipeline import Pipeline, Request
 from kdc_edge.runtimes.base import COMPONENTS
@@ -128,7 +128,7 @@ def test_a_damaged_weight_fails_the_export(
 
     monkeypatch.setattr("kdc_edge.export.onnx.export.trace", trace_wrongly)
     with pytest.raises(ParityError, match=component) as caught:
-        export_onnx(checkpoint, tmp_path / "out", precision="fp32", prompts=["a red flower"])
+        export_checkpoint(ExportRequest(checkpoint, tmp_path / "out", "onnx", "fp32", prompts=["a red flower"]))
     message = str(caught.value)
     assert "\n" not in message
     assert ("no numbers" if damage == "nan" else "dB where 60 dB are needed") in message
@@ -145,5 +145,5 @@ def test_a_checkpoint_of_no_numbers_is_told_apart(own_checkpoint: Path, tmp_path
     tensors["decoder.conv_out.bias"] = torch.full_like(tensors["decoder.conv_out.bias"], torch.nan)
     save_file(tensors, weights, {"format": "pt"})
     with pytest.raises(CheckpointError, match="makes no image in PyTorch either"):
-        export_onnx(own_checkpoint, tmp_path / "out", precision="fp32")
+        export_checkpoint(ExportRequest(own_checkpoint, tmp_path / "out", "onnx", "fp32"))
     assert not (tmp_path / "out").exists()

@@ -283,7 +283,8 @@ class Small(torch.nn.Module):
 def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from kdc_edge.bundle import Tensor
     from kdc_edge.export.coreml.apple_modules import AppleNetwork
-    from kdc_edge.export.coreml.export import compress, convert, quiet
+    from kdc_edge.export.coreml.export import compress, convert
+    from kdc_edge.quiet import quiet
 
     folder = tmp_path_factory.mktemp("packages")
     network = AppleNetwork(
@@ -334,7 +335,7 @@ def test_the_reader_reads_what_coremltools_reads(packages: dict[str, Path], name
 def test_weights_equal_coremltools_own_decompression(packages: dict[str, Path], tmp_path: Path) -> None:
     from coremltools.optimize.coreml import decompress_weights
 
-    from kdc_edge.export.coreml.export import quiet
+    from kdc_edge.quiet import quiet
     from kdc_edge.runtimes.coreml_tools import load_coremltools
 
     ct = load_coremltools("a test")

@@ -15,7 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.presets import find_preset
-from kdc_edge.runtimes.torch import load_network, quiet
+from kdc_edge.quiet import quiet
+from kdc_edge.runtimes.torch import load_network
 from kdc_edge.tokenizer import Tokenizer
 from kdc_edge.train.checkpoint import GARDEN_TEACHER, find_teacher, init_checkpoint
 from kdc_edge.train.student import describe_account

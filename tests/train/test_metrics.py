@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from kdc_edge.errors import InputError
-from kdc_edge.runtimes.torch import quiet
+from kdc_edge.quiet import quiet
 from kdc_edge.tokenizer import CLIP_FOLDER
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.garden.judge import load_judge

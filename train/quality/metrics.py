@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from kdc_edge.errors import InputError, require
-from kdc_edge.runtimes.torch import quiet
+from kdc_edge.quiet import quiet
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 ALEXNET = "alexnet-owt-7be5be79.pth"

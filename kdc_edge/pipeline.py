@@ -54,18 +54,18 @@ class Early(Protocol):
 
 
 @dataclass(frozen=True)
-class Choice:
+class Execution:
     """What an engine chose for a component."""
 
     provider: str  # what computes, in the engine's words: "CPUExecutionProvider", "CPU"
-    arithmetic: str | None  # of the matrix products, the most frequent first: "bf16"; None where it does not tell
+    compute_dtype: str | None  # of the matrix products, the most frequent first: "bf16"; None where it does not tell
 
 
 @runtime_checkable
 class Explained(Protocol):
     """A component that knows what its engine chose; to be asked after its first call."""
 
-    def explain(self) -> Choice: ...
+    def explain(self) -> Execution: ...
 
 
 @dataclass(frozen=True)

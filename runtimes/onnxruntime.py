@@ -20,7 +20,7 @@ from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError, InputError, require
 from kdc_edge.files import atomic_folder
 from kdc_edge.hardware import Processor, this_processor
-from kdc_edge.pipeline import Choice, Component
+from kdc_edge.pipeline import Component, Execution
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
 from kdc_edge.text import one_line
 
@@ -101,9 +101,9 @@ class OnnxComponent:
             raise BundleError(f"{self._path} cannot compute this: {one_line(error)}") from None
         return np.asarray(output, np.float32)
 
-    def explain(self) -> Choice:
+    def explain(self) -> Execution:
         """The first provider; which numbers its kernels take, the engine does not tell."""
-        return Choice(str(self._session.get_providers()[0]), None)
+        return Execution(str(self._session.get_providers()[0]), None)
 
 
 class OnnxRuntime:

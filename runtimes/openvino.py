@@ -26,7 +26,7 @@ import psutil
 from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError, InputError, KdcError, require
 from kdc_edge.hardware import this_processor
-from kdc_edge.pipeline import Choice, Component, Shapes
+from kdc_edge.pipeline import Component, Execution, Shapes
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
 from kdc_edge.text import one_line
 
@@ -76,7 +76,7 @@ class OpenVinoComponent:
         """Compile for these shapes now."""
         self._request(shapes)
 
-    def explain(self) -> Choice:
+    def explain(self) -> Execution:
         """The device, and the numbers that the compiled graph's matrix products really take.
 
         The hint alone does not tell: where a CPU multiplies bytes, weights of 8 and 4 bits make the plugin quantize
@@ -94,7 +94,7 @@ class OpenVinoComponent:
                     computed = "i8"
                 found[ARITHMETIC.get(computed) or ARITHMETIC.get(numbers, numbers)] += 1
         devices = ", ".join(compiled.get_property("EXECUTION_DEVICES"))
-        return Choice(devices, ", ".join(name for name, _ in found.most_common()) or None)
+        return Execution(devices, ", ".join(name for name, _ in found.most_common()) or None)
 
     def _request(self, shapes: Shapes) -> Any:
         names = [name for name, _ in self._inputs]

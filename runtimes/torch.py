@@ -18,7 +18,7 @@ import numpy as np
 
 from kdc_edge.diffusers_folder import check_weights
 from kdc_edge.errors import CheckpointError, InputError, require
-from kdc_edge.pipeline import Choice, Component
+from kdc_edge.pipeline import Component, Execution
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
 from kdc_edge.text import one_line
 
@@ -71,8 +71,8 @@ class TorchComponent:
             output = self._forward(**tensors)
         return np.asarray(output.float().cpu().numpy())
 
-    def explain(self) -> Choice:
-        return Choice(self._device.upper(), "fp32")  # as load_network reads it
+    def explain(self) -> Execution:
+        return Execution(self._device.upper(), "fp32")  # as load_network reads it
 
     def _forward(self, **inputs: Any) -> Any:
         if self._name == "text_encoder":

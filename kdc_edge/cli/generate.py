@@ -51,7 +51,7 @@ def generate(
 ) -> None:
     """Generate an image, without PyTorch where a bundle is given."""
     del config
-    from kdc_edge.cli.progress import Progress
+    from kdc_edge.cli.progress import ProgressBar
     from kdc_edge.errors import InputError
     from kdc_edge.image import save_png
     from kdc_edge.pipeline import describe
@@ -75,7 +75,7 @@ def generate(
     if cut := pipeline.tokenizer.overflow(prompt):
         say(f"the prompt is longer than the model reads: left out is {cut[:80]!r}")
     pixels = None
-    with Progress(steps) as progress:
+    with ProgressBar(steps) as progress:
         for done in pipeline.run(request):
             pixels = done.pixels
             if done.stage == "unet":

@@ -177,7 +177,7 @@ def test_the_numbers_that_are_really_computed_with(bundles: dict[str, Path]) -> 
         unet.prepare({name: value.shape for name, value in some_inputs("unet", 1, 8, 8).items()})
         choice = unet.explain()
         assert choice.provider == "CPU"
-        found[precision] = choice.arithmetic.split(", ")
+        found[precision] = choice.compute_dtype.split(", ")
     assert found["fp32"] == found["fp16"] == found["w8"] == ["fp32"]
     assert found["int8"][0] == "int8"
 

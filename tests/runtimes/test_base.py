@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kdc_edge.bundle import MANIFEST, Bundle, list_files
 from kdc_edge.errors import BundleError, CheckpointError, InputError, MissingPackageError
-from kdc_edge.pipeline import Choice, Explained, Request
+from kdc_edge.pipeline import Execution, Explained, Request
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline
 from kdc_edge.runtimes.base import COMPONENTS
 
@@ -105,7 +105,7 @@ def test_what_the_engine_chose_is_told(bundle: Path, checkpoint: Path) -> None:
         unet = get_runtime(name).load(folder, "unet", LoadOptions(device="CPU"))
         assert isinstance(unet, Explained)
         found[name] = unet.explain()
-    assert found == {"onnxruntime": Choice("CPUExecutionProvider", None), "torch": Choice("CPU", "fp32")}
+    assert found == {"onnxruntime": Execution("CPUExecutionProvider", None), "torch": Execution("CPU", "fp32")}
 
 
 def test_what_cannot_be_opened(bundle: Path, checkpoint: Path) -> None:

@@ -67,6 +67,7 @@ def test_every_module_and_asset_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert found == expected
     assert {"kdc_edge/train/losses.py", "kdc_edge/py.typed", "kdc_edge/assets/clip-bpe/vocab.json"} <= found
+    assert {"kdc_edge/report/page.html.j2", "kdc_edge/report/style.css"} <= found
 
 
 def test_nothing_generic_lands_in_site_packages(wheel: zipfile.ZipFile) -> None:

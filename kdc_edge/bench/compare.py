@@ -1,7 +1,7 @@
-"""Two reports side by side: ratios with their spread, and whether a difference is more than noise.
+"""Two reports side by side: ratios with their spread, and whether a difference is more than chance.
 
-    for change in compare(read_report(Path("old.json")), read_report(Path("new.json"))):
-        print(change.what, change.value, change.ratio, change.verdict)
+    changes = compare(read_report(Path("old.json")), read_report(Path("new.json")))
+    print(render_changes(changes, "table"))
 
 Rows belong together when they are the same thing: target, precision, engine, device, threads and request; the name
 decides where that is not enough. Rows of one report that are alike are processes of one measurement.
@@ -13,20 +13,35 @@ of one, so differences below 5 % do not count unless both sides have three proce
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
+from rich import box
+from rich.markup import escape
+from rich.table import Table
 
 from kdc_edge.bench.record import Report, Row
+from kdc_edge.bench.tables import UNKNOWN, digits, markdown_text, plain_text
 from kdc_edge.bench.values import count_threads, timing, values
+from kdc_edge.errors import InputError
+from kdc_edge.text import markdown_table, megabytes
 
 DRAWS = 2000
 MIDDLE = (2.5, 97.5)  # percentiles
 MIN_DIFFERENCE = 0.05
 MIN_PROCESSES = 3  # from which on the interval alone decides
-TIMED = ("end_to_end", "unet_step", "vae_decoder", "cold")
-SIZES = ("peak_rss_bytes", "size_bytes", "energy_joules")
+TIMED = {"end_to_end": "image", "unet_step": "U-Net step", "vae_decoder": "decoder", "cold": "cold"}
+SIZES = {"peak_rss_bytes": "peak memory", "size_bytes": "size", "energy_joules": "energy"}
+TITLES = {f"{stage}_sec": title for stage, title in TIMED.items()} | SIZES
+HEADER = ("Row", "What", "Old", "New", "Ratio", "95 % interval", "Verdict")
+NOTE = (
+    "Ratios are new / old of the medians; an interval that holds 1, or a difference below 5 % from fewer than three"
+    " processes a side, is within the noise. Measure a bundle several times in one report to see smaller differences."
+)
 
 
 @dataclass(frozen=True)
@@ -94,10 +109,10 @@ def _time(what: str, stage: str, old: Sequence[Row], new: Sequence[Row]) -> Chan
     few = min(map(len, samples)) < MIN_PROCESSES
     within = interval[0] <= 1 <= interval[1] or (few and abs(ratio - 1) < MIN_DIFFERENCE)
     verdict = "within the noise" if within else ("slower" if ratio > 1 else "faster")
-    noisy = [side for side, rows in (("old", old), ("new", new)) if any(r.disturbance and r.disturbance.verdict
-                                                                        for r in rows)]  # fmt: skip
-    if noisy and not within:
-        verdict += f", but the machine was noisy ({' and '.join(noisy)})"
+    sides = (("old", old), ("new", new))
+    disturbed = [side for side, rows in sides if any(r.disturbance and r.disturbance.verdict for r in rows)]
+    if disturbed and not within:
+        verdict += f", but the machine was disturbed ({' and '.join(disturbed)})"
     return Change(what, name, before, after, ratio, *interval, verdict)
 
 
@@ -147,3 +162,48 @@ def _key(row: Row) -> Hashable:
 def _name(row: Row) -> str:
     threads = f", {count_threads(row.threads)}" if row.threads else ""
     return f"{row.name}, {row.steps} steps of {row.sampler}{threads}"
+
+
+def render_changes(changes: Sequence[Change], format: str) -> str:
+    """The changes as text; raises InputError for a format that there is not."""
+    if format == "json":
+        return json.dumps([asdict(change) for change in changes], indent=2, allow_nan=False) + "\n"
+    if format == "csv":
+        out = io.StringIO()
+        writer = csv.DictWriter(out, [f.name for f in fields(Change)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(change) for change in changes)
+        return out.getvalue()
+    rows = [_cells(change) for change in changes]
+    if format == "md":
+        escaped = ([markdown_text(cell) for cell in cells] for cells in rows)
+        return f"{markdown_table(HEADER, escaped, align='llrrrrl')}\n{NOTE}\n"
+    if format != "table":
+        raise InputError(f"--compare has no --format {format}: choose from table, md, csv, json")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for header in HEADER:
+        words = header in ("Row", "What", "Verdict")
+        table.add_column(header, justify="left" if words else "right", overflow="fold")
+    for cells in rows:
+        table.add_row(*map(escape, cells))
+    return plain_text(table, [NOTE])
+
+
+def _cells(change: Change) -> tuple[str, ...]:
+    return (
+        change.what,
+        TITLES.get(change.value, change.value),
+        _with_unit(change.old, change.value),
+        _with_unit(change.new, change.value),
+        UNKNOWN if change.ratio is None else f"{change.ratio:.3f}",
+        UNKNOWN if change.low is None else f"{change.low:.2f} to {change.high:.2f}",
+        change.verdict,
+    )
+
+
+def _with_unit(value: float | None, name: str) -> str:
+    if value is None:
+        return UNKNOWN
+    if name.endswith("_bytes"):
+        return megabytes(value)
+    return f"{digits(value)} {'s' if name.endswith('_sec') else 'J'}"

@@ -1,6 +1,6 @@
 """A stopwatch around the pipeline's generator.
 
-    found = measure(partial(open_pipeline, folder), Request("a red flower"), repeats=5, warmup=1)
+    found = measure(partial(open_pipeline, folder), Case(folder, Request("a red flower"), repeats=5))
     found.timings.end_to_end.median_sec
 
 What it says of memory and of the first image is about this process: runner.py gives each measurement a fresh one.
@@ -14,16 +14,17 @@ from time import perf_counter
 
 import numpy as np
 
+from kdc_edge.bench.case import MIN_IMAGES, Case
 from kdc_edge.bench.record import Disturbance, Timing, Timings
 from kdc_edge.bench.sensors import Watch, peak_rss_bytes
 from kdc_edge.components import Execution, SupportsExplain
-from kdc_edge.errors import InputError, KdcError
+from kdc_edge.errors import KdcError
 from kdc_edge.image import encode_png
 from kdc_edge.pipeline import Pipeline, Progress, Request
 
 Laps = dict[str, list[float]]  # of one image, by stage
-MIN_IMAGES, MAX_IMAGES = 5, 50  # that count, where nobody says how many
-FILL_SEC = 2.0  # and as long: what disturbs a machine comes and goes, an image of 0.2 s may fall between
+MAX_IMAGES = 50  # that count, where `repeats` is None
+FILL_SEC = 2.0  # that they fill at least: a disturbance of the machine can miss an image of 0.2 s
 ONCE = ("tokenize", "text_encoder", "unet_first_step", "scheduler", "vae_decoder", "png", "end_to_end")
 
 
@@ -41,29 +42,17 @@ class Measurement:
     prompt_images: np.ndarray  # uint8 (N, H, W, 3), one a prompt
 
 
-def measure(
-    open_pipeline: Callable[[], Pipeline],
-    request: Request,
-    *,
-    repeats: int | None,
-    warmup: int,
-    low_memory: bool = False,
-    started: float | None = None,
-    prompts: Sequence[str] = (),
-) -> Measurement:
-    """Open, run `warmup` images that do not count and `repeats` that do; every sample is kept.
+def measure(open_pipeline: Callable[[], Pipeline], case: Case, *, started: float | None = None) -> Measurement:
+    """Open, run `case.warmup` images that do not count and `case.repeats` that do; every sample is kept.
 
-    `repeats` None: 5, and more until they fill two seconds.
-    `started` is when the process was (time.perf_counter), the call itself where None. With `low_memory`, where no two
-    components are in memory together, they are loaded within each image. Last, and not timed, come the images of
-    `prompts`, from seeds that count up.
+    `started` is when the process was (time.perf_counter), the call itself where None.
     """
-    check_counts(repeats, warmup)
+    request = case.request
     watch = whole = Watch()
     begin = perf_counter()
     pipeline = open_pipeline()
     loading = {"load": perf_counter() - begin}
-    if not low_memory:
+    if not case.low_memory:
         last = perf_counter()
         for progress in pipeline.prepare(request):
             now = perf_counter()
@@ -73,8 +62,8 @@ def measure(
     images: list[Laps] = []
     pixels = np.empty(0)
     cold_sec = 0.0
-    while not _enough(images[warmup:], repeats):
-        if len(images) == warmup:
+    while not _enough(images[case.warmup :], case.repeats):
+        if len(images) == case.warmup:
             watch = Watch(earlier=whole)
         ready = perf_counter()
         laps, pixels = _time_image(pipeline, request, executions)
@@ -82,7 +71,7 @@ def measure(
         if len(images) == 1:
             cold_sec = ready - (begin if started is None else started) + laps["end_to_end"][0]
         watch.look()
-    laps = {stage: [s for p in images[warmup:] for s in p[stage]] for stage in images[0]}
+    laps = {stage: [s for p in images[case.warmup :] for s in p[stage]] for stage in images[0]}
     timings = Timings(
         load=_timing([loading["load"]]),
         compile=Timing.of([loading["compile"]] if "compile" in loading else []),
@@ -91,7 +80,7 @@ def measure(
         **{stage: _timing(laps[stage]) for stage in ONCE},
     )
     joules, peak = watch.energy_joules, peak_rss_bytes()
-    asked = [replace(request, prompt=prompt, seed=request.seed + i) for i, prompt in enumerate(prompts)]
+    asked = [replace(request, prompt=prompt, seed=request.seed + i) for i, prompt in enumerate(case.prompts)]
     return Measurement(
         timings=timings,
         peak_rss_bytes=peak,
@@ -152,14 +141,6 @@ def _timing(samples_sec: list[float]) -> Timing:
 
 def _provider(executions: dict[str, Execution]) -> str | None:
     """One for all, or by component: "text_encoder CPU, unet GPU"."""
-    if len({choice.provider for choice in executions.values()}) == 1:
+    if len({execution.provider for execution in executions.values()}) == 1:
         return next(iter(executions.values())).provider
-    return ", ".join(f"{name} {choice.provider}" for name, choice in executions.items()) or None
-
-
-def check_counts(repeats: int | None, warmup: int) -> None:
-    """Raise InputError for counts that measure nothing."""
-    if repeats is not None and repeats < 1:
-        raise InputError(f"--repeats {repeats} measures nothing: use 1 or more")
-    if warmup < 0:
-        raise InputError(f"--warmup {warmup} is negative: use 0 or more")
+    return ", ".join(f"{name} {execution.provider}" for name, execution in executions.items()) or None

@@ -1,28 +1,32 @@
-"""A benchmark as one HTML page: the verdict first, then charts, images, every number, conditions, and the raw data.
+"""A report in every format; as one HTML page: the decision, charts, images, every number, conditions, the raw data.
 
-    html = benchmark_page(report, images)                   # images[i] belongs to report.rows[i], or is None
-    html = benchmark_page(report, images, budget=Budget(max_sec=10, min_psnr_db=30))
+    render(report, "md")
+    benchmark_page(report, images)                          # images[i] belongs to report.rows[i], or is None
+    benchmark_page(report, images, budget=Budget(max_sec=10, min_psnr_db=30))
 
-Where nobody gave a budget, the verdict is for images that differ from PyTorch's by little (30 dB).
+Where nobody gave a budget, the decision is for images that differ from PyTorch's by little (30 dB).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
+from markupsafe import Markup
 
-from kdc_edge.bench.budget import Budget, choose, generate_command, nearest, quality_db, shortfalls
+from kdc_edge.bench.budget import Budget, Decision, decide, quality_db, quality_text
 from kdc_edge.bench.record import Environment, Report, Row, Timing, to_json
 from kdc_edge.bench.reference import image_key
-from kdc_edge.bench.tables import byte_unit_of, bytes_text, columns, conditions, notes, rows_as_csv, time_text, unit_of
-from kdc_edge.bench.values import labels, values
+from kdc_edge.bench.tables import as_markdown, as_text, columns, conditions, notes, rows_as_csv, time_text, unit_of
+from kdc_edge.bench.values import Shown, show
 from kdc_edge.formats import GOOD_PSNR_DB
+from kdc_edge.presets import PRESETS
+from kdc_edge.report.charts import stacked_bars
 from kdc_edge.report.html import (
     AMPLIFIED,
     Card,
-    Html,
     Section,
     bullets,
     command,
@@ -32,16 +36,18 @@ from kdc_edge.report.html import (
     page,
     paragraph,
     side_by_side,
-    stacked_bars,
     tiles,
 )
 from kdc_edge.report.scatter import Axis, Point, scatter_chart
+from kdc_edge.text import megabytes
 
+ReportFormat = Literal["table", "md", "csv", "json", "html"]
 Images = Sequence[np.ndarray | None]  # uint8 (H, W, 3), one a row
 
 GOOD = Budget(min_psnr_db=GOOD_PSNR_DB)
-# What an image's time is made of: its name, and the stages that it sums up.
-PARTS = {
+MB = 1e-6  # a byte
+# The stages of an image's time, under the names of their sums.
+STAGE_GROUPS = {
     "text": ("tokenize", "text_encoder"),
     "U-Net, first step": ("unet_first_step",),
     "U-Net, other steps": ("unet_step",),
@@ -51,155 +57,171 @@ PARTS = {
 }
 
 
+def render(report: Report, format: ReportFormat, images: Images = ()) -> str:
+    """The report as text in one of the formats; the page shows the rows' images."""
+    if format == "json":
+        return to_json(report)
+    if format == "csv":
+        return rows_as_csv(report.rows)
+    if format == "html":
+        return benchmark_page(report, images)
+    return (as_markdown if format == "md" else as_text)(show(report.rows), report.environment)
+
+
 def benchmark_page(report: Report, images: Images = (), *, budget: Budget = GOOD, more: Sequence[str] = ()) -> str:
-    """The whole document; `more` are lines for the verdict's section."""
-    rows = report.rows
-    title, lead = verdict(rows, budget)
+    """The whole document; `more` are lines for the decision's section. Rows are in the order of their time."""
+    decision = decide(report.rows, budget)
+    shown = _fastest_first(show(report.rows, images))
     sections = [
-        Section("In short", _in_short(rows, budget, more)),
-        Section("Speed, memory, size, quality", _scatters(rows, budget)),
-        Section("Where the time goes", _bars(rows)),
-        Section("Images", _images(rows, images)),
-        Section("Every row", _table(rows)),
+        Section("In short", _in_short(shown, decision, more)),
+        Section("Speed, memory, size, quality", _scatters(shown, decision)),
+        Section("Where the time goes", _bars(shown)),
+        Section("Images", _images(shown)),
+        Section("Every row", _table(shown, decision)),
         Section("Conditions", [bullets(_conditions(report))]),
         Section("Data", _data(report)),
     ]
-    return page(title, [section for section in sections if section.blocks], lead=lead)
+    machine = f"{report.environment.processor}, {report.environment.cores or 'unknown'} cores"
+    words = [*map(_model, report.rows), *map(_image_size, report.rows), machine]
+    subject = ", ".join(dict.fromkeys(filter(None, words)))
+    return page(
+        decision.title, [section for section in sections if section.blocks], lead=decision.sentence, subject=subject
+    )
 
 
-def benchmark_blocks(rows: Sequence[Row], environment: Environment) -> list[Html]:
+def benchmark_blocks(rows: Sequence[Row], environment: Environment) -> list[Markup]:
     """Charts, table and conditions, for a section of another report."""
+    shown, decision = show(rows), decide(rows, GOOD)
     return [
-        *_scatters(rows, GOOD),
-        *_bars(rows),
-        *_table(rows),
+        *_scatters(shown, decision),
+        *_bars(shown),
+        *_table(shown, decision),
         paragraph("How it was measured", small=True),
         bullets(conditions(rows, environment), small=True),
     ]
 
 
-def verdict(rows: Sequence[Row], budget: Budget) -> tuple[str, str]:
-    """A headline and a sentence: which row to take on this machine, or that there is none."""
-    named = dict(zip(map(id, rows), labels(rows), strict=True))
-    chosen = choose(rows, budget)
-    if chosen is not None:
-        found = values(chosen)
-        facts = [f"{time_text(found['end_to_end_sec'])} an image"]
-        if found["peak_rss_bytes"] is not None:
-            facts.append(f"{bytes_text(found['peak_rss_bytes'])} of memory at the peak")
-        facts += [f"{bytes_text(found['size_bytes'])} on disk", f"{_db(chosen)} against PyTorch"]
-        headline = f"{named[id(chosen)]}: {time_text(found['end_to_end_sec'])}, {bytes_text(found['peak_rss_bytes'])}"
-        return headline, f"For this machine and {budget.describe()}: {named[id(chosen)]}, {', '.join(facts)}."
-    close = nearest(rows, budget)
-    if close is None:
-        return "Nothing could be measured", "Every row failed; the reasons stand below."
-    missed = ", ".join(s.words for s in shortfalls(close, budget))
-    return f"Nothing meets {budget.describe()}", f"The nearest on this machine: {named[id(close)]}, {missed}."
+def _fastest_first(shown: Sequence[Shown]) -> list[Shown]:
+    """By time; what has none stays in its order at the end."""
+    return sorted(shown, key=lambda s: math.inf if s.row.image_sec is None else s.row.image_sec)
 
 
-def _in_short(rows: Sequence[Row], budget: Budget, more: Sequence[str]) -> list[Html]:
-    shown = choose(rows, budget) or nearest(rows, budget)
-    blocks: list[Html] = []
-    if shown is not None:
-        found = values(shown)
+def _model(row: Row) -> str:
+    """The preset's name, or the size of the U-Net: "kdc-482m", "860M parameters"; empty where unknown."""
+    if row.unet_parameters is None:
+        return ""
+    names = [preset.name for preset in PRESETS if preset.unet_parameters == row.unet_parameters]
+    return names[0] if names else f"{row.unet_parameters / 1e6:.3g}M parameters"
+
+
+def _image_size(row: Row) -> str:
+    return f"{row.width} × {row.height} in {row.steps} steps" if row.width and row.height else ""
+
+
+def _in_short(shown: Sequence[Shown], decision: Decision, more: Sequence[str]) -> list[Markup]:
+    blocks: list[Markup] = []
+    if (row := decision.row) is not None:
         figures = [
-            (time_text(found["end_to_end_sec"]), "for an image"),
-            (bytes_text(found["peak_rss_bytes"]), "of memory at the peak"),
-            (bytes_text(found["size_bytes"]), "on disk"),
-            (_db(shown), "against PyTorch"),
+            (time_text(row.image_sec), "for an image"),
+            (_megabytes(row.peak_rss_bytes), "of memory at the peak"),
+            (_megabytes(row.size_bytes), "on disk"),
+            (quality_text(row), "against PyTorch"),
         ]
-        blocks += [tiles(figures), command(generate_command(shown))]
-    lines = [*more, *_superlatives(rows), *_warnings(rows)]
+        blocks += [tiles(figures), command(decision.command or "")]
+    lines = [*more, *_superlatives(shown), *_warnings([s.row for s in shown])]
     return [*blocks, bullets(lines)] if lines else blocks
 
 
 def _warnings(rows: Sequence[Row]) -> list[str]:
     """In a line each what `notes` tells row by row."""
     failed = sum(row.failure is not None for row in rows)
-    noisy = sum(bool(row.disturbance and row.disturbance.verdict) for row in rows)
+    disturbed = sum(bool(row.disturbance and row.disturbance.verdict) for row in rows)
     lines = [f"{failed} of {len(rows)} rows could not be measured: see every row."] if failed else []
-    return lines + ([f"The machine was noisy in {noisy} of {len(rows)} rows: see every row."] if noisy else [])
+    return lines + (
+        [f"The machine was disturbed in {disturbed} of {len(rows)} rows: see every row."] if disturbed else []
+    )
 
 
-def _superlatives(rows: Sequence[Row]) -> list[str]:
+def _superlatives(shown: Sequence[Shown]) -> list[str]:
     """The best in each respect, where there is something to compare."""
-    measured = [(label, row) for label, row in zip(labels(rows), rows, strict=True) if row.timings and row.target]
+    measured = [s for s in shown if s.row.timings and s.row.target]
     if len(measured) < 2:
         return []
 
-    def best(what: str, key: Callable[[Row], float | None], show: Callable[[float | None], str]) -> str:
-        label, row = min(measured, key=lambda pair: key(pair[1]) or math.inf)
-        return f"{what}: {label}, {show(key(row))}."
+    def best(title: str, key: Callable[[Row], float | None], text: Callable[[float | None], str]) -> str:
+        found = min(measured, key=lambda s: key(s.row) or math.inf)
+        return f"{title}: {found.label}, {text(key(found.row))}."
 
     return [
-        best("Fastest", lambda row: values(row)["end_to_end_sec"], time_text),
-        best("Least memory", lambda row: row.peak_rss_bytes, bytes_text),
-        best("Smallest", lambda row: row.size_bytes, bytes_text),
+        best("Fastest", lambda row: row.image_sec, time_text),
+        best("Least memory", lambda row: row.peak_rss_bytes, _megabytes),
+        best("Smallest", lambda row: row.size_bytes, _megabytes),
     ]
 
 
-def _scatters(rows: Sequence[Row], budget: Budget) -> list[Html]:
+def _scatters(shown: Sequence[Shown], decision: Decision) -> list[Markup]:
     """Memory over time, and quality over size."""
-    chosen = choose(rows, budget)
-    named = [(label, row, values(row)) for label, row in zip(labels(rows), rows, strict=True)]
-    if not any(row.timings for row in rows):
+    if not any(s.row.timings for s in shown):
         return []
-    time_unit, sec = unit_of(found["end_to_end_sec"] or 0.0 for _, _, found in named)
-    memory_unit, memory = byte_unit_of(found["peak_rss_bytes"] for _, _, found in named)
-    size_unit, size = byte_unit_of(found["size_bytes"] for _, _, found in named)
+    budget = decision.budget
+    time_unit, sec = unit_of(s.row.image_sec for s in shown)
     speed, quality = [], []
-    for label, row, found in named:
+    for s in shown:
+        row = s.row
         # The colour says the target, so that the name need not.
-        group, label = row.target or row.engine or "", label.removeprefix(f"{row.target}-")
-        stands_out = row is chosen
-        if found["end_to_end_sec"] is not None and found["peak_rss_bytes"] is not None:
-            x, y = found["end_to_end_sec"] * sec, found["peak_rss_bytes"] * memory
-            speed.append(Point(label, x, y, group, stands_out))
+        group, name = _group(row), s.label.removeprefix(f"{row.target}-")
+        chosen = decision.met and row is decision.row
+        if row.image_sec is not None and row.peak_rss_bytes is not None:
+            speed.append(Point(name, row.image_sec * sec, row.peak_rss_bytes * MB, group, chosen))
         db = quality_db(row)  # of what cannot run here, too: its export has proved it
-        if row.target is not None and found["size_bytes"] is not None and db is not None and math.isfinite(db):
-            quality.append(Point(label, found["size_bytes"] * size, db, group, stands_out))
-    groups = list(dict.fromkeys(row.target or row.engine or "" for row in rows))
+        if row.target is not None and row.size_bytes is not None and db is not None and math.isfinite(db):
+            quality.append(Point(name, row.size_bytes * MB, db, group, chosen))
+    groups = list(dict.fromkeys(_group(s.row) for s in shown))
     charts = [
         scatter_chart(
             speed,
             title="Time and memory: the lower left is best",
             x=Axis(f"time for an image, {time_unit}", _scaled(budget.max_sec, sec), "the most time allowed"),
-            y=Axis(f"peak memory, {memory_unit}", _scaled(budget.max_memory_bytes, memory), "the most memory allowed"),
+            y=Axis("peak memory, MB", _scaled(budget.max_memory_bytes, MB), "the most memory allowed"),
             groups=groups,
         ),
         scatter_chart(
             quality,
             title="Size and quality: the upper left is best",
-            x=Axis(f"size on disk, {size_unit}", _scaled(budget.max_size_bytes, size), "the largest size allowed"),
+            x=Axis("size on disk, MB", _scaled(budget.max_size_bytes, MB), "the largest size allowed"),
             y=Axis("PSNR to PyTorch, dB", budget.min_psnr_db, f"at least {budget.min_psnr_db or 0:g} dB", linear=True),
             groups=groups,
         ),
     ]
-    equal = [label for label, row, _ in named if row.target is not None and quality_db(row) == math.inf]
+    bundles = [s for s in shown if s.row.target is not None]
     blocks = [side_by_side(*charts)]
-    if equal:
+    if equal := [s.label for s in bundles if quality_db(s.row) == math.inf]:
         line = f"Equal to the reference to the last bit, so not in the chart of quality: {', '.join(equal)}."
         blocks.append(paragraph(line, small=True))
-    if proved := [label for label, row, found in named if row.target and found["psnr"] is None and row.parity]:
+    if proved := [s.label for s in bundles if s.row.psnr is None and s.row.parity]:
         line = f"In the chart of quality by the proof of their export, which made other images: {', '.join(proved)}."
         blocks.append(paragraph(line, small=True))
     return blocks
+
+
+def _group(row: Row) -> str:
+    return row.target or row.engine or ""
 
 
 def _scaled(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
 
-def _bars(rows: Sequence[Row]) -> list[Html]:
+def _bars(shown: Sequence[Shown]) -> list[Markup]:
     """An image's time by stage, and what comes before the first one."""
-    measured = [(label, row.timings) for label, row in zip(labels(rows), rows, strict=True) if row.timings]
+    measured = [(s.label, s.row.timings) for s in shown if s.row.timings]
     if not measured:
         return []
     warm = {
         label: {
-            part: sum(sum(stage.samples_sec) for name in stages if (stage := getattr(t, name)))
+            name: sum(sum(stage.samples_sec) for part in stages if (stage := getattr(t, part)))
             / len(t.end_to_end.samples_sec)
-            for part, stages in PARTS.items()
+            for name, stages in STAGE_GROUPS.items()
         }
         for label, t in measured
     }
@@ -220,31 +242,32 @@ def _once(timing: Timing | None) -> float:
     return 0.0 if timing is None else timing.median_sec
 
 
-def _images(rows: Sequence[Row], images: Images) -> list[Html]:
+def _images(shown: Sequence[Shown]) -> list[Markup]:
     """Every row's image beside its difference to the reference's of the same request."""
-    made = [(label, row, p) for label, row, p in zip(labels(rows), rows, images, strict=False) if p is not None]
-    references = {image_key(row): pixels for _, row, pixels in made if row.reference}
+    references = {image_key(s.row): s.pixels for s in shown if s.row.reference}
     cards = []
-    for label, row, pixels in made:
-        reference = None if row.reference else references.get(image_key(row))
-        same = reference is not None and reference.shape == pixels.shape
-        note = "the reference" if row.reference else _db(row)
-        cards.append(Card(label, note, pixels, reference if same else None))
+    for s in shown:
+        if s.pixels is None:
+            continue
+        reference = None if s.row.reference else references.get(image_key(s.row))
+        same = reference is not None and reference.shape == s.pixels.shape
+        note = "the reference" if s.row.reference else quality_text(s.row)
+        cards.append(Card(s.label, note, s.pixels, reference if same else None))
     if not cards:
         return []
-    prompts = list(dict.fromkeys(row.prompt for _, row, _ in made))
-    said = "; ".join(f"“{prompt}”" for prompt in prompts)
-    line = f"{said}, from the same noise."
-    if references:
+    prompts = dict.fromkeys(s.row.prompt for s in shown if s.pixels is not None)
+    line = f"{'; '.join(f'“{prompt}”' for prompt in prompts)}, from the same noise."
+    if any(card.reference is not None for card in cards):
         line += f" Beside each image is its difference to the reference's, {AMPLIFIED} times as strong; black is equal."
     return [paragraph(line), image_cards(cards)]
 
 
-def _table(rows: Sequence[Row]) -> list[Html]:
-    found = columns(rows)
+def _table(shown: Sequence[Shown], decision: Decision) -> list[Markup]:
+    found = columns(shown)
     cells = list(zip(*(column.cells for column in found), strict=True))
-    lines = notes(rows)
-    blocks = [data_table([column.header for column in found], cells)] if cells else []
+    lines = notes(shown)
+    chosen = [i for i, s in enumerate(shown) if decision.met and s.row is decision.row]
+    blocks = [data_table([column.header for column in found], cells, marked=chosen)] if cells else []
     return [*blocks, bullets(lines, small=True)] if lines else blocks
 
 
@@ -255,7 +278,7 @@ def _conditions(report: Report) -> list[str]:
     return [*conditions(report.rows, report.environment), *lines]
 
 
-def _data(report: Report) -> list[Html]:
+def _data(report: Report) -> list[Markup]:
     return [
         paragraph("Everything that was measured, with all samples; the names are explained in docs/bench-schema.md."),
         downloads(
@@ -264,6 +287,5 @@ def _data(report: Report) -> list[Html]:
     ]
 
 
-def _db(row: Row) -> str:
-    db = quality_db(row)
-    return "unknown" if db is None else "equal" if db == math.inf else f"{db:.1f} dB"
+def _megabytes(size_bytes: float | None) -> str:
+    return "unknown" if size_bytes is None else megabytes(size_bytes)

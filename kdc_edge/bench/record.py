@@ -1,4 +1,4 @@
-"""What a benchmark knows: one `Row` a measurement, one `Environment` a machine, and both as one JSON document.
+"""The record of a benchmark: one `Row` a measurement, one `Environment` a machine, and both as one JSON document.
 
     text = to_json(Report(rows=rows, environment=here()))
     report = from_json(text)                     # InputError for anything else than kdc-edge/bench/3
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,10 +24,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from kdc_edge.bundle import Check
 from kdc_edge.errors import InputError
 from kdc_edge.hardware import package_versions, this_machine
+from kdc_edge.text import invalid_field, megabytes, one_line
 
 SCHEMA: Literal["kdc-edge/bench/3"] = "kdc-edge/bench/3"
 PACKAGES = ("numpy", "onnxruntime", "openvino", "coremltools", "torch", "diffusers", "transformers")
-MAX_REPORT_BYTES = 256 * 2**20
+MAX_REPORT_BYTES = 256 * 10**6
 
 _CLOSED = ConfigDict(extra="forbid")
 
@@ -83,7 +85,7 @@ class Disturbance:
     others_share: float | None = None  # of the time of the processors that this process may use
     frequency_mhz: tuple[float, ...] | None = None  # mean of the processors, after each counted image
     temperature_celsius: tuple[float, ...] | None = None  # of the hottest sensor, after each counted image
-    verdict: str | None = None  # how it shows that the machine was noisy; None where nothing shows it
+    verdict: str | None = None  # how it shows that the machine was disturbed; None where nothing shows it
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Psnr:
     __pydantic_config__ = _CLOSED
 
     reference: str  # in words: "torch:runs/latest/checkpoint", "onnx-fp32, the most precise of the table"
-    db: float | None  # peak 255, last image of each; None where both are equal to the last bit ("exact")
+    db: float | None  # peak 255, last image of each; None where both are equal to the last bit
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class Row:
     checkpoint_sha256: str | None  # of the checkpoint that a bundle was exported from
     size_bytes: int | None
     parity: Check | None  # the manifest's worst check of whole images against PyTorch
+    unet_parameters: int | None
     # on what
     engine: str | None
     device: str | None  # as asked for; None means the engine's default; so for threads
@@ -155,6 +158,21 @@ class Row:
     reference: bool = False  # the other rows' images are compared with this one's
     psnr: Psnr | None = None  # None for the reference itself, and where there is none
     prompt_quality: PromptQuality | None = None
+
+    @property
+    def image_sec(self) -> float | None:
+        """Median time of an image, warm, from the prompt to the PNG."""
+        return None if self.timings is None else self.timings.end_to_end.median_sec
+
+    @property
+    def psnr_db(self) -> float | None:
+        """PSNR to the reference's image, infinite where both are equal; None where it is not known."""
+        return None if self.psnr is None else math.inf if self.psnr.db is None else self.psnr.db
+
+    @property
+    def parity_db(self) -> float | None:
+        """The same of the export's proof."""
+        return None if self.parity is None else math.inf if self.parity.psnr_db is None else self.parity.psnr_db
 
 
 @dataclass(frozen=True)
@@ -200,18 +218,16 @@ def from_json(text: str | bytes) -> Report:
             raise InputError(f"this report is {schema:.40} and this kdc-edge reads {SCHEMA}: measure again")
         return _REPORT.validate_python(found)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise InputError(f"this is no {SCHEMA} report: {where}: {first['msg']}") from None
+        raise InputError(f"this is no {SCHEMA} report: {invalid_field(error)}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"this is no {SCHEMA} report: {error}") from None
+        raise InputError(f"this is no {SCHEMA} report: {one_line(error)}") from None
 
 
 def read_report(path: Path) -> Report:
     """The document in a file; raises InputError."""
     try:
         if path.stat().st_size > MAX_REPORT_BYTES:
-            raise InputError(f"larger than {MAX_REPORT_BYTES // 2**20} MiB")
+            raise InputError(f"larger than {megabytes(MAX_REPORT_BYTES)}")
         return from_json(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: make one with kdc-edge bench --format json --out {path}") from None

@@ -1,12 +1,11 @@
-"""A process of its own for each measurement, so that its memory and its first image are its own.
+"""Measurements in fresh processes, one after the other, within a budget of time.
 
-    found = measure_in_fresh_process(folder, Request("a red flower"), repeats=None, warmup=1)
-    found.row.failure or found.row.timings.end_to_end.median_sec
+    for found in run(cases, budget_sec=600):
+        print(found.row.failure or found.row.image_sec)
 
-The same network may run a third slower in one process than in the next, all its life long. So what is over soon is
-measured in three processes, one after the other, when nobody says how many images are to count.
-
-Whatever goes wrong in there, the kernel's out-of-memory killer included, becomes the row's reason.
+Each case has a process of its own, so that its memory and its first image are its own. One process may run a third
+slower than the next for as long as it lives: where `repeats` is None, a short case is measured in three processes.
+Whatever goes wrong in a process, a refusal, a crash or the kernel's out-of-memory killer, becomes the row's failure.
 """
 
 from __future__ import annotations
@@ -17,26 +16,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
 
-from kdc_edge.bench.measure import MIN_IMAGES, check_counts
-from kdc_edge.bench.record import Disturbance, Row, Timing, Timings, text_sha256
+from kdc_edge.bench.case import Case, describe
+from kdc_edge.bench.record import Disturbance, Row, Timing, Timings
 from kdc_edge.bench.sensors import disturbances, peak_rss_of, pss_of
-from kdc_edge.bundle import Bundle, kind_of
-from kdc_edge.diffusers_folder import read_model
-from kdc_edge.errors import InputError, KdcError
-from kdc_edge.formats import find_format
-from kdc_edge.pipeline import Request
+from kdc_edge.text import last_line
 
-OPENER = "kdc_edge.runtimes:open_for_bench"  # a name, because the runtimes stand on a higher floor than this one
+WORKER = "kdc_edge.bench.worker"  # the program of the child process
 PROCESSES = 3
-SHORT_SEC = 20.0  # of a process: what takes longer is measured in one
+SHORT_SEC = 20.0  # of a process: a longer case is measured in one
 OUT_OF_MEMORY = "out of memory"
 LOOK_SEC = 0.05  # between two looks at the child's memory
 LOOK_SHARE = 0.02  # of the time may go into looking, which holds the child up
@@ -55,18 +49,9 @@ class Measured:
 class Job:
     """What the child process is to do; it comes to it as JSON on standard input."""
 
-    opener: str  # "module:function", called with (folder, engine=, device=, threads=, low_memory=)
-    folder: str
-    engine: str | None
-    device: str | None
-    threads: int | None
-    low_memory: bool
-    request: dict[str, Any]  # the Request's fields but `latents`
-    repeats: int | None
-    warmup: int
-    prompts: tuple[str, ...]
+    case: Case
     started: float  # time.perf_counter(), one clock for all processes
-    out: str  # folder for result.json and images.npz
+    out: Path  # folder for result.json and images.npz
 
 
 @dataclass(frozen=True)
@@ -87,44 +72,45 @@ JOB = TypeAdapter(Job)
 OUTCOME = TypeAdapter(Outcome)
 
 
-def measure_in_fresh_process(
-    folder: Path,
-    request: Request,
-    *,
-    repeats: int | None,
-    warmup: int,
-    engine: str | None = None,
-    device: str | None = None,
-    threads: int | None = None,
-    low_memory: bool = False,
-    prompts: Sequence[str] = (),
-    opener: str = OPENER,
-    timeout_sec: float | None = None,
-) -> Measured:
-    """Measure a bundle or checkpoint in a child process.
+def run(cases: Sequence[Case], *, budget_sec: float | None = None) -> Iterator[Measured]:
+    """Measure one after the other, each in a fresh process; one a case, whatever becomes of it.
 
-    Whatever goes wrong in there, a refusal, a crash or the kernel's out-of-memory killer, becomes the row's
-    `failure`, and no image. Ctrl-C ends the child and is raised here. Raises InputError for wrong counts.
+    `budget_sec` bounds the whole: the case that exceeds it is ended, and the rest is not begun. Whoever consumes this
+    keeps the rows so far when it is interrupted; `not_measured` gives the others their reason.
     """
-    check_counts(repeats, warmup)
-    row = describe(
-        folder, request, repeats=repeats, warmup=warmup, engine=engine, device=device, threads=threads,
-        low_memory=low_memory,
-    )  # fmt: skip
+    end = None if budget_sec is None else time.monotonic() + budget_sec
+    for case in cases:
+        left = None if end is None else end - time.monotonic()
+        if left is not None and left <= 0:
+            yield not_measured(case, f"not reached: --budget-sec {budget_sec:g} was used up")
+            continue
+        found = measure_in_fresh_process(case, timeout_sec=left)
+        if end is not None and time.monotonic() >= end and found.row.failure:
+            reason = f"{found.row.failure}: --budget-sec {budget_sec:g} ended it"
+            found = replace(found, row=replace(found.row, failure=reason))
+        yield found
+
+
+def not_measured(case: Case, reason: str) -> Measured:
+    """A row without numbers, and why."""
+    return Measured(replace(describe(case), failure=reason))
+
+
+def measure_in_fresh_process(case: Case, *, timeout_sec: float | None = None) -> Measured:
+    """Measure a bundle or checkpoint in child processes; Ctrl-C ends the child and is raised here."""
+    row = describe(case)
     if row.failure is not None:
         return Measured(row)
-    asked = {key: value for key, value in vars(request).items() if key != "latents"}
-    job = Job(opener, str(folder), engine, device, threads, low_memory, asked, repeats, warmup, tuple(prompts), 0.0, "")
     begin = time.monotonic()
-    outcome, pixels, prompt_images = _one_process(job, timeout_sec)
+    outcome, pixels, prompt_images = _one_process(case, timeout_sec)
     outcomes = [outcome]
-    while repeats is None and outcomes[-1].failure is None and len(outcomes) < PROCESSES:
+    while case.repeats is None and outcomes[-1].failure is None and len(outcomes) < PROCESSES:
         spent = time.monotonic() - begin
         left = None if timeout_sec is None else timeout_sec - spent
         each = spent / len(outcomes)
         if each > SHORT_SEC or (left is not None and left < 2 * each):
             break
-        outcomes.append(_one_process(replace(job, prompts=()), left)[0])
+        outcomes.append(_one_process(replace(case, prompts=()), left)[0])
     outcome = _together(outcomes)
     row = replace(row, **vars(outcome))
     if outcome.timings is None or pixels is None:
@@ -133,10 +119,10 @@ def measure_in_fresh_process(
     return Measured(replace(row, width=pixels.shape[1], height=pixels.shape[0]), pixels, prompt_images)
 
 
-def _one_process(job: Job, timeout_sec: float | None) -> tuple[Outcome, np.ndarray | None, np.ndarray | None]:
+def _one_process(case: Case, timeout_sec: float | None) -> tuple[Outcome, np.ndarray | None, np.ndarray | None]:
     """What came of it, the image, and those of the prompts; none where it failed."""
     with tempfile.TemporaryDirectory(prefix="kdc-edge-bench-") as out:
-        outcome = _run_child(replace(job, started=time.perf_counter(), out=out), timeout_sec)
+        outcome = _run_child(Job(case, time.perf_counter(), Path(out)), timeout_sec)
         if outcome.failure is not None:
             return outcome, None, None
         with np.load(Path(out) / "images.npz", allow_pickle=False) as found:
@@ -164,70 +150,10 @@ def _together(outcomes: Sequence[Outcome]) -> Outcome:
     )
 
 
-def describe(
-    folder: Path,
-    request: Request,
-    *,
-    repeats: int | None,
-    warmup: int,
-    engine: str | None = None,
-    device: str | None = None,
-    threads: int | None = None,
-    low_memory: bool = False,
-) -> Row:
-    """The row before anything runs: the conditions, and what the folder says of itself, or why it cannot be read."""
-    if request.latents is not None:
-        raise InputError("a benchmark draws its noise from the seed: give no latents")
-    asked = {key: value for key, value in vars(request).items() if key != "latents"}
-    row = Row(
-        name=folder.resolve().name,
-        folder=str(folder),
-        target=None,
-        precision=None,
-        checkpoint_sha256=None,
-        size_bytes=None,
-        parity=None,
-        engine=engine,
-        device=device,
-        threads=threads,
-        low_memory=low_memory,
-        prompt_sha256=text_sha256(request.prompt, request.negative_prompt),
-        repeats=MIN_IMAGES if repeats is None else repeats,
-        warmup=warmup,
-        **asked,
-    )
-    try:
-        return _with_folder(row, folder)
-    except KdcError as error:
-        return replace(row, failure=str(error))
-
-
-def _with_folder(row: Row, folder: Path) -> Row:
-    if kind_of(folder) != "checkpoint":
-        bundle = Bundle.open(folder)
-        manifest, model = bundle.manifest, bundle.manifest.model
-        row = replace(
-            row,
-            target=manifest.target,
-            precision=manifest.precision,
-            checkpoint_sha256=manifest.provenance.checkpoint_sha256,
-            engine=row.engine or find_format(manifest.target, manifest.precision).engines[0],
-            size_bytes=bundle.size_bytes,
-            parity=manifest.image_parity,
-        )
-    else:
-        model = read_model(folder)
-        size_bytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-        row = replace(row, engine=row.engine or "torch", size_bytes=size_bytes)
-    return replace(row, width=row.width or model.image_size, height=row.height or model.image_size)
-
-
 def _run_child(job: Job, timeout_sec: float | None) -> Outcome:
     """Run the worker; what it says on its streams, and how it ended, is kept for the reason of a failure."""
-    # -P and this path: the child finds the modules that we find, none that lies about in the current folder.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-    log = Path(job.out) / "log.txt"
-    command = [sys.executable, "-P", "-m", "kdc_edge.bench.worker"]
+    log = job.out / "log.txt"
+    command, environment = python_module(WORKER)
     memory = _Memory()
     with (
         log.open("wb") as stream,
@@ -249,7 +175,7 @@ def _run_child(job: Job, timeout_sec: float | None) -> Outcome:
     if not in_time:
         return replace(seen, failure=f"not done after {timeout_sec:.3g} seconds")
     status = child.returncode
-    result = Path(job.out) / "result.json"
+    result = job.out / "result.json"
     if status == 0 and result.is_file():
         outcome = OUTCOME.validate_json(result.read_bytes())
         if outcome.failure not in (None, OUT_OF_MEMORY):
@@ -260,9 +186,17 @@ def _run_child(job: Job, timeout_sec: float | None) -> Outcome:
         name = signal.Signals(-status).name
         hint = ": most likely out of memory" if name == "SIGKILL" else ""
         return replace(seen, failure=f"the process was ended by {name}{hint}")
-    said = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-    last = said[-1][:500] if said else "it said nothing"
-    return replace(seen, failure=f"the process ended with code {status}: {last}")
+    said = last_line(log.read_text("utf-8", "replace"), "it said nothing")
+    return replace(seen, failure=f"the process ended with code {status}: {said}")
+
+
+def python_module(name: str) -> tuple[list[str], dict[str, str]]:
+    """Command and environment that run a module in a child process.
+
+    It finds the modules that this process finds, and (-P) none that lie in the current folder.
+    """
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return [sys.executable, "-P", "-m", name], {**os.environ, "PYTHONPATH": path}
 
 
 class _Memory:

@@ -4,8 +4,8 @@
     for ...: make_an_image(); watch.look()
     watch.energy_joules, watch.disturbance(samples_sec)
 
-Whatever the system does not tell is None. A machine counts as noisy by what can be seen: other processes' share of the
-processors, a frequency that falls, or times of the same image that lie far apart, within or between processes.
+Whatever the system does not tell is None. A machine counts as disturbed by what can be seen: other processes' share of
+the processors, a frequency that falls, or times of the same image that lie far apart, within or between processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import psutil
 from kdc_edge.bench.record import Disturbance, Timing
 
 POWERCAP = Path("/sys/class/powercap")
-OTHERS_SHARE = 0.10  # of the processors, from which on the machine is noisy
+OTHERS_SHARE = 0.10  # of the processors, from which on the machine is disturbed
 FREQUENCY_LOSS = 0.10
 SPREAD = 0.10  # between the quartiles, of the median
 MIN_WATCH_SEC = 0.3  # the kernel counts in hundredths of a second
@@ -76,7 +76,7 @@ def verdict(
     samples_sec: Sequence[float],
     processes: Sequence[Sequence[float]] = (),
 ) -> str | None:
-    """Why the machine counts as noisy, in words; None where nothing shows it. `processes`: the samples, one by one."""
+    """Why the machine counts as disturbed; None where nothing shows it. `processes`: the samples of each."""
     reasons = []
     if others_share is not None and others_share > OTHERS_SHARE:
         reasons.append(f"other processes used {_percent(others_share)} of the processor")
@@ -88,7 +88,7 @@ def verdict(
     medians = [float(np.median(samples)) for samples in processes]
     if median > 0 and medians and (apart := (max(medians) - min(medians)) / median) > SPREAD:
         reasons.append(f"medians of {len(medians)} processes lie {_percent(apart)} apart")
-    return f"the machine was noisy: {'; '.join(reasons)}" if reasons else None
+    return f"the machine was disturbed: {'; '.join(reasons)}" if reasons else None
 
 
 def disturbances(each: Sequence[Disturbance], times: Sequence[Timing]) -> Disturbance:

@@ -1,32 +1,31 @@
-"""Rows of a benchmark for people and for programs: a terminal table, Markdown, CSV, JSON, or one HTML page.
+"""Rows of a benchmark as a terminal table, Markdown and CSV. page.py has the function for every format.
 
-    print(render(Report(here(), rows), "md"))
-    Console().print(table(rows))                  # the same table in colour, for a terminal
+    shown = show(rows)
+    print(as_markdown(shown, here()))
+    Console().print(table(shown))                 # the same table in colour, for a terminal
 
 The conditions stand below every table: machine, size, steps, guidance, sampler, seed, repeats, warm-up,
-what each precision means, versions. Each column of times has one unit. record.py describes the JSON.
+the meaning of each precision, versions. Each column of times has one unit. record.py describes the JSON.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-import numpy as np
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kdc_edge.bench.record import Environment, Report, Row, to_json
-from kdc_edge.bench.values import METRICS, count_threads, labels, timing, values
+from kdc_edge.bench.record import Environment, Row
+from kdc_edge.bench.values import METRICS, Shown, count_threads, timing, values
 from kdc_edge.errors import InputError
 from kdc_edge.formats import find_format
+from kdc_edge.text import decibels, markdown_table
 
-Format = Literal["table", "md", "csv", "json", "html"]
 UNKNOWN = "–"
 TABLE_COLUMNS = 120  # characters, where the text goes to no terminal
 
@@ -51,31 +50,34 @@ class Column:
     cells: tuple[str, ...]
 
 
-def render(report: Report, format: Format, images: Sequence[np.ndarray | None] = ()) -> str:
-    """The report as text in one of the formats; the page shows the rows' images, uint8 (H, W, 3)."""
-    rows, environment = report.rows, report.environment
-    if format == "json":
-        return to_json(report)
-    if format == "csv":
-        return rows_as_csv(rows)
-    if format == "md":
-        return _markdown(rows, environment)
-    if format == "html":
-        from kdc_edge.bench.page import benchmark_page  # which is made of what stands here
+def as_text(shown: Sequence[Shown], environment: Environment) -> str:
+    """The table, notes and conditions without colours, in lines of 120 characters."""
+    return plain_text(table(shown), [*notes(shown), *conditions([s.row for s in shown], environment)])
 
-        return benchmark_page(report, images)
+
+def as_markdown(shown: Sequence[Shown], environment: Environment) -> str:
+    found = columns(shown)
+    head = [column.header for column in found]
+    cells = zip(*(map(markdown_text, column.cells) for column in found), strict=True)
+    text = markdown_table(head, cells, align="ll" + "r" * (len(head) - 2))
+    lines = [*notes(shown), *conditions([s.row for s in shown], environment)]
+    return "\n".join([text, *(f"- {markdown_text(line)}" for line in lines)]) + "\n"
+
+
+def plain_text(table: Table, lines: Iterable[str]) -> str:
+    """A table and the lines below it, as a terminal without colours shows them."""
     console = Console(file=io.StringIO(), width=TABLE_COLUMNS, force_terminal=False)
-    console.print(table(rows))
-    for line in (*notes(rows), *conditions(rows, environment)):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]  # the StringIO from above
-    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+    with console.capture() as captured:
+        console.print(table)
+        for line in lines:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(shown: Sequence[Shown]) -> Table:
     """For a terminal; the failures and conditions are lines of their own."""
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    names, engines, *numbers = columns(rows)
+    names, engines, *numbers = columns(shown)
     found.add_column("Bundle", overflow="fold")  # the engine stands below the name: numbers need the width
     for column in numbers:
         found.add_column(column.header.replace(",", "").replace(" ", "\n"), justify="right", no_wrap=True)
@@ -84,12 +86,11 @@ def table(rows: Sequence[Row]) -> Table:
     return found
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
-    """What a reader has to know of single rows: why they failed, and where the machine was noisy."""
-    named = list(zip(labels(rows), rows, strict=True))
-    return [f"{label} was not measured: {row.failure}" for label, row in named if row.failure] + [
-        f"{label}: {row.disturbance.verdict}." for label, row in named if row.disturbance and row.disturbance.verdict
-    ]
+def notes(shown: Sequence[Shown]) -> list[str]:
+    """What a reader has to know of single rows: why they failed, and where the machine was disturbed."""
+    failed = [f"{s.label} was not measured: {s.row.failure}" for s in shown if s.row.failure]
+    disturbed = [(s.label, s.row.disturbance.verdict) for s in shown if s.row.disturbance]
+    return failed + [f"{label}: {verdict}." for label, verdict in disturbed if verdict]
 
 
 def conditions(rows: Sequence[Row], environment: Environment) -> list[str]:
@@ -110,7 +111,7 @@ def conditions(rows: Sequence[Row], environment: Environment) -> list[str]:
         "p90 is the 90th percentile; the step column leaves each image's first step out. Cold is the first image "
         "from the start of the process, with everything that it loads.",
         "Peak memory is the most resident memory of a process, loading included. Parity is the PSNR of "
-        "whole images against PyTorch in 32 bits as the export proved it; “exact” where they were equal.",
+        "whole images against PyTorch in 32 bits as the export proved it; “equal” where no pixel differs.",
     ]
     if references := _values(row.psnr.reference for row in rows if row.psnr):
         lines.append(f"PSNR compares the image, made from the same noise, with that of {references}.")
@@ -129,33 +130,35 @@ def conditions(rows: Sequence[Row], environment: Environment) -> list[str]:
     ]
 
 
-def columns(rows: Sequence[Row]) -> list[Column]:
+def columns(shown: Sequence[Shown]) -> list[Column]:
     """The table: what every row is, and what was measured."""
-
-    def timed(header: str, pick: Callable[[Row], float | None]) -> Column:
-        found = [pick(row) for row in rows]
-        unit, scale = unit_of(v for v in found if v is not None)
-        return Column(f"{header}, {unit}", tuple(UNKNOWN if v is None else digits(v * scale) for v in found))
+    rows = [s.row for s in shown]
+    numbers = [values(row) for row in rows]
 
     def known(header: str, name: str) -> list[Column]:
         """A column only where some row has the value."""
-        found = [values(row)[name] for row in rows]
+        found = [one[name] for one in numbers]
         cells = tuple(UNKNOWN if v is None else digits(v) for v in found)
         return [Column(header, cells)] if any(v is not None for v in found) else []
 
     stages = ("cold", "text_encoder", "unet_first_step", "unet_step", "vae_decoder", "end_to_end")
     return [
-        Column("Bundle", tuple(labels(rows))),
+        Column("Bundle", tuple(s.label for s in shown)),
         Column("Engine", tuple(_engine(row) for row in rows)),
         Column("Size, MB", tuple(_megabytes(row.size_bytes) for row in rows)),
-        *(timed(STAGES[s], lambda row, s=s: _median(row, s)) for s in stages),  # type: ignore[misc]
-        timed("p90", lambda row: row.timings.end_to_end.p90_sec if row.timings else None),
+        *(_timed(STAGES[stage], [one[f"{stage}_sec"] for one in numbers]) for stage in stages),
+        _timed("p90", [row.timings.end_to_end.p90_sec if row.timings else None for row in rows]),
         Column("Peak, MB", tuple(_megabytes(row.peak_rss_bytes) for row in rows)),
         *known("Energy, J", "energy_joules"),
-        Column("PSNR, dB", tuple(_psnr(row) for row in rows)),
-        Column("Parity, dB", tuple(_parity(row) for row in rows)),
+        Column("PSNR, dB", tuple("reference" if row.reference and not row.psnr else _db(row.psnr_db) for row in rows)),
+        Column("Parity, dB", tuple(_db(row.parity_db) for row in rows)),
         *(column for name, title in _metrics(rows).items() for column in known(title.capitalize(), name)),
     ]
+
+
+def _timed(header: str, found_sec: Sequence[float | None]) -> Column:
+    unit, scale = unit_of(found_sec)
+    return Column(f"{header}, {unit}", tuple(UNKNOWN if v is None else digits(v * scale) for v in found_sec))
 
 
 def _metrics(rows: Sequence[Row]) -> dict[str, str]:
@@ -164,14 +167,9 @@ def _metrics(rows: Sequence[Row]) -> dict[str, str]:
     return {name: name.replace("_", " ") for name in METRICS if name in found and name != "exact"}
 
 
-def unit_of(values_sec: Iterable[float]) -> tuple[str, float]:
+def unit_of(values_sec: Iterable[float | None]) -> tuple[str, float]:
     """One unit for all of them, and what a second is in it."""
-    return ("ms", 1000.0) if max(values_sec, default=0.0) < 1 else ("s", 1.0)
-
-
-def byte_unit_of(counts: Iterable[float | None]) -> tuple[str, float]:
-    """The same for bytes, in the decimal units that budgets and disks are measured in."""
-    return ("GB", 1e-9) if max((c for c in counts if c is not None), default=0.0) >= 1e9 else ("MB", 1e-6)
+    return ("ms", 1000.0) if max((v for v in values_sec if v is not None), default=0.0) < 1 else ("s", 1.0)
 
 
 def time_text(sec: float | None) -> str:
@@ -180,19 +178,6 @@ def time_text(sec: float | None) -> str:
         return UNKNOWN
     unit, scale = unit_of([sec])
     return f"{digits(sec * scale)} {unit}"
-
-
-def bytes_text(count: float | None) -> str:
-    """One size with its unit: "137 MB", "1.50 GB"."""
-    if count is None:
-        return UNKNOWN
-    unit, scale = byte_unit_of([count])
-    return f"{digits(count * scale)} {unit}"
-
-
-def _median(row: Row, stage: str) -> float | None:
-    found = timing(row, stage)
-    return None if found is None else found.median_sec
 
 
 def digits(value: float) -> str:
@@ -206,16 +191,9 @@ def _megabytes(size_bytes: int | None) -> str:
     return UNKNOWN if size_bytes is None else digits(size_bytes / 1e6)
 
 
-def _psnr(row: Row) -> str:
-    if row.psnr is None:
-        return "reference" if row.reference else UNKNOWN
-    return "exact" if row.psnr.db is None else f"{row.psnr.db:.1f}"
-
-
-def _parity(row: Row) -> str:
-    if row.parity is None:
-        return UNKNOWN
-    return "exact" if row.parity.psnr_db is None else f"{row.parity.psnr_db:.1f}"
+def _db(psnr_db: float | None) -> str:
+    """The number alone, for a column whose header has the unit."""
+    return UNKNOWN if psnr_db is None else decibels(psnr_db).removesuffix(" dB")
 
 
 def _engine(row: Row) -> str:
@@ -241,72 +219,35 @@ def _span(found: Iterable[int]) -> str:
     return " to ".join(str(count) for count in dict.fromkeys([*counts[:1], *counts[-1:]]))
 
 
+CSV_NAMES = (
+    "name", "folder", "target", "precision", "engine", "device", "threads", "low_memory", "provider", "compute_dtype",
+    "steps", "guidance", "guidance_mode", "sampler", "width", "height", "seed", "repeats", "warmup", "prompt",
+    "negative_prompt", "prompt_sha256", "checkpoint_sha256", "reference",
+)  # fmt: skip
+
+
 def rows_as_csv(rows: Sequence[Row]) -> str:
     """A line a row, full precision, unknown as an empty field; an infinite PSNR is that of equal images."""
-    plain = (
-        "name",
-        "folder",
-        "target",
-        "precision",
-        "engine",
-        "device",
-        "threads",
-        "low_memory",
-        "provider",
-        "compute_dtype",
-        "steps",
-        "guidance",
-        "guidance_mode",
-        "sampler",
-        "width",
-        "height",
-        "seed",
-        "repeats",
-        "warmup",
-        "prompt",
-        "negative_prompt",
-        "prompt_sha256",
-        "checkpoint_sha256",
-        "reference",
-    )
     lines = []
     for row in rows:
-        line: dict[str, object] = {name: getattr(row, name) for name in plain}
+        line: dict[str, object] = {name: getattr(row, name) for name in CSV_NAMES}
         line |= values(row)
         for stage in STAGES:
             found = timing(row, stage)
             line[f"{stage}_p90_sec"] = found.p90_sec if found else None
             line[f"{stage}_std_sec"] = found.std_sec if found else None
         line["psnr_reference"] = row.psnr.reference if row.psnr else None
-        line["noise"] = row.disturbance.verdict if row.disturbance else None
+        line["disturbance"] = row.disturbance.verdict if row.disturbance else None
         line["failure"] = row.failure
         lines.append(line)
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(lines[0]) if lines else list(plain), lineterminator="\n")
+    writer = csv.DictWriter(out, list(lines[0]) if lines else CSV_NAMES, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return out.getvalue()
 
 
-def _markdown(rows: Sequence[Row], environment: Environment) -> str:
-    found = columns(rows)
-    cells = list(zip(*(column.cells for column in found), strict=True))
-    text = markdown_table([column.header for column in found], cells, words=(0, 1))
-    lines = [f"- {_markdown_text(line)}" for line in (*notes(rows), *conditions(rows, environment))]
-    return "\n".join([text, *lines]) + "\n"
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: Sequence[int]) -> str:
-    """A table whose columns stand at the right, but those numbered in `words`."""
-    lines = [
-        "| " + " | ".join(header) + " |",
-        "|" + "|".join("---" if number in words else "---:" for number in range(len(header))) + "|",
-        *("| " + " | ".join(_markdown_text(cell) for cell in cells) + " |" for cells in rows),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _markdown_text(text: str) -> str:
-    """One line, with nothing in it that Markdown or HTML would read as its own."""
+def markdown_text(text: str) -> str:
+    """One line, with nothing in it that Markdown or HTML would read as its own; `markdown_table` escapes "|"."""
     line = " ".join(text.split())
-    return "".join(f"\\{letter}" if letter in "\\|<>`*_[]" else letter for letter in line)
+    return "".join(f"\\{letter}" if letter in "\\<>`*_[]" else letter for letter in line)

@@ -1,7 +1,8 @@
-"""The numbers of a row under flat names, for CSV, limits and comparisons; and limits that decide an exit code.
+"""The numbers of a row under the names that CSV, limits and comparisons know; labels; limits that decide an exit code.
 
-values(row)["end_to_end_sec"], values(row)["psnr"]       # medians; None where unknown
-broken = [line for row in rows for line in limit.broken_by(row)]
+values(row)["unet_step_sec"], values(row)["psnr"]        # medians; None where unknown
+[shown.label for shown in show(rows)]
+broken_limits([Limit.parse("psnr=30", "under")], show(rows))
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
+
+import numpy as np
 
 from kdc_edge.bench.record import Row, Timing, Timings
 from kdc_edge.errors import InputError
@@ -50,8 +53,8 @@ def values(row: Row) -> dict[str, float | None]:
         "peak_rss_bytes": row.peak_rss_bytes,
         "peak_pss_bytes": row.peak_pss_bytes,
         "energy_joules": row.energy_joules,
-        "psnr": (math.inf if row.psnr.db is None else row.psnr.db) if row.psnr else None,
-        "parity": (math.inf if row.parity.psnr_db is None else row.parity.psnr_db) if row.parity else None,
+        "psnr": row.psnr_db,
+        "parity": row.parity_db,
     }
     found |= {name: row.prompt_quality.values.get(name) if row.prompt_quality else None for name in METRICS}
     return found
@@ -85,6 +88,23 @@ def labels(rows: Sequence[Row]) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """A row as tables and pages show it."""
+
+    row: Row
+    label: str  # no two the same
+    pixels: np.ndarray | None = None  # uint8 (H, W, 3)
+
+
+def show(rows: Sequence[Row], images: Sequence[np.ndarray | None] = ()) -> list[Shown]:
+    """The rows with their labels and, where there are any, their images: images[i] belongs to rows[i]."""
+    return [
+        Shown(row, label, pixels)
+        for row, label, pixels in zip(rows, labels(rows), images or [None] * len(rows), strict=True)
+    ]
+
+
+@dataclass(frozen=True)
 class Limit:
     """What a value may not be: `psnr` under 30, `end_to_end_sec` over 10."""
 
@@ -106,23 +126,19 @@ class Limit:
             raise InputError(f"--fail-{side} {text!r} is not understood: use {name}=30 or the like")
         return cls(name, side, number)
 
-    def broken_by(self, row: Row, label: str) -> Iterator[str]:
+    def broken_by(self, shown: Shown) -> Iterator[str]:
         """A line where the row's value breaks the limit, or is not known; the reference is not compared with itself."""
+        row = shown.row
         if row.failure is not None or (row.reference and self.name == "psnr"):
             return
         value = values(row)[self.name]
         if value is None:
-            yield f"{label}: {self.name} is not known"
+            yield f"{shown.label}: {self.name} is not known"
         elif (self.side == "under" and value < self.bound) or (self.side == "over" and value > self.bound):
-            yield f"{label}: {self.name} is {value:.4g}, {self.side} {self.bound:g}"
+            yield f"{shown.label}: {self.name} is {value:.4g}, {self.side} {self.bound:g}"
 
 
-def broken_limits(limits: Sequence[Limit], rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
+def broken_limits(limits: Sequence[Limit], rows: Sequence[Shown]) -> list[str]:
     """A line for each limit that is not kept; a row that failed keeps none."""
-    failed = [f"{label}: {row.failure}" for row, label in zip(rows, labels, strict=True) if row.failure and limits]
-    return failed + [
-        line
-        for row, label in zip(rows, labels, strict=True)
-        for limit in limits
-        for line in limit.broken_by(row, label)
-    ]
+    failed = [f"{shown.label}: {shown.row.failure}" for shown in rows if shown.row.failure and limits]
+    return failed + [line for shown in rows for limit in limits for line in limit.broken_by(shown)]

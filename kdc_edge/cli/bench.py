@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 from typer import Argument, Option
 
-from kdc_edge.cli.options import (
-    Engine,
-    Guidance,
-    GuidanceInterval,
-    LowMemory,
-    listed,
-    make_request,
-)  # fmt: skip
+from kdc_edge.cli.options import Engine, Guidance, GuidanceInterval, LowMemory, guidance_modes, listed, make_request
 from kdc_edge.cli.project import Config, all_bundles, command_line, say
-from kdc_edge.errors import InputError
+from kdc_edge.errors import InputError, KdcError
 
 if TYPE_CHECKING:
-    from kdc_edge.bench.record import Report, Row
+    from kdc_edge.bench.case import Case
+    from kdc_edge.bench.record import Row
     from kdc_edge.bench.runner import Measured
+    from kdc_edge.bench.values import Limit
 
 
 def bench(
@@ -76,12 +71,14 @@ def bench(
 ) -> None:
     """Measure bundles, each in a process of its own: latency by stage, memory, size, quality."""
     del config
-    from kdc_edge.bench.grid import grid, references
-    from kdc_edge.bench.tables import Format, render
+    from kdc_edge.bench.case import Case, grid, references
+    from kdc_edge.bench.page import ReportFormat, render
+    from kdc_edge.bench.record import Report, here
+    from kdc_edge.bench.reference import compare_images
     from kdc_edge.bench.values import Limit
 
-    if format not in get_args(Format):
-        raise InputError(f"--format {format!r} is unknown: choose from {', '.join(get_args(Format))}")
+    if format not in get_args(ReportFormat):
+        raise InputError(f"--format {format!r} is unknown: choose from {', '.join(get_args(ReportFormat))}")
     if compare is not None:
         _write(_compared(*compare, format), out)
         return
@@ -94,75 +91,57 @@ def bench(
         prompt, guidance=guidance, guidance_mode=None, guidance_interval=guidance_interval, seed=seed, width=width,
         height=height, low_memory=low_memory,
     )  # fmt: skip
-    whole = device is not None and "=" in device  # a device for each component, not one after the other
+    single = device is None or "=" in device  # a device for each component, not one after the other
     cases = grid(
-        bundles or [str(path) for path in all_bundles()],
-        request,
-        repeats=repeats,
-        warmup=warmup,
-        engine=engine,
-        devices=[device] if device is None or whole else listed(device, "--device", str),
-        threads=[None] if threads is None else listed(threads, "--threads", int),
+        bundles or all_bundles(),
+        Case(Path(), request, repeats, warmup, engine, device, low_memory=low_memory, prompts=tuple(asked)),
+        devices=[] if single else listed(device or "", "--device", str),
+        threads=listed(threads, "--threads", int) if threads is not None else [],
         steps=listed(steps, "--steps", int),
         samplers=listed(scheduler, "--scheduler", str),
-        guidance_modes=listed(guidance_mode, "--guidance-mode", str) if guidance_mode else (),
-        low_memory=low_memory,
-        prompts=asked,
+        guidance_modes=guidance_modes(guidance_mode) if guidance_mode else [],
     )
     others = references(reference, cases) if reference else []
-
-    def write(rows: list[Row], images: list[Any]) -> None:
-        _write(render(_report(rows), cast(Format, format), images), out)
-
-    rows = _measure(others, cases, budget_sec, score, write)
-    _judge(rows, limits)
+    measured, interrupted = _measure(others, cases, budget_sec, score)
+    found = measured[len(others) :]
+    rows = compare_images(found, measured[: len(others)])
+    report = Report(here(), tuple(rows), command=command_line())
+    _write(render(report, cast(ReportFormat, format), [one.pixels for one in found]), out)
+    if interrupted:
+        say("interrupted: the rows so far are written")
+        raise KeyboardInterrupt
+    _check(rows, limits)
 
 
 def _measure(
-    others: list[Any], cases: list[Any], budget_sec: float | None, score: Callable[[Measured], Measured],
-    write: Callable[[list[Row], list[Any]], None],
-) -> list[Row]:  # fmt: skip
-    """Measure everything, and write: what was reached, too, when Ctrl-C ends it, which is raised again."""
-    from kdc_edge.bench.grid import not_measured, run
-    from kdc_edge.bench.reference import compare_images
-    from kdc_edge.errors import KdcError
+    others: Sequence[Case], cases: Sequence[Case], budget_sec: float | None, score: Callable[[Measured], Measured]
+) -> tuple[list[Measured], bool]:
+    """What was measured, the references first, and whether Ctrl-C ended it: then the rest has rows that say so."""
+    from kdc_edge.bench.runner import not_measured, run
+    from kdc_edge.bench.tables import time_text
 
+    todo = [*others, *cases]
     measured: list[Measured] = []
-    interrupted = False
     try:
-        for found in run([*others, *cases], budget_sec=budget_sec):
+        for found in run(todo, budget_sec=budget_sec):
             row = found.row
             if len(measured) < len(others) and row.failure:
                 raise KdcError(f"--reference {row.folder}: {row.failure}")
             measured.append(score(found))
-            took = f"{row.timings.end_to_end.median_sec:.3g} s an image" if row.timings else row.failure
-            say(f"{len(measured)}/{len(others) + len(cases)} {row.folder}: {took}")
+            say(f"{len(measured)}/{len(todo)} {row.folder}: {row.failure or f'{time_text(row.image_sec)} an image'}")
     except KeyboardInterrupt:
-        interrupted = True
-        measured += [not_measured(case, "interrupted") for case in [*others, *cases][len(measured) :]]
-    rows = compare_images(measured[len(others) :], measured[: len(others)])
-    write(rows, [found.pixels for found in measured[len(others) :]])
-    if interrupted:
-        say("interrupted: the rows so far are written")
-        raise KeyboardInterrupt
-    return rows
+        return measured + [not_measured(case, "interrupted") for case in todo[len(measured) :]], True
+    return measured, False
 
 
-def _judge(rows: list[Row], limits: list[Any]) -> None:
+def _check(rows: Sequence[Row], limits: Sequence[Limit]) -> None:
     """Raise KdcError where a limit is not kept, or nothing was measured."""
-    from kdc_edge.bench.values import broken_limits, labels
-    from kdc_edge.errors import KdcError
+    from kdc_edge.bench.values import broken_limits, show
 
     if all(row.failure for row in rows):
         raise KdcError("nothing could be measured: see the reasons above")
-    if broken := broken_limits(limits, rows, labels(rows)):
+    if broken := broken_limits(limits, show(rows)):
         raise KdcError(f"limits are not kept: {'; '.join(broken)}")
-
-
-def _report(rows: list[Row]) -> Report:
-    from kdc_edge.bench.record import Report, here
-
-    return Report(here(), tuple(rows), command=command_line())
 
 
 def _scorer(path: Path | None, weights: Path | None) -> tuple[Callable[[Measured], Measured], list[str]]:
@@ -186,8 +165,7 @@ def _scorer(path: Path | None, weights: Path | None) -> tuple[Callable[[Measured
 
 
 def _compared(old: Path, new: Path, format: str) -> str:
-    from kdc_edge.bench.compare import compare
-    from kdc_edge.bench.compare_report import render_changes
+    from kdc_edge.bench.compare import compare, render_changes
     from kdc_edge.bench.record import read_report
 
     return render_changes(compare(read_report(old), read_report(new)), format)

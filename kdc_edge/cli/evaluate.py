@@ -173,21 +173,23 @@ def _lines(document: dict[str, Any]) -> list[str]:
 
 def _by_precision(document: dict[str, Any]) -> list[str]:
     """R's last row for the checkpoint and for every bundle, as a table."""
-    tasks = list(document["quality"])
-    table = [("", *tasks, "forgets more", "image PSNR", "size")]
-    table.append(("checkpoint", *_cells(document["quality"]), "", "", ""))
-    for row in document["bundles"]:
-        if row["failure"]:
-            continue
-        size = f"{row['size_bytes'] / 1e6:.1f} MB"
-        table.append((row["name"], *_cells(row["quality"]), _more(row["added_forgetting"]), _similar(row), size))
-    widths = [max(len(cells[i]) for cells in table) for i in range(len(table[0]))]
-    lines = [f"the last row of R by precision, {document['metric']}, from the same prompts and noise:"]
-    for name, *cells in table:
-        padded = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append(f"  {name.ljust(widths[0])}  {padded}".rstrip())
-    lines += [f"  {row['name']}: not measured: {row['failure']}" for row in document["bundles"] if row["failure"]]
-    return lines
+    from rich.table import Table
+
+    from kdc_edge.bench.tables import plain_text
+    from kdc_edge.text import megabytes
+
+    table = Table(box=None, pad_edge=False, collapse_padding=True, padding=(0, 2))
+    table.add_column("", no_wrap=True)
+    for header in (*document["quality"], "forgets more", "image PSNR", "size"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_row("checkpoint", *_cells(document["quality"]))
+    for row in (row for row in document["bundles"] if not row["failure"]):
+        facts = (_more(row["added_forgetting"]), _similar(row), megabytes(row["size_bytes"]))
+        table.add_row(row["name"], *_cells(row["quality"]), *facts)
+    failed = [f"{row['name']}: not measured: {row['failure']}" for row in document["bundles"] if row["failure"]]
+    lines = plain_text(table, failed).splitlines()
+    title = f"the last row of R by precision, {document['metric']}, from the same prompts and noise:"
+    return [title, *(f"  {line}" for line in lines)]
 
 
 def _cells(quality: Mapping[str, float]) -> list[str]:
@@ -203,7 +205,9 @@ def _more(loss: dict[str, Any] | None) -> str:
 
 
 def _similar(row: dict[str, Any]) -> str:
+    """ "equal", or the median and the worst PSNR: "41.2 dB, worst 30.1"."""
+    from kdc_edge.text import decibels
+
     if row["worst_psnr_db"] is None:
         return "equal"
-    median = "equal" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
-    return f"{median}, worst {row['worst_psnr_db']:.1f}"
+    return f"{decibels(row['psnr_db'])}, worst {row['worst_psnr_db']:.1f}"

@@ -5,28 +5,24 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
-import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from typer import Argument, Option
 
-from kdc_edge.cli.options import Guidance, Json, listed, make_request
+from kdc_edge.cli.options import Guidance, Json, guidance_modes, listed, make_request
 from kdc_edge.cli.project import BUNDLES, LATEST, Config, command_line, latest_checkpoint, need_export, say
 from kdc_edge.errors import InputError, KdcError
 from kdc_edge.formats import FORMATS, GOOD_PSNR_DB, Format
 
 if TYPE_CHECKING:
-    from kdc_edge.bench.budget import Budget, Offer
-    from kdc_edge.bench.search import Found
+    from kdc_edge.bench.budget import Budget, Decision
+    from kdc_edge.bench.search import Candidate, SearchState
 
-WRITTEN = (".html", ".md", ".json", ".csv")
+FILES = (".html", ".md", ".json", ".csv")
 DEFINITIONS = (
     "Cheapest: the most steps; then the scheduler named first; then the least time, where 5 % count as equal; then the"
     " least memory.",
@@ -77,51 +73,51 @@ def fit(
 ) -> None:
     """Name the cheapest export that meets a budget on this machine, or the nearest where none does."""
     del config
-    from kdc_edge.bench.budget import MODES, Budget
-    from kdc_edge.bench.search import search
+    from kdc_edge.bench.budget import Budget, decide
+    from kdc_edge.bench.case import Case
+    from kdc_edge.bench.search import MODES, search
     from kdc_edge.noise_schedule import NoiseSchedule
-    from kdc_edge.pipeline import GuidanceMode
     from kdc_edge.samplers import make_sampler
 
     for option, limit in (("--max-sec", max_sec), ("--budget-sec", budget_sec)):
         if limit is not None and not limit > 0:
             raise InputError(f"{option} {limit:g} is no time: use a number of seconds above 0")
     budget = Budget(_bytes("--max-size", max_size), max_sec, _bytes("--max-memory", max_memory), min_psnr)
-    names = listed(guidance_mode, "--guidance-mode", str)
-    if unknown := set(names) - set(get_args(GuidanceMode)):
-        raise InputError(f"--guidance-mode {unknown.pop()!r} is unknown: use batched or sequential")
+    allowed = guidance_modes(guidance_mode)
     counts, samplers = listed(steps, "--steps", int), listed(scheduler, "--scheduler", str)
     for count, sampler in itertools.product(counts, samplers):
-        make_sampler(sampler, NoiseSchedule(), count)  # refuses what no pipeline can do, before anything is exported
+        make_sampler(sampler, NoiseSchedule(), count)  # an unknown one is refused before anything is exported
     for path in out or ():
-        if path.suffix not in WRITTEN:
-            raise InputError(f"--out {path} is of no known kind: give it a name that ends in {', '.join(WRITTEN)}")
+        if path.suffix not in FILES:
+            raise InputError(f"--out {path} is of no known kind: give it a name that ends in {', '.join(FILES)}")
     request = make_request(
         prompt, guidance=guidance, guidance_mode=None, guidance_interval="0.0:1.0", seed=seed, low_memory=False
     )
+    base = Case(Path(), request, repeats, warmup, device=device, threads=threads)
     if checkpoint is None and LATEST.exists():
         checkpoint = latest_checkpoint()
         say(f"no checkpoint given: {checkpoint.resolve()}")
-    wanted = _wanted(formats)
-    offers = _offers(checkpoint, bundles, wanted, budget, export=export)
+    candidates = _candidates(checkpoint, bundles, _wanted(formats), budget, export=export)
     reference = checkpoint if importlib.util.find_spec("torch") and importlib.util.find_spec("diffusers") else None
-    found, interrupted = None, False
+    state, interrupted = None, False
     try:
-        for found in search(
-            offers, request, steps=counts, budget=budget, samplers=samplers,
-            modes=[m for m in MODES if m.guidance_mode in names], reference=reference, repeats=repeats, warmup=warmup,
-            device=device, threads=threads, budget_sec=budget_sec,
+        for state in search(
+            candidates, base, steps=counts, budget=budget, samplers=samplers,
+            modes=[mode for mode in MODES if mode.guidance_mode in allowed], reference=reference, budget_sec=budget_sec,
         ):  # fmt: skip
-            if not found.over:
-                _tell(found)
+            if not state.over:
+                _tell(state)
     except KeyboardInterrupt:
         interrupted = True
         say("interrupted: the rows so far are kept")
-    if found is not None and found.rows:
-        _write(found, budget, out or (), as_json=as_json)
+    decision = decide(state.rows if state else [], budget)
+    if state is not None and state.rows:
+        _write(state, decision, out or (), as_json=as_json)
     if interrupted:
         raise KeyboardInterrupt
-    _judge(found, budget)
+    if not decision.met:
+        title, sentence = decision.title, decision.sentence
+        raise KdcError(f"{title[0].lower()}{title[1:]}: {sentence[0].lower()}{sentence[1:]}")
 
 
 def _bytes(option: str, text: str | None) -> int | None:
@@ -150,145 +146,99 @@ def _measurable(row: Format) -> bool:
     return not engine.reference and importlib.util.find_spec(engine.package) is not None
 
 
-def _offers(
+def _candidates(
     checkpoint: Path | None, folder: Path, wanted: Sequence[Format], budget: Budget, *, export: bool
-) -> list[Offer]:
+) -> list[Candidate]:
     """The bundles of this checkpoint that run here, with those that are missing and could fit exported first."""
-    from kdc_edge.bench.budget import too_large
+    from kdc_edge.bench.search import Candidate, matching_bundles, too_large
+    from kdc_edge.bundle import Bundle
     from kdc_edge.diffusers_folder import hash_checkpoint, read_model
 
     sha256 = None if checkpoint is None else hash_checkpoint(checkpoint)
-    offers = _existing(folder, sha256, wanted)
-    there = {name for name, _ in offers}
+    bundles = matching_bundles(folder, wanted, sha256, tell=say)
+    there = {bundle.manifest.name for bundle in bundles}
     if checkpoint is not None and export:
         weights = read_model(checkpoint).unet_parameters
         for row in (row for row in wanted if row.name not in there):
+            out = folder / row.name
             if budget.max_size_bytes is not None and weights * row.bytes_per_weight > budget.max_size_bytes:
                 say(f"{row.name}: not exported: its U-Net alone is larger than {budget.describe()}")
-            elif made := _export(checkpoint, row, folder / row.name):
-                offers.append((row.name, made))
-    for name, offer in offers:
-        if reason := too_large(offer, budget):
-            say(f"{name}: not measured: {reason}")
-    if not offers:
+                continue
+            need_export("exporting what is missing (or give --no-export)")
+            if out.exists():
+                say(f"{row.name}: not exported: {out} is another checkpoint's")
+                continue
+            say(f"exporting {row.name}")
+            if failure := _export(checkpoint, row, out):
+                say(f"{row.name}: not exported: {failure}")
+            else:
+                bundles.append(Bundle.open(out))
+    candidates = [Candidate.of(bundle) for bundle in bundles]
+    for bundle, candidate in zip(bundles, candidates, strict=True):
+        if reason := too_large(candidate, budget):
+            say(f"{bundle.manifest.name}: not measured: {reason}")
+    if not candidates:
         raise InputError(f"there is nothing to measure: no bundle in {folder}/ of this checkpoint runs here")
-    return [offer for _, offer in offers]
+    return candidates
 
 
-def _existing(folder: Path, sha256: str | None, wanted: Sequence[Format]) -> list[tuple[str, Offer]]:
-    """Name and offer of each bundle of the checkpoint (of any, without a hash); others are named and left."""
-    from kdc_edge.bundle import Bundle
+def _export(checkpoint: Path, row: Format, out: Path) -> str | None:
+    """kdc-edge export in a child process, whose memory is free before anything is measured; why it failed."""
+    import subprocess
 
-    names, found = [row.name for row in wanted], []
-    for path in sorted(p.parent for p in folder.glob("*/kdc-edge.json")):
-        try:
-            bundle = Bundle.open(path)
-        except KdcError as error:
-            say(f"left out: {error}")
-            continue
-        if bundle.manifest.name not in names:
-            continue
-        if sha256 is not None and bundle.manifest.provenance.checkpoint_sha256 != sha256:
-            say(f"left out: {path} was exported from another checkpoint")
-            continue
-        found.append((bundle.manifest.name, _offer(bundle)))
-    return found
+    from kdc_edge.bench.runner import python_module
+    from kdc_edge.text import last_line
 
-
-def _offer(bundle: Any) -> Offer:
-    from kdc_edge.bench.budget import Offer
-
-    check = bundle.manifest.image_parity
-    parity_db = None if check is None else math.inf if check.psnr_db is None else check.psnr_db
-    return Offer(bundle.root, bundle.size_bytes, parity_db)
-
-
-def _export(checkpoint: Path, row: Format, out: Path) -> Offer | None:
-    """kdc-edge export in a process of its own, whose memory is free again before anything is measured."""
-    from kdc_edge.bundle import Bundle
-
-    need_export("exporting what is missing (or give --no-export)")
-    if out.exists():
-        say(f"{row.name}: not exported: {out} is another checkpoint's")
-        return None
-    say(f"exporting {row.name}")
-    program = "from kdc_edge.cli import main; main()"
+    program, environment = python_module("kdc_edge")
     options = ["export", checkpoint, "--target", row.target, "--precision", row.precision, "--out", out]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", program, *map(str, options)], env=environment, capture_output=True, text=True,
-        errors="replace", check=False,
-    )  # fmt: skip
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        say(f"{row.name}: not exported: {last.removeprefix('kdc-edge: ')}")
-        return None
-    return _offer(Bundle.open(out))
+        [*program, *map(str, options)], env=environment, capture_output=True, text=True, errors="replace", check=False
+    )
+    return last_line(done.stderr, "it said nothing").removeprefix("kdc-edge: ") if done.returncode else None
 
 
-def _tell(found: Found) -> None:
+def _tell(state: SearchState) -> None:
     """One line about what was measured last."""
     from kdc_edge.bench.tables import time_text
-    from kdc_edge.bench.values import labels, values
-
-    row, label = found.rows[-1], labels(found.rows)[-1]
-    say(f"{label}: {row.failure or time_text(values(row)['end_to_end_sec'])}")
-
-
-def _write(found: Found, budget: Budget, out: Sequence[Path], *, as_json: bool) -> None:
-    """The table and the answer, or one document; and files."""
-    from kdc_edge.bench.budget import choose, generate_command, nearest, shortfalls
-    from kdc_edge.bench.page import benchmark_page, verdict
-    from kdc_edge.bench.record import Report, here
-    from kdc_edge.bench.tables import Format as Written
-    from kdc_edge.bench.tables import render
     from kdc_edge.bench.values import labels
+
+    row, label = state.rows[-1], labels(state.rows)[-1]
+    say(f"{label}: {row.failure or time_text(row.image_sec)}")
+
+
+def _write(state: SearchState, decision: Decision, out: Sequence[Path], *, as_json: bool) -> None:
+    """The table and the decision, or one document; and files."""
+    from kdc_edge.bench.page import ReportFormat, benchmark_page, render
+    from kdc_edge.bench.record import Report, here
     from kdc_edge.files import write_atomic
 
-    report = Report(here(), tuple(found.rows), command=command_line())
-    chosen, close = choose(found.rows, budget), nearest(found.rows, budget)
-    shown = chosen or close
-    unfinished = [] if found.complete else ["The search was cut short: something better may not have been measured."]
-    title, sentence = verdict(found.rows, budget)
+    report = Report(here(), tuple(state.rows), command=command_line())
+    unfinished = [] if state.complete else ["The search was cut short: something better may not have been measured."]
     for path in out:
         if path.suffix == ".html":
-            images = [measured.pixels for measured in found.measured]
-            text = benchmark_page(report, images, budget=budget, more=[*unfinished, *DEFINITIONS])
+            images = [measured.pixels for measured in state.measured]
+            text = benchmark_page(report, images, budget=decision.budget, more=[*unfinished, *DEFINITIONS])
         else:
-            text = render(report, cast(Written, path.suffix[1:]))
+            text = render(report, cast(ReportFormat, path.suffix[1:]))
         if path.suffix == ".md":
-            text = "\n\n".join([f"# {title}", " ".join([sentence, *unfinished, *DEFINITIONS]), text])
+            text = "\n\n".join([f"# {decision.title}", " ".join([decision.sentence, *unfinished, *DEFINITIONS]), text])
         write_atomic(path, text)
         say(f"written: {path}")
     if as_json:
-        names = dict(zip(map(id, found.rows), labels(found.rows), strict=True))
         document = {
-            "budget": asdict(budget),
-            "met": chosen is not None,
-            "choice": None if chosen is None else names[id(chosen)],
-            "nearest": None if chosen is not None or close is None else names[id(close)],
-            "missed": [] if chosen is not None or close is None else [s.words for s in shortfalls(close, budget)],
-            "verdict": sentence,
-            "command": None if shown is None else generate_command(shown),
-            "complete": found.complete,
+            "budget": asdict(decision.budget),
+            "met": decision.met,
+            "choice": decision.label if decision.met else None,
+            "nearest": None if decision.met else decision.label,
+            "missed": [shortfall.words for shortfall in decision.missed],
+            "verdict": decision.sentence,
+            "command": decision.command,
+            "complete": state.complete,
             "definitions": DEFINITIONS,
             "report": json.loads(render(report, "json")),
         }
         typer.echo(json.dumps(document, indent=2))
         return
     typer.echo(render(report, "table"))
-    for line in (*DEFINITIONS, *unfinished, sentence):
+    for line in (*DEFINITIONS, *unfinished, decision.sentence, *filter(None, [decision.command])):
         typer.echo(line)
-    if shown is not None:
-        typer.echo(generate_command(shown))
-
-
-def _judge(found: Found | None, budget: Budget) -> None:
-    """Raise KdcError where nothing fits: the answer is written by then."""
-    from kdc_edge.bench.budget import choose
-    from kdc_edge.bench.page import verdict
-
-    rows = [] if found is None else found.rows
-    if choose(rows, budget) is None:
-        title, sentence = verdict(rows, budget)
-        raise KdcError(f"{title[0].lower()}{title[1:]}: {sentence[0].lower()}{sentence[1:]}")

@@ -66,7 +66,7 @@ def generate(
     del config
     from dataclasses import replace
 
-    from kdc_edge.cli.progress import Progress
+    from kdc_edge.cli.progress import ProgressBar
     from kdc_edge.image import save_png
     from kdc_edge.pipeline import describe
     from kdc_edge.prompts import read_prompts
@@ -92,7 +92,7 @@ def generate(
         if cut := pipeline.tokenizer.overflow(text):
             say(f"the prompt is longer than the model reads: left out is {cut[:80]!r}")
     made = 0
-    with Progress(steps * len(wanted)) as progress:
+    with ProgressBar(steps * len(wanted)) as progress:
         for batch in batches:
             which = "" if len(wanted) == 1 else f"image {made + len(batch)} of {len(wanted)}, "
             for done in pipeline.run(*batch):

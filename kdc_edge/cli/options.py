@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from kdc_edge.errors import InputError
 
 if TYPE_CHECKING:
-    from kdc_edge.pipeline import Request
+    from kdc_edge.pipeline import GuidanceMode, Request
 
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 for none, at half the cost.")]
 GuidanceModeOption = Annotated[
@@ -62,3 +62,13 @@ def listed(text: str, option: str, kind: Callable[[str], Any]) -> list[Any]:
     if "" in found:
         raise InputError(f"{option} {text!r} has an empty place: separate values by single commas")
     return list(dict.fromkeys(found))
+
+
+def guidance_modes(text: str) -> list[GuidanceMode]:
+    """'batched,sequential' as modes; raises InputError."""
+    from kdc_edge.pipeline import GuidanceMode
+
+    found = listed(text, "--guidance-mode", str)
+    if unknown := [mode for mode in found if mode not in get_args(GuidanceMode)]:
+        raise InputError(f"--guidance-mode {unknown[0]!r} is unknown: use batched or sequential")
+    return found

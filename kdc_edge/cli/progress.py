@@ -12,7 +12,7 @@ from rich.console import Console
 LINE_EVERY_SEC = 5.0
 
 
-class Progress:
+class ProgressBar:
     """Counts to `total`; `step` says where it is, `say` puts a line above the bar."""
 
     def __init__(self, total: int, *, done: int = 0) -> None:
@@ -26,7 +26,7 @@ class Progress:
             )  # fmt: skip
             self._task = self._bar.add_task("", total=total, completed=done)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         if self._bar:
             self._bar.start()
         return self

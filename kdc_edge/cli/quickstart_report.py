@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 
 from kdc_edge.bench.page import benchmark_blocks
-from kdc_edge.bench.record import Environment, Row
+from kdc_edge.bench.record import Report
 from kdc_edge.bundle import Bundle
 from kdc_edge.files import write_atomic
 from kdc_edge.report.charts import line_chart
 from kdc_edge.report.html import (
-    Html,
     Section,
     bullets,
     data_table,
@@ -26,6 +26,7 @@ from kdc_edge.report.html import (
     side_by_side,
     tiles,
 )
+from kdc_edge.text import megabytes
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.loop import Trainer
 from kdc_edge.train.quality.evaluate import Score, average, forgetting
@@ -50,8 +51,7 @@ class Story:
     conditions: str  # of the images
     images: Mapping[str, Sequence[np.ndarray]]
     bundles: Sequence[Bundle]
-    rows: Sequence[Row]
-    environment: Environment
+    bench: Report
 
 
 def write_report(path: Path, story: Story) -> None:
@@ -63,7 +63,7 @@ def write_report(path: Path, story: Story) -> None:
         Section("Learning", _learning(story)),
         Section("Remembering", _remembering(story)),
         Section("The proof", _proof(story)),
-        Section("Speed and size", benchmark_blocks(story.rows, story.environment)),
+        Section("Speed and size", benchmark_blocks(story.bench.rows, story.bench.environment)),
     ]
     lead = (
         "A student was distilled from the garden's teacher on flowers, then on butterflies, with and without replaying"
@@ -72,7 +72,7 @@ def write_report(path: Path, story: Story) -> None:
     write_atomic(path, page("kdc-edge quickstart", sections, lead=lead))
 
 
-def _headline(story: Story, share: float) -> Html:
+def _headline(story: Story, share: float) -> Markup:
     fp16 = next(b for b in story.bundles if b.manifest.precision == "fp16")
     sizes = kept_parameters(story)
     lost = {name: forgetting(t.position.matrix) or 0.0 for name, t in story.runs.items()}
@@ -81,7 +81,7 @@ def _headline(story: Story, share: float) -> Html:
             (f"{share:.0%}", "of the teacher's prompt accuracy is kept by the student"),
             (f"{sizes[1] / sizes[0]:.0%}", "of the teacher's U-Net weights"),
             (f"{lost['with replay']:.3f}", f"forgotten with replay ({lost['without replay']:.3f} without)"),
-            (f"{fp16.size_bytes / 2**20:.1f} MiB", "for the whole fp16 bundle"),
+            (megabytes(fp16.size_bytes), "for the whole fp16 bundle"),
         ]
     )
 
@@ -92,14 +92,14 @@ def kept_parameters(story: Story) -> tuple[int, int]:
     return view.teacher_parameters, view.student_parameters
 
 
-def _images(story: Story) -> list[Html]:
+def _images(story: Story) -> list[Markup]:
     return [
         paragraph(f"The same prompts from the same noise: {story.conditions}."),
         image_grid(list(story.images.items()), story.prompts),
     ]
 
 
-def _learning(story: Story) -> list[Html]:
+def _learning(story: Story) -> list[Markup]:
     c = story.config
     blocks = [
         paragraph(
@@ -123,7 +123,7 @@ def _smooth(points: list[tuple[float, float]], window: int = 15) -> list[tuple[f
     return [(points[i + width - 1][0], float(m)) for i, m in enumerate(means)]
 
 
-def _remembering(story: Story) -> list[Html]:
+def _remembering(story: Story) -> list[Markup]:
     names = [t.name for t in story.config.tasks]
     tables, lines = [], []
     for name, trainer in story.runs.items():
@@ -149,13 +149,12 @@ def _remembering(story: Story) -> list[Html]:
     ]
 
 
-def _proof(story: Story) -> list[Html]:
+def _proof(story: Story) -> list[Markup]:
     rows = []
     for bundle in story.bundles:
         assert bundle.manifest.parity is not None
         for check in bundle.manifest.parity.checks:
-            found = "equal" if check.psnr_db is None else f"{check.psnr_db:.1f} dB"
-            rows.append((bundle.root.name, check.what, found, f"{check.threshold_db:.0f} dB"))
+            rows.append((bundle.root.name, check.what, check.text, f"{check.threshold_db:.0f} dB"))
     parity = story.bundles[0].manifest.parity
     assert parity is not None
     return [

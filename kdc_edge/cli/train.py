@@ -172,7 +172,7 @@ def _benchmark(settings: TrainConfig, steps: int) -> None:
 
 def _follow(trainer: Trainer) -> None:
     """Consume the run: progress on the terminal; SIGTERM saves the state and stops."""
-    from kdc_edge.cli.progress import Progress
+    from kdc_edge.cli.progress import ProgressBar
     from kdc_edge.train.loop import StepDone
 
     stop = False
@@ -189,7 +189,7 @@ def _follow(trainer: Trainer) -> None:
                 trainer.save()
                 raise typer.Exit(143)
         return
-    with Progress(total, done=trainer.position.total) as progress:
+    with ProgressBar(total, done=trainer.position.total) as progress:
         for event in trainer.run():
             if isinstance(event, StepDone):
                 progress.step(

@@ -1,6 +1,6 @@
 """A scatter chart with a name at every point, as inline SVG.
 
-    scatter_chart([Point("onnx-fp16", 0.25, 128, "onnx")], title="...", x=Axis("time, s"), y=Axis("memory, MiB"))
+    scatter_chart([Point("onnx-fp16", 0.25, 128, "onnx")], title="...", x=Axis("time, s"), y=Axis("memory, MB"))
 
 Names are placed where they cover neither a point nor another name. Letters are larger where the chart is drawn small,
 so names are placed twice, for wide and for narrow charts, and the style sheet shows one of the two. An axis that spans
@@ -13,6 +13,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
 from kdc_edge.report.charts import (
     BOTTOM,
     COLOURS,
@@ -20,10 +22,10 @@ from kdc_edge.report.charts import (
     RIGHT,
     TOP,
     WIDTH,
-    Html,
-    escape,
+    axes,
+    element,
     figure,
-    legend,
+    line,
     log_ticks,
     nice_ticks,
     number,
@@ -59,48 +61,36 @@ class Axis:
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-def scatter_chart(points: Sequence[Point], *, title: str, x: Axis, y: Axis, groups: Sequence[str] = ()) -> Html:
+def scatter_chart(points: Sequence[Point], *, title: str, x: Axis, y: Axis, groups: Sequence[str] = ()) -> Markup:
     """Points with their names; `groups` gives the colours their order where several charts share them.
 
     Raises ValueError for values that are not finite.
     """
     if not points:
-        return figure(title, Html(""), '<p class="small">Nothing to show.</p>')
+        return figure(title, note="Nothing to show.")
     across, x_ticks = _scale([p.x for p in points], x, LEFT + AIR, WIDTH - RIGHT)
     down, y_ticks = _scale([p.y for p in points], y, FLOOR, TOP)
-    parts = [f'<text class="label" x="0" y="14">{escape(y.label)}</text>']
-    for tick in y_ticks:
-        at = down(tick)
-        parts.append(_line(LEFT, at, WIDTH - RIGHT, at, "grid"))
-        parts.append(f'<text class="tick end" x="{LEFT - 9}" y="{at:.1f}" dy=".35em">{number(tick)}</text>')
-    parts.append(_line(LEFT, FLOOR, WIDTH - RIGHT, FLOOR, "axis"))
-    for tick in x_ticks:
-        at = across(tick)
-        parts.append(_line(at, FLOOR, at, FLOOR + 5, "axis"))
-        parts.append(f'<text class="tick mid" x="{at:.1f}" y="{FLOOR + 21}">{number(tick)}</text>')
-    parts.append(f'<text class="label end" x="{WIDTH - RIGHT}" y="{FLOOR + BOTTOM - 5}">{escape(x.label)}</text>')
+    parts = axes(x.label, y.label, x_ticks, y_ticks, across, down, FLOOR)
     if x.limit is not None:
-        parts.append(_line(across(x.limit), TOP, across(x.limit), FLOOR, "limit"))
+        parts.append(line(across(x.limit), TOP, across(x.limit), FLOOR, "limit"))
     if y.limit is not None:
-        parts.append(_line(LEFT, down(y.limit), WIDTH - RIGHT, down(y.limit), "limit"))
+        parts.append(line(LEFT, down(y.limit), WIDTH - RIGHT, down(y.limit), "limit"))
     groups = list(dict.fromkeys([*groups, *(p.group for p in points)]))
     places = [(across(p.x), down(p.y)) for p in points]
     for kind, (letter, height) in LETTER.items():
         parts += _names(points, places, kind, letter, height)
     for p, (left, top) in zip(points, places, strict=True):
         if p.chosen:
-            parts.append(f'<circle class="ring" cx="{left:.1f}" cy="{top:.1f}" r="{RING}"/>')
-        said = f"{escape(_whole(p))}: {number(p.x)} {escape(x.label)}, {number(p.y)} {escape(y.label)}"
+            parts.append(element("circle", class_="ring", cx=left, cy=top, r=RING))
+        said = element("title", f"{_whole(p)}: {number(p.x)} {x.label}, {number(p.y)} {y.label}")
         colour = groups.index(p.group) % COLOURS
-        parts.append(
-            f'<circle class="dot c{colour}" cx="{left:.1f}" cy="{top:.1f}" r="{DOT}"><title>{said}</title></circle>'
-        )
+        parts.append(element("circle", said, class_=f"dot c{colour}", cx=left, cy=top, r=DOT))
     listed = "; ".join(f"{_whole(p)}{' (chosen)' if p.chosen else ''}: {number(p.x)}, {number(p.y)}" for p in points)
-    limits = "".join(f" A line marks {axis.limit_label}." for axis in (x, y) if axis.limit is not None)
-    described = f"{title}. Scatter chart of {y.label} over {x.label}, each as x, y: {listed}.{limits}"
-    words = [f"dashed: {axis.limit_label}" for axis in (x, y) if axis.limit is not None]
-    note = f'<p class="small">{escape("; ".join(words))}</p>' if words else ""
-    return figure(title, legend(groups, "dot"), svg(FLOOR + BOTTOM, described, parts) + note)
+    limits = [axis.limit_label for axis in (x, y) if axis.limit is not None]
+    described = f"{title}. Scatter chart of {y.label} over {x.label}, each as x, y: {listed}."
+    described += "".join(f" A line marks {label}." for label in limits)
+    note = "; ".join(f"dashed: {label}" for label in limits)
+    return figure(title, svg(FLOOR + BOTTOM, described, parts), keys=groups, kind="dot", note=note)
 
 
 def _scale(
@@ -127,13 +117,9 @@ def _whole(point: Point) -> str:
     return f"{point.group} {point.name}".strip()
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
-
-
 def _names(
     points: Sequence[Point], places: Sequence[tuple[float, float]], kind: str, letter: float, height: float
-) -> list[str]:
+) -> list[Markup]:
     """Every point's name near it, with a thin line to it where it had to go further; lines lie below the names."""
     lines, names = [], []
     radii = [RING if p.chosen else DOT for p in points]
@@ -155,12 +141,12 @@ def _names(
         left, top, right, bottom = found
         nearest_x, nearest_y = min(max(x, left), right), min(max(y, top), bottom)
         if math.hypot(nearest_x - x, nearest_y - y) > 2 * radii[i]:
-            lines.append(_line(x, y, nearest_x, nearest_y, f"leader {kind}"))
+            lines.append(line(x, y, nearest_x, nearest_y, f"leader {kind}"))
         mark = " strong" if points[i].chosen else ""
         at = "end" if right < x else "mid" if left < x < right else ""
         start = {"end": right, "mid": (left + right) / 2, "": left}[at]
-        place = f'x="{start:.1f}" y="{(top + bottom) / 2:.1f}" dy=".35em"'
-        names.append(f'<text class="point {kind}{mark} {at}" {place}>{escape(shown[i])}</text>')
+        middle = (top + bottom) / 2
+        names.append(element("text", shown[i], class_=f"point {kind}{mark} {at}", x=start, y=middle, dy=".35em"))
     return lines + names
 
 

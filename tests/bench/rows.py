@@ -61,7 +61,7 @@ def make_pipeline(work: Callable[[str], None] = lambda _: None) -> Pipeline:
     return Pipeline(MODEL, Tokenizer.clip(), components)
 
 
-# What the child processes open, by name (`opener`).
+# What the child processes open, by name (the fixture `opener`).
 
 
 def open_fake(
@@ -154,6 +154,7 @@ def make_row(name: str = "onnx-fp16", scale: float = 1.0, **changes: object) -> 
         low_memory=False,
         size_bytes=3 * 2**20,
         parity=check("image", 51.7),
+        unet_parameters=482_346_884,
         prompt="a red flower",
         negative_prompt="",
         prompt_sha256=text_sha256("a red flower", ""),

@@ -10,8 +10,7 @@ import json
 import numpy as np
 import pytest
 
-from kdc_edge.bench.compare import Change, compare, ratio_interval
-from kdc_edge.bench.compare_report import render_changes
+from kdc_edge.bench.compare import Change, compare, ratio_interval, render_changes
 from kdc_edge.bench.record import Disturbance, Report, Row, Timings
 from kdc_edge.errors import InputError
 from tests.bench.rows import FAILED, MACHINE, make_row, timing
@@ -85,12 +84,12 @@ def test_one_sample_a_side_has_no_spread() -> None:
     assert (change.ratio, change.low, change.verdict) == (3.0, None, "one sample a side: its spread is not known")
 
 
-def test_a_noisy_machine_is_said_where_a_difference_is_claimed() -> None:
-    noisy = Disturbance(verdict="the machine was noisy: other processes used 37 % of the processor")
+def test_a_disturbed_machine_is_said_where_a_difference_is_claimed() -> None:
+    disturbed = Disturbance(verdict="the machine was disturbed: other processes used 37 % of the processor")
     slower = tuple(s * 2 for s in STEADY)
-    change = image(report(taken(*STEADY, disturbance=noisy)), report(taken(*slower)))
-    assert change.verdict == "slower, but the machine was noisy (old)"
-    assert image(report(taken(*STEADY)), report(taken(*STEADY, disturbance=noisy))).verdict == "within the noise"
+    change = image(report(taken(*STEADY, disturbance=disturbed)), report(taken(*slower)))
+    assert change.verdict == "slower, but the machine was disturbed (old)"
+    assert image(report(taken(*STEADY)), report(taken(*STEADY, disturbance=disturbed))).verdict == "within the noise"
 
 
 def test_rows_are_matched_by_what_they_are() -> None:

@@ -15,23 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from kdc_edge.bench.budget import (
-    MODES,
-    Budget,
-    Candidate,
-    Mode,
-    Offer,
-    choose,
-    expected_sec,
-    generate_command,
-    in_order,
-    nearest,
-    next_candidate,
-    quality_db,
-    shortfalls,
-)
+from kdc_edge.bench.budget import Budget, choose, generate_command, nearest, quality_db, shortfalls
+from kdc_edge.bench.case import Case
 from kdc_edge.bench.record import Psnr, Row, Timings
-from kdc_edge.bench.search import search
+from kdc_edge.bench.search import MODES, Candidate, Mode, Trial, expected_sec, in_order, next_trial, search
 from kdc_edge.pipeline import Request
 from tests.bench.rows import check, make_bundle, make_row, timing
 from tests.cli.test_commands import complaint, run
@@ -133,20 +120,20 @@ def test_the_command_makes_the_row_again() -> None:
 
 # What is measured next.
 
-SMALL, LARGE = Offer(Path("small"), 5 * MB, 25.0), Offer(Path("large"), 20 * MB, 60.0)
+SMALL, LARGE = Candidate(Path("small"), 5 * MB, 25.0), Candidate(Path("large"), 20 * MB, 60.0)
 
 
 def test_the_proved_come_first_then_the_small() -> None:
-    unproved = Offer(Path("unproved"), MB, None)
+    unproved = Candidate(Path("unproved"), MB, None)
     assert in_order([unproved, SMALL, LARGE], Budget(min_psnr_db=30)) == [LARGE, unproved, SMALL]
     assert in_order([LARGE, SMALL], Budget()) == [SMALL, LARGE]
 
 
 def measured_in_turn(budget: Budget, answers: Mapping[tuple[str, int, Mode], Row], steps: list[int]) -> list[str]:
     """Which rows the search asks for, when these are the answers."""
-    tried: dict[Candidate, Row] = {}
+    tried: dict[Trial, Row] = {}
     asked = []
-    while (todo := next_candidate([SMALL, LARGE], steps, ["ddim"], MODES, budget, tried)) is not None:
+    while (todo := next_trial([SMALL, LARGE], steps, ["ddim"], MODES, budget, tried)) is not None:
         mode = "low" if todo.mode.low_memory else todo.mode.guidance_mode
         asked.append(f"{todo.folder} {todo.steps} {mode}")
         tried[todo] = answers[str(todo.folder), todo.steps, todo.mode]
@@ -194,23 +181,21 @@ def test_thrifty_modes_only_where_memory_is_missed_and_its_lesson_is_kept() -> N
 
 
 def test_what_is_too_large_is_not_measured() -> None:
-    assert next_candidate([LARGE], [20], ["ddim"], MODES, Budget(max_size_bytes=19 * MB), {}) is None
+    assert next_trial([LARGE], [20], ["ddim"], MODES, Budget(max_size_bytes=19 * MB), {}) is None
 
 
+@pytest.mark.usefixtures("opener")
 def test_a_search_measures_the_reference_once_a_level(tmp_path: Path) -> None:
     folders = [make_bundle(tmp_path / name) for name in ("a", "b")]
-    offers = [Offer(folder, 1000, 50.0) for folder in folders]
+    base = Case(Path(), Request("a", sampler="ddim"), repeats=1, warmup=0)
     found = list(
         search(
-            offers,
-            Request("a", sampler="ddim"),
+            [Candidate(folder, 1000, 50.0) for folder in folders],
+            base,
             steps=[2, 3],
             budget=Budget(max_sec=1e-9),
-            repeats=1,
-            warmup=0,
             modes=[BATCHED],
             reference=folders[0],
-            opener="tests.bench.rows:open_fake",
         )
     )
     assert [len(f.rows) for f in found] == [1, 2, 3, 3]  # two steps are hopeless after three
@@ -221,11 +206,11 @@ def test_a_search_measures_the_reference_once_a_level(tmp_path: Path) -> None:
     assert choose(last.rows, Budget(max_sec=60)) is not None
 
 
-def test_a_search_ends_with_its_time(tmp_path: Path) -> None:
-    offers = [Offer(make_bundle(tmp_path / "a"), 1000, 50.0)]
-    (found,) = search(
-        offers, Request("a"), steps=[2], budget=Budget(), budget_sec=1e-9, opener="tests.bench.rows:open_fake"
-    )
+def test_a_search_ends_with_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the clock stands still at the very end: 0 seconds are left, not an unknown number."""
+    monkeypatch.setattr("kdc_edge.bench.search.time.monotonic", lambda: 100.0)
+    candidates = [Candidate(make_bundle(tmp_path / "a"), 1000, 50.0)]
+    (found,) = search(candidates, Case(Path(), Request("a")), steps=[2], budget=Budget(), budget_sec=0.0)
     assert (found.rows, found.complete) == ([], False)
 
 
@@ -259,7 +244,7 @@ def test_fit_names_a_bundle_and_writes_the_page(
     assert made.strip() == "made.png"  # the command can be run as it stands
 
     text = run(*common, "--steps", "2", "--max-memory", "1MB", cwd=tmp_path, code=1)
-    assert "nothing meets at most 1.00 MB of memory" in text.stderr
+    assert "nothing meets at most 1.0 MB of memory" in text.stderr
     assert "The nearest on this machine: onnx-fp" in text.stdout
     assert "low memory" in text.stdout  # it was tried
 

@@ -8,22 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdc_edge.bench.grid import grid, references, run
+from kdc_edge.bench.case import Case, grid, references
 from kdc_edge.bench.record import PromptQuality, Psnr, Row
 from kdc_edge.bench.reference import compare_images
-from kdc_edge.bench.runner import Measured
-from kdc_edge.bench.values import NAMES, Limit, broken_limits, labels, values
+from kdc_edge.bench.runner import Measured, run
+from kdc_edge.bench.values import NAMES, Limit, broken_limits, labels, show, values
 from kdc_edge.errors import InputError
 from kdc_edge.pipeline import Request
 from tests.bench.rows import FAILED, make_bundle, make_row
 
-OPENERS = "tests.bench.rows"
+BASE = Case(Path(), Request("x"))
 
 
 def test_a_grid_is_every_combination_in_order() -> None:
     cases = grid(
-        ["torch:runs/1/checkpoint", Path("bundles/a")], Request("x"), engine="openvino", steps=[4, 20], threads=[1, 2],
-        guidance_modes=["batched", "sequential"],
+        ["torch:runs/1/checkpoint", Path("bundles/a")], Case(Path(), Request("x"), engine="openvino"), steps=[4, 20],
+        threads=[1, 2], guidance_modes=["batched", "sequential"],
     )  # fmt: skip
     assert len(cases) == 16
     found = [(str(c.folder), c.engine, c.threads, c.request.steps, c.request.guidance_mode) for c in cases]
@@ -34,7 +34,7 @@ def test_a_grid_is_every_combination_in_order() -> None:
 
 
 def test_a_reference_makes_each_image_once() -> None:
-    cases = grid(["a", "b"], Request("x"), steps=[4, 20], threads=[1, 2], guidance_modes=["batched", "sequential"])
+    cases = grid(["a", "b"], BASE, steps=[4, 20], threads=[1, 2], guidance_modes=["batched", "sequential"])
     found = references("torch:c", cases)
     assert [(str(c.folder), c.engine, c.request.steps, c.repeats, c.warmup) for c in found] == [
         ("c", "torch", 4, 1, 0),
@@ -42,15 +42,11 @@ def test_a_reference_makes_each_image_once() -> None:
     ]
 
 
+@pytest.mark.usefixtures("opener")
 def test_one_case_a_row_whatever_becomes_of_it(tmp_path: Path) -> None:
     good = make_bundle(tmp_path / "good")
-    rows = [
-        m.row
-        for m in run(
-            grid([good, tmp_path / "nowhere"], Request("a", steps=2), repeats=1, warmup=0),
-            opener=f"{OPENERS}:open_fake",
-        )
-    ]
+    base = Case(Path(), Request("a", steps=2), repeats=1, warmup=0)
+    rows = [m.row for m in run(grid([good, tmp_path / "nowhere"], base))]
     assert rows[0].failure is None
     assert "nowhere" in str(rows[1].failure)
 
@@ -60,18 +56,18 @@ def test_the_budget_bounds_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
     now = 100.0
     asked: list[float | None] = []
 
-    def measure(folder: Path, request: Request, *, timeout_sec: float | None, **_: object) -> Measured:
+    def measure(case: Case, *, timeout_sec: float | None) -> Measured:
         nonlocal now
         asked.append(timeout_sec)
         enough = timeout_sec is None or timeout_sec >= 6
         now += 6 if enough else timeout_sec or 0
         return Measured(
-            make_row(folder.name, steps=request.steps, failure=None if enough else "not done after 4 seconds")
+            make_row(case.folder.name, steps=case.request.steps, failure=None if enough else "not done after 4 seconds")
         )
 
-    monkeypatch.setattr("kdc_edge.bench.grid.measure_in_fresh_process", measure)
-    monkeypatch.setattr("kdc_edge.bench.grid.time.monotonic", lambda: now)
-    cases = grid([make_bundle(tmp_path / "b")], Request("a"), steps=[2, 4, 5])
+    monkeypatch.setattr("kdc_edge.bench.runner.measure_in_fresh_process", measure)
+    monkeypatch.setattr("kdc_edge.bench.runner.time.monotonic", lambda: now)
+    cases = grid([make_bundle(tmp_path / "b")], BASE, steps=[2, 4, 5])
     first, second, third = (m.row for m in run(cases, budget_sec=10))
     assert asked == [10, 4]
     assert first.failure is None
@@ -150,7 +146,7 @@ def test_every_value_has_a_name() -> None:
 
 
 def lines(limits: list[Limit], *rows: Row) -> list[str]:
-    return broken_limits(limits, rows, [row.name for row in rows])
+    return broken_limits(limits, show(rows))
 
 
 def test_limits_are_kept_or_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ import psutil
 import pytest
 
 from kdc_edge.bench import measure as stopwatch
+from kdc_edge.bench.case import Case
 from kdc_edge.bench.measure import measure
 from kdc_edge.bench.record import Timing
 from kdc_edge.bench.runner import JOB, OUTCOME, Job, measure_in_fresh_process
@@ -28,7 +30,8 @@ from kdc_edge.errors import InputError
 from kdc_edge.pipeline import Pipeline, Request
 from tests.bench.rows import check, make_bundle, make_pipeline, timing
 
-OPENERS = "tests.bench.rows"
+NOWHERE = Path("nowhere")  # of measurements whose pipeline is given
+Opener = Callable[[str], None]
 ROOT = Path(__file__).parents[2]
 
 
@@ -51,7 +54,7 @@ def test_laps_are_what_the_components_take(monkeypatch: pytest.MonkeyPatch) -> N
         return pipeline
 
     monkeypatch.setattr(stopwatch, "perf_counter", lambda: now)
-    found = measure(opener, Request("a red flower", steps=4, sampler="ddim"), repeats=3, warmup=1)
+    found = measure(opener, Case(NOWHERE, Request("a red flower", steps=4, sampler="ddim"), repeats=3, warmup=1))
     timings = found.timings
     assert timings.load.samples_sec == (7.0,)
     assert timings.compile is None  # these components need none
@@ -81,7 +84,7 @@ def test_short_images_are_repeated_until_they_fill_two_seconds(
         now += image_sec * (component == "vae_decoder")
 
     monkeypatch.setattr(stopwatch, "perf_counter", lambda: now)
-    found = measure(partial(make_pipeline, work), Request("a", steps=1, sampler="ddim"), repeats=None, warmup=1)
+    found = measure(partial(make_pipeline, work), Case(NOWHERE, Request("a", steps=1, sampler="ddim")))
     assert len(found.timings.end_to_end.samples_sec) == counted
 
 
@@ -120,7 +123,7 @@ def test_compiling_is_apart_from_loading_and_from_images(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(stopwatch, "perf_counter", lambda: now)
     request = Request("a", steps=4, guidance_interval=(0.0, 0.5), guidance_mode="batched", sampler="ddim")
-    found = measure(opener, request, repeats=2, warmup=0, started=90.0)
+    found = measure(opener, Case(NOWHERE, request, repeats=2, warmup=0), started=90.0)
     assert found.timings.load.samples_sec == (7.0,)
     assert found.timings.compile is not None
     assert found.timings.compile.samples_sec == (6.0,)  # for a batch of two, and of one
@@ -147,21 +150,22 @@ def test_the_samplers_arithmetic_is_the_scheduler(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(stopwatch, "perf_counter", lambda: now)
     monkeypatch.setattr("kdc_edge.pipeline.make_sampler", lambda *_, **__: Slow())
-    timings = measure(make_pipeline, Request("a", steps=3), repeats=2, warmup=0).timings
+    timings = measure(make_pipeline, Case(NOWHERE, Request("a", steps=3), repeats=2, warmup=0)).timings
     assert timings.scheduler.samples_sec == timings.end_to_end.samples_sec == (6.0, 6.0)
     assert timings.unet_first_step.samples_sec == (0.0, 0.0)
 
 
 def test_images_of_prompts_come_after_what_is_timed() -> None:
-    found = measure(make_pipeline, Request("a", steps=2, seed=5), repeats=1, warmup=0, prompts=["b", "c"])
+    case = Case(NOWHERE, Request("a", steps=2, seed=5), repeats=1, warmup=0, prompts=("b", "c"))
+    found = measure(make_pipeline, case)
     assert len(found.timings.end_to_end.samples_sec) == 1
     expected = [make_pipeline().generate(Request(p, steps=2, seed=s)) for p, s in (("b", 5), ("c", 6))]
     np.testing.assert_array_equal(found.prompt_images, expected)
-    assert measure(make_pipeline, Request("a", steps=2), repeats=1, warmup=0).prompt_images.shape == (0, 64, 64, 3)
+    assert measure(make_pipeline, dataclasses.replace(case, prompts=())).prompt_images.shape == (0, 64, 64, 3)
 
 
 def test_stages_add_up_to_the_end_to_end() -> None:
-    timings = measure(make_pipeline, Request("a", steps=5), repeats=2, warmup=0).timings
+    timings = measure(make_pipeline, Case(NOWHERE, Request("a", steps=5), repeats=2, warmup=0)).timings
     assert timings.unet_step is not None
     stages = {k: v for k, v in vars(timings).items() if k not in ("load", "compile", "cold", "end_to_end")}
     assert set(stages) == {
@@ -173,15 +177,25 @@ def test_stages_add_up_to_the_end_to_end() -> None:
 
 
 def test_an_image_of_one_step_has_no_later_steps() -> None:
-    assert measure(make_pipeline, Request("a", steps=1, sampler="ddim"), repeats=2, warmup=0).timings.unet_step is None
+    case = Case(NOWHERE, Request("a", steps=1, sampler="ddim"), repeats=2, warmup=0)
+    assert measure(make_pipeline, case).timings.unet_step is None
 
 
 @pytest.mark.parametrize(("repeats", "warmup"), [(0, 1), (1, -1)])
-def test_counts_out_of_range_are_refused(repeats: int, warmup: int, tmp_path: Path) -> None:
+def test_counts_out_of_range_are_refused(repeats: int, warmup: int) -> None:
     with pytest.raises(InputError, match=r"--(repeats|warmup)"):
-        measure(make_pipeline, Request("a"), repeats=repeats, warmup=warmup)
-    with pytest.raises(InputError, match=r"--(repeats|warmup)"):
-        measure_in_fresh_process(tmp_path, Request("a"), repeats=repeats, warmup=warmup)
+        Case(NOWHERE, Request("a"), repeats=repeats, warmup=warmup)
+
+
+def test_a_case_draws_its_own_noise() -> None:
+    with pytest.raises(InputError, match="give no latents"):
+        Case(NOWHERE, Request("a", latents=np.zeros((1, 4, 16, 16), np.float32)))
+
+
+def test_a_job_is_the_same_in_the_child_process() -> None:
+    request = Request("a", guidance_mode="sequential", guidance_interval=(0.0, 0.5), width=96)
+    job = Job(Case(Path("b"), request, None, 2, "torch", "CPU", 3, True, ("x", "y")), 1.5, Path("out"))
+    assert JOB.validate_json(JOB.dump_json(job)) == job
 
 
 def test_statistics_are_numpys() -> None:
@@ -204,19 +218,17 @@ def test_peak_memory_is_a_high_water_mark() -> None:
     assert before + size_bytes * 0.9 < peak <= psutil.virtual_memory().total
 
 
-def test_peak_memory_is_what_the_kernel_gives_the_parent(tmp_path: Path) -> None:
+def test_peak_memory_is_what_the_kernel_gives_the_parent(tmp_path: Path, opener: Opener) -> None:
     """Within 5 % of ru_maxrss of the child, the number that /usr/bin/time -v prints.
 
     A small process stands between, because that number begins at the parent's size.
     """
-    job = Job(
-        opener=f"{OPENERS}:open_large", folder=str(tmp_path), engine=None, device=None, threads=1, low_memory=False,
-        request={"prompt": "a", "steps": 1}, repeats=1, warmup=0, prompts=(), started=0.0, out=str(tmp_path),
-    )  # fmt: skip
+    job = Job(Case(tmp_path, Request("a", steps=1), repeats=1, warmup=0, threads=1), 0.0, tmp_path)
+    opener("open_large")
     (tmp_path / "job.json").write_bytes(JOB.dump_json(job))
     between = (
         "import resource, subprocess, sys\n"
-        "subprocess.run([sys.executable, '-m', 'kdc_edge.bench.worker'], stdin=open(sys.argv[1]), check=True)\n"
+        "subprocess.run([sys.executable, '-m', 'tests.bench.fake_worker'], stdin=open(sys.argv[1]), check=True)\n"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
     command = [sys.executable, "-c", between, str(tmp_path / "job.json")]
@@ -227,10 +239,10 @@ def test_peak_memory_is_what_the_kernel_gives_the_parent(tmp_path: Path) -> None
     assert theirs > 200 * 2**20
 
 
-def test_a_row_that_is_ended_says_what_memory_was_seen(tmp_path: Path) -> None:
-    opener = f"{OPENERS}:open_large_and_endless"
+def test_a_row_that_is_ended_says_what_memory_was_seen(tmp_path: Path, opener: Opener) -> None:
+    opener("open_large_and_endless")
     found = measure_in_fresh_process(
-        make_bundle(tmp_path / "b"), Request("a"), repeats=1, warmup=0, opener=opener, timeout_sec=6
+        Case(make_bundle(tmp_path / "b"), Request("a"), repeats=1, warmup=0), timeout_sec=6
     )
     assert found.row.failure == "not done after 6 seconds"
     if sys.platform == "linux":
@@ -239,14 +251,13 @@ def test_a_row_that_is_ended_says_what_memory_was_seen(tmp_path: Path) -> None:
         assert 200 * 2**20 < found.row.peak_pss_bytes <= found.row.peak_rss_bytes
 
 
+@pytest.mark.usefixtures("opener")
 def test_a_bundle_in_its_own_process(tmp_path: Path) -> None:
     images = [check("unet", 20.0), check("image", None), check("image of seed 2", 51.7)]
     folder = make_bundle(tmp_path / "flowers", images)
     # The parent's size must not be taken for the child's: fill this process, then look at the row.
     block = np.ones(256 * 2**20, np.uint8)
-    found = measure_in_fresh_process(
-        folder, Request("a", steps=2, width=96), repeats=2, warmup=1, threads=1, opener=f"{OPENERS}:open_fake"
-    )
+    found = measure_in_fresh_process(Case(folder, Request("a", steps=2, width=96), repeats=2, threads=1))
     row, pixels = found.row, found.pixels
     assert row.failure is None
     assert row.timings is not None
@@ -261,29 +272,27 @@ def test_a_bundle_in_its_own_process(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels, make_pipeline().generate(Request("a", steps=2, width=96)))
 
 
+@pytest.mark.usefixtures("opener")
 def test_what_is_over_soon_is_measured_in_three_processes(tmp_path: Path) -> None:
-    opener = f"{OPENERS}:open_fake"
-    row = measure_in_fresh_process(
-        make_bundle(tmp_path / "b"), Request("a", steps=1, sampler="ddim"), repeats=None, warmup=0, opener=opener
-    ).row
+    request = Request("a", steps=1, sampler="ddim")
+    row = measure_in_fresh_process(Case(make_bundle(tmp_path / "b"), request, warmup=0)).row
     assert row.timings is not None
     assert len(row.timings.cold.samples_sec) == len(row.timings.load.samples_sec) == 3
     assert row.repeats == len(row.timings.end_to_end.samples_sec) == 3 * 50
     assert row.timings.unet_step is None
 
 
+@pytest.mark.usefixtures("opener")
 def test_without_time_for_another_process_one_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kdc_edge.bench.runner.SHORT_SEC", 0.0)
     request = Request("a", steps=1, sampler="ddim")
-    row = measure_in_fresh_process(
-        make_bundle(tmp_path / "b"), request, repeats=None, warmup=0, opener=f"{OPENERS}:open_fake"
-    ).row
+    row = measure_in_fresh_process(Case(make_bundle(tmp_path / "b"), request, warmup=0)).row
     assert row.timings is not None
     assert len(row.timings.cold.samples_sec) == 1
 
 
 @pytest.mark.parametrize(
-    ("opener", "reason"),
+    ("opened", "reason"),
     [
         ("open_refused", "^this engine refuses$"),
         ("open_too_large", "out of memory"),
@@ -292,10 +301,11 @@ def test_without_time_for_another_process_one_is_enough(tmp_path: Path, monkeypa
         ("open_broken", "ZeroDivisionError: inside the engine"),
     ],
 )
-def test_a_failing_child_becomes_a_row_with_its_reason(opener: str, reason: str, tmp_path: Path) -> None:
-    found = measure_in_fresh_process(
-        make_bundle(tmp_path / "b"), Request("a"), repeats=1, warmup=0, opener=f"{OPENERS}:{opener}"
-    )
+def test_a_failing_child_becomes_a_row_with_its_reason(
+    opened: str, reason: str, tmp_path: Path, opener: Opener
+) -> None:
+    opener(opened)
+    found = measure_in_fresh_process(Case(make_bundle(tmp_path / "b"), Request("a"), repeats=1, warmup=0))
     row = found.row
     assert row.failure is not None
     assert re.search(reason, row.failure)
@@ -304,21 +314,16 @@ def test_a_failing_child_becomes_a_row_with_its_reason(opener: str, reason: str,
 
 
 def test_a_folder_that_is_no_bundle_becomes_a_row(tmp_path: Path) -> None:
-    found = measure_in_fresh_process(tmp_path / "nowhere", Request("a"), repeats=1, warmup=0)
+    found = measure_in_fresh_process(Case(tmp_path / "nowhere", Request("a"), repeats=1, warmup=0))
     assert found.row.failure is not None
     assert "nowhere" in found.row.failure
     assert found.pixels is None
 
 
-def test_a_child_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    found = measure_in_fresh_process(
-        make_bundle(tmp_path / "b"),
-        Request("a"),
-        repeats=1,
-        warmup=0,
-        opener=f"{OPENERS}:open_endless",
-        timeout_sec=0.2,
-    )
+def test_a_child_that_takes_too_long_is_ended(tmp_path: Path, opener: Opener) -> None:
+    opener("open_endless")
+    case = Case(make_bundle(tmp_path / "b"), Request("a"), repeats=1, warmup=0)
+    found = measure_in_fresh_process(case, timeout_sec=0.2)
     assert found.row.failure == "not done after 0.2 seconds"
 
 
@@ -331,7 +336,8 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_ends_the_child(tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_child(tmp_path: Path, opener: Opener) -> None:
+    opener("open_endless")
     folder = make_bundle(tmp_path / "b")
     seen: list[int] = []
 
@@ -346,9 +352,7 @@ def test_ctrl_c_ends_the_child(tmp_path: Path) -> None:
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        measure_in_fresh_process(
-            folder, Request("a"), repeats=1, warmup=0, opener=f"{OPENERS}:open_endless", timeout_sec=30
-        )
+        measure_in_fresh_process(Case(folder, Request("a"), repeats=1, warmup=0), timeout_sec=30)
     thread.join()
     assert seen
     assert not psutil.pid_exists(seen[0])

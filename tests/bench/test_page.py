@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdc_edge.bench.budget import Budget
-from kdc_edge.bench.page import benchmark_blocks, benchmark_page, verdict
+from kdc_edge.bench.budget import Budget, decide
+from kdc_edge.bench.page import benchmark_blocks, benchmark_page
 from kdc_edge.bench.record import Psnr, Report, from_json
 from kdc_edge.report.charts import stacked_bars
 from kdc_edge.report.html import Card, command, image_cards
@@ -30,23 +30,24 @@ def images_in(html: str) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
 
 
-def test_the_verdict_comes_first() -> None:
-    title, sentence = verdict([FAST, GOOD, SLOW], Budget(min_psnr_db=30))
+def test_the_decision_comes_first() -> None:
+    decision = decide([FAST, GOOD, SLOW], Budget(min_psnr_db=30))
+    title, sentence = decision.title, decision.sentence
     assert title == "openvino-int8: 375 ms, 262 MB"
     assert sentence == (
         "For this machine and at least 30 dB: openvino-int8, 375 ms an image, 262 MB of memory at the peak,"
-        " 3.15 MB on disk, 42.0 dB against PyTorch."
+        " 3.1 MB on disk, 42.0 dB against PyTorch."
     )
     page = benchmark_page(Report(MACHINE, (FAST, GOOD, SLOW)))
     assert page.index(f"<h1>{title}</h1>") < page.index(sentence) < page.index("<h2")
     assert page.index("kdc-edge generate") < page.index("quality</h2>")
 
 
-def test_a_verdict_without_a_choice_says_what_is_nearest_or_that_all_failed() -> None:
-    title, sentence = verdict([FAST, SLOW], Budget(max_sec=1.0, min_psnr_db=30))
-    assert title == "Nothing meets at most 1 s an image, at least 30 dB"
-    assert sentence == "The nearest on this machine: onnx-fp16, 24.0 dB where at least 30 dB are asked."
-    assert verdict([FAILED], Budget())[0] == "Nothing could be measured"
+def test_a_decision_without_a_choice_says_what_is_nearest_or_that_all_failed() -> None:
+    decision = decide([FAST, SLOW], Budget(max_sec=1.0, min_psnr_db=30))
+    assert decision.title == "Nothing meets at most 1 s an image, at least 30 dB"
+    assert decision.sentence == "The nearest on this machine: onnx-fp16, 24.0 dB where at least 30 dB are asked."
+    assert decide([FAILED], Budget()).title == "Nothing could be measured"
     page = benchmark_page(Report(MACHINE, (FAILED,)))
     assert "coreml was not measured: needs macOS" in page
     assert "Where the time goes" not in page
@@ -176,3 +177,16 @@ def test_the_bars_show_what_an_image_takes_on_average() -> None:
     html = "".join(benchmark_blocks([dataclasses.replace(GOOD, timings=stages)], MACHINE))
     assert "U-Net, first step 2, U-Net, other steps 4.5, " in html
     assert "openvino-int8: 11 s, of which load 2, compile 3, the rest, with the first image 6." in html
+
+
+def test_rows_stand_by_their_time_and_the_chosen_one_is_marked() -> None:
+    page = benchmark_page(Report(MACHINE, (FAILED, SLOW, GOOD, FAST)))
+    rows = re.findall(r'<tr( class="marked")?><th scope="row">([^<]+)</th>', page)
+    assert rows == [("", "onnx-fp16"), (' class="marked"', "openvino-int8"), ("", "onnx-fp32"), ("", "coreml")]
+
+
+def test_model_images_and_machine_stand_above_the_title() -> None:
+    page = benchmark_page(Report(MACHINE, (GOOD,)))
+    subject = "kdc-482m, 64 × 64 in 20 steps, A &lt;fast&gt; processor, 2 cores"
+    assert f"<title>openvino-int8: 375 ms, 262 MB ({subject})</title>" in page
+    assert page.index(f'<p class="small">{subject}</p>') < page.index("<h1>")

@@ -46,16 +46,16 @@ def test_energy_is_unknown_where_no_counter_can_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("others", "frequency", "samples", "words"),
     [
-        (0.37, [], [1.0, 1.0], "the machine was noisy: other processes used 37 % of the processor"),
+        (0.37, [], [1.0, 1.0], "the machine was disturbed: other processes used 37 % of the processor"),
         (0.09, [3000.0, 2800.0], [1.0, 1.05, 0.97, 1.0, 1.02], None),
-        (None, [3000.0, 2600.0], [1.0], "the machine was noisy: its frequency went between 3000 and 2600 MHz"),
+        (None, [3000.0, 2600.0], [1.0], "the machine was disturbed: its frequency went between 3000 and 2600 MHz"),
         (None, [], [1.0, 1.0, 1.3, 1.3], "times of the same image lie 26 % apart"),
         (0.5, [], [1.0, 1.0, 1.3, 1.3], "50 % of the processor; times of the same image"),
         (0.0, [], [1.0, 1.0, 1.0, 1.0, 9.0], None),  # one slow image of five does not move the median
         (0.0, [], [0.0, 0.0], None),
     ],
 )
-def test_a_noisy_machine_is_told_by_what_shows_it(
+def test_a_disturbed_machine_is_told_by_what_shows_it(
     others: float | None, frequency: list[float], samples: list[float], words: str | None
 ) -> None:
     found = verdict(others, frequency, samples)
@@ -70,7 +70,7 @@ def test_a_process_that_is_slow_all_its_life_shows_beside_others() -> None:
     fast, slow = [1.0] * 8, [1.3] * 2
     assert verdict(None, [], fast + slow, [fast, fast]) is None
     found = verdict(None, [], fast + slow, [fast, fast, slow])
-    assert found == "the machine was noisy: medians of 3 processes lie 30 % apart"
+    assert found == "the machine was disturbed: medians of 3 processes lie 30 % apart"
 
 
 @pytest.fixture

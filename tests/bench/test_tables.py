@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
+from kdc_edge.bench.page import ReportFormat, render
 from kdc_edge.bench.record import (
     SCHEMA,
     Disturbance,
@@ -26,7 +27,7 @@ from kdc_edge.bench.record import (
     read_report,
     to_json,
 )
-from kdc_edge.bench.tables import Format, digits, render
+from kdc_edge.bench.tables import digits
 from kdc_edge.bundle import Check
 from kdc_edge.errors import InputError
 from tests.bench.rows import FAILED, MACHINE, check, make_row
@@ -80,7 +81,7 @@ def test_markdown_has_one_unit_a_column_and_its_conditions() -> None:
     columns = {line[0].strip(): [cell.strip() for cell in line[1:]] for line in zip(*cells, strict=True)}
     assert columns["Bundle"][1:] == ["onnx-fp16", "a\\|b", "coreml"]
     assert columns["Image, s"][1:] == ["0.375", "1.50", "–"]
-    assert columns["Parity, dB"][1:] == ["51.7", "exact", "–"]
+    assert columns["Parity, dB"][1:] == ["51.7", "equal", "–"]
     assert columns["Peak, MB"][1:] == ["262", "262", "–"]
     for condition in (
         "64 × 64",
@@ -108,16 +109,18 @@ def test_digits_are_three() -> None:
 
 
 @pytest.mark.parametrize("format", ["table", "md", "csv", "json", "html"])
-def test_every_format_takes_failures_alone(format: Format) -> None:
+def test_every_format_takes_failures_alone(format: ReportFormat) -> None:
     assert "needs macOS" in render(Report(MACHINE, (FAILED,)), format)
 
 
 def test_quality_stands_beside_speed() -> None:
-    noisy = Disturbance(others_share=0.37, verdict="the machine was noisy: other processes used 37 % of the processor")
+    disturbed = Disturbance(
+        others_share=0.37, verdict="the machine was disturbed: other processes used 37 % of the processor"
+    )
     rows = (
         make_row("fp32", reference=True, energy_joules=12.5),
         make_row(
-            "fp16", psnr=Psnr("bundles/fp32, the most precise here", 41.23), disturbance=noisy, compute_dtype="bf16"
+            "fp16", psnr=Psnr("bundles/fp32, the most precise here", 41.23), disturbance=disturbed, compute_dtype="bf16"
         ),
         make_row("int8", prompt_quality=PromptQuality({"prompt_accuracy": 0.95, "exact": 0.75}, 32, "0" * 64)),
         make_row("copy", psnr=Psnr("bundles/fp32, the most precise here", None)),
@@ -128,11 +131,11 @@ def test_quality_stands_beside_speed() -> None:
         line[0]: line[1:]
         for line in zip(*([c.strip() for c in line.split("|")[1:-1]] for line in (head, *lines)), strict=True)
     }
-    assert columns["PSNR, dB"] == ("reference", "41.2", "–", "exact")
+    assert columns["PSNR, dB"] == ("reference", "41.2", "–", "equal")
     assert columns["Prompt accuracy"] == ("–", "–", "0.950", "–")
     assert columns["Energy, J"] == ("12.5", "–", "–", "–")
     assert columns["Engine"][1] == "onnxruntime, 2 threads, bf16"
-    assert "fp16: the machine was noisy: other processes used 37 % of the processor." in text
+    assert "fp16: the machine was disturbed: other processes used 37 % of the processor." in text
     assert "PSNR compares the image, made from the same noise, with that of bundles/fp32" in text
     assert "32 prompts, an image each, for prompt accuracy." in text
 

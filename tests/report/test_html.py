@@ -10,17 +10,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from kdc_edge.bench.page import render
 from kdc_edge.bench.record import Report
-from kdc_edge.bench.tables import render
-from kdc_edge.report.charts import log_ticks, nice_ticks
+from kdc_edge.report.charts import bar_chart, line_chart, log_ticks, nice_ticks
 from kdc_edge.report.html import (
     Section,
-    bar_chart,
     bullets,
     data_table,
     heat_table,
     image_grid,
-    line_chart,
     page,
     paragraph,
     side_by_side,

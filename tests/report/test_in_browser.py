@@ -78,7 +78,7 @@ def measured(name: str, target: str | None, sec: float, mb: float, size_mb: floa
         name, target=target, precision=name.partition("-")[2] or None, engine=target or "torch", parity=None,
         timings=Timings(**stages), peak_rss_bytes=int(mb * 1e6), size_bytes=int(size_mb * 1e6),
         reference=target is None, psnr=None if target is None else Psnr("torch:checkpoint", db),
-        disturbance=Disturbance(verdict="the machine was noisy: other processes used 60 % of the processor"),
+        disturbance=Disturbance(verdict="the machine was disturbed: other processes used 60 % of the processor"),
     )  # fmt: skip
 
 

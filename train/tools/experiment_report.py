@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kdc_edge.files import write_atomic
+from kdc_edge.report.charts import spread_chart, standalone
 from kdc_edge.train.quality.evaluate import EVALUATION, forgetting
 
 Result = Mapping[str, Any]
@@ -126,25 +126,5 @@ def spread(values: Sequence[float]) -> str:
 
 
 def bars(values: Mapping[str, Sequence[float]], title: str) -> str:
-    """Horizontal bars of means, a whisker of one deviation each way, a dot a seed; an SVG that stands alone."""
-    row, left, width = 34, 170, 420
-    top = max((max(v) for v in values.values()), default=1.0) or 1.0
-    parts = []
-    for i, (name, seeds) in enumerate(values.items()):
-        y, mean = 46 + i * row, statistics.mean(seeds)
-        deviation = statistics.stdev(seeds) if len(seeds) > 1 else 0.0
-        length = max(0.0, mean / top) * width
-        low, high = (left + max(0.0, (mean + s * deviation) / top) * width for s in (-1, 1))
-        parts += [
-            f'<text x="{left - 8}" y="{y + 5}" text-anchor="end">{html.escape(name)}</text>',
-            f'<rect x="{left}" y="{y - 8}" width="{length:.1f}" height="16" fill="#7aa6c2"/>',
-            f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}" stroke="#223" stroke-width="2"/>',
-            *(f'<circle cx="{left + max(0.0, v / top) * width:.1f}" cy="{y}" r="3" fill="#223"/>' for v in seeds),
-            f'<text x="{left + width + 24}" y="{y + 5}">{mean:.3f}</text>',
-        ]
-    height = 60 + len(values) * row
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 {height}" font-family="sans-serif" font-size="13">'
-        f'<rect width="680" height="{height}" fill="#fff"/>'
-        f'<text x="12" y="22" font-size="15">{html.escape(title)}</text>' + "".join(parts) + "</svg>\n"
-    )
+    """Means with one standard deviation each way and a dot a seed, as an SVG file."""
+    return standalone(spread_chart(values, title=title), title)

@@ -1,0 +1,139 @@
+"""One measurement, from the command line to the row: what is measured, where it computes, which image, how often.
+
+base = Case(Path("bundles/onnx-fp16"), Request("a red flower"), threads=2)
+cases = grid(["bundles/onnx-fp16", "torch:runs/latest/checkpoint"], base, steps=[4, 20], threads=[1, 2])
+describe(cases[0])                                # the Row before anything runs
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import ConfigDict
+
+from kdc_edge.bench.record import Row, text_sha256
+from kdc_edge.bundle import Bundle, kind_of
+from kdc_edge.diffusers_folder import read_model
+from kdc_edge.errors import InputError, KdcError
+from kdc_edge.formats import find_format
+from kdc_edge.pipeline import GuidanceMode, Request
+
+TORCH = "torch:"  # in front of a checkpoint's folder
+MIN_IMAGES = 5  # that count, where `repeats` is None
+
+
+@dataclass(frozen=True)
+class Case:
+    """Raises InputError for counts that measure nothing, and for a request with latents of its own."""
+
+    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)  # for the request's latents, which are None
+
+    folder: Path  # a bundle or a checkpoint
+    request: Request
+    repeats: int | None = None  # images that count; None: 5, and more until they fill two seconds
+    warmup: int = 1  # images before that, which do not count
+    engine: str | None = None  # None: the format's first
+    device: str | None = None  # None: the engine's default
+    threads: int | None = None  # None: the engine's default
+    low_memory: bool = False  # one component in memory at a time, loaded within each image
+    prompts: tuple[str, ...] = ()  # an image of each, from seeds that count up, after what is timed
+
+    def __post_init__(self) -> None:
+        if self.repeats is not None and self.repeats < 1:
+            raise InputError(f"--repeats {self.repeats} measures nothing: use 1 or more")
+        if self.warmup < 0:
+            raise InputError(f"--warmup {self.warmup} is negative: use 0 or more")
+        if self.request.latents is not None:
+            raise InputError("a benchmark draws its noise from the seed: give no latents")
+
+
+def grid(
+    folders: Sequence[str | Path],
+    base: Case,
+    *,
+    devices: Sequence[str | None] = (),
+    threads: Sequence[int | None] = (),
+    steps: Sequence[int] = (),
+    samplers: Sequence[str] = (),
+    guidance_modes: Sequence[GuidanceMode | None] = (),
+) -> list[Case]:
+    """Every combination, in the order in which they are given, the last named changing fastest; the rest as in `base`.
+
+    `folders` hold bundles and checkpoints; "torch:CKPT" is a checkpoint that torch runs, whatever `base.engine` is.
+    """
+    request = base.request
+    cases = []
+    for name, device, count, number, sampler, mode in itertools.product(
+        folders, devices or [base.device], threads or [base.threads], steps or [request.steps],
+        samplers or [request.sampler], guidance_modes or [request.guidance_mode],
+    ):  # fmt: skip
+        folder, engine = split_engine(name)
+        asked = replace(request, steps=number, sampler=sampler, guidance_mode=mode)
+        cases.append(
+            replace(base, folder=folder, request=asked, engine=engine or base.engine, device=device, threads=count)
+        )
+    return cases
+
+
+def references(what: str | Path, cases: Sequence[Case]) -> list[Case]:
+    """The cases that make, once and not to be timed, the reference image of each request in `cases`."""
+    folder, engine = split_engine(what)
+    requests = dict.fromkeys(replace(case.request, guidance_mode=None) for case in cases)
+    return [Case(folder, request, repeats=1, warmup=0, engine=engine) for request in requests]
+
+
+def split_engine(what: str | Path) -> tuple[Path, str | None]:
+    """The folder, and the engine that "torch:" in front of it stands for."""
+    text = str(what)
+    return (Path(text.removeprefix(TORCH)), "torch") if text.startswith(TORCH) else (Path(what), None)
+
+
+def describe(case: Case) -> Row:
+    """The row before anything runs: the conditions, and what the folder says of itself, or why it cannot be read."""
+    asked = {key: value for key, value in vars(case.request).items() if key != "latents"}
+    row = Row(
+        name=case.folder.resolve().name,
+        folder=str(case.folder),
+        target=None,
+        precision=None,
+        checkpoint_sha256=None,
+        size_bytes=None,
+        parity=None,
+        unet_parameters=None,
+        engine=case.engine,
+        device=case.device,
+        threads=case.threads,
+        low_memory=case.low_memory,
+        prompt_sha256=text_sha256(case.request.prompt, case.request.negative_prompt),
+        repeats=MIN_IMAGES if case.repeats is None else case.repeats,
+        warmup=case.warmup,
+        **asked,
+    )
+    try:
+        return _with_folder(row, case.folder)
+    except KdcError as error:
+        return replace(row, failure=str(error))
+
+
+def _with_folder(row: Row, folder: Path) -> Row:
+    if kind_of(folder) != "checkpoint":
+        bundle = Bundle.open(folder)
+        manifest, model = bundle.manifest, bundle.manifest.model
+        row = replace(
+            row,
+            target=manifest.target,
+            precision=manifest.precision,
+            checkpoint_sha256=manifest.provenance.checkpoint_sha256,
+            engine=row.engine or find_format(manifest.target, manifest.precision).engines[0],
+            size_bytes=bundle.size_bytes,
+            parity=manifest.image_parity,
+        )
+    else:
+        model = read_model(folder)
+        size_bytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        row = replace(row, engine=row.engine or "torch", size_bytes=size_bytes)
+    size = model.image_size
+    return replace(row, unet_parameters=model.unet_parameters, width=row.width or size, height=row.height or size)

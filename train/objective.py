@@ -124,9 +124,11 @@ class Distillation:
         """Every loss term (B,) of the batch under text embeddings `hidden` (B, 77, D)."""
         a = self.alphas_cumprod[batch.timestep].view(-1, 1, 1, 1)
         noisy = a.sqrt() * batch.sample + (1 - a).sqrt() * batch.noise
-        # v-prediction: Salimans and Ho, arXiv 2202.00512, appendix D
-        velocity = self.schedule.prediction_type == "v_prediction"
-        target = a.sqrt() * batch.noise - (1 - a).sqrt() * batch.sample if velocity else batch.noise
+        target = batch.noise
+        if self.schedule.prediction_type == "v_prediction":  # Salimans and Ho, arXiv 2202.00512, appendix D
+            target = a.sqrt() * batch.noise - (1 - a).sqrt() * batch.sample
+        elif self.schedule.prediction_type == "sample":
+            target = batch.sample
         with autocast or nullcontext():
             with watch("teacher"), torch.no_grad():
                 taught, shown = self._teach(noisy, batch.timestep, hidden, batch.replayed)

@@ -9,14 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from kdc_edge.bundle import MODEL_INDEX, Model
-from kdc_edge.errors import CheckpointError
+from kdc_edge.diffusers_defaults import TEXT_ENCODER, UNET, VAE, Settings
+from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import read_json, sha256
+from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.presets import recognise
 from kdc_edge.text import invalid_field
 
@@ -27,6 +30,16 @@ WEIGHTS = {
 }
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
 PROMPTS_FILE = "prompts.txt"  # captions that it was trained on, one a line: what to calibrate and prove it with
+PIPELINES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline", "StableDiffusionImg2ImgPipeline")
+# Settings of a U-Net that are null in every model that is used here, and what they make it.
+UNSUPPORTED = {
+    "time_cond_proj_dim": "a latent consistency model that reads the guidance scale; take the LCM-LoRA of its base"
+    " model fused into that model, which reads none",
+    "class_embed_type": "it needs a class beside the text",
+    "num_class_embeds": "it needs a class beside the text",
+    "addition_embed_type": "it needs more than the text, as Stable Diffusion XL does",
+    "encoder_hid_dim_type": "it needs images or other embeddings beside the text",
+}
 MAX_HEADER_BYTES = 100 * 2**20
 
 
@@ -53,27 +66,91 @@ def _refuse_pickle(path: Path) -> str:
 
 
 def read_model(folder: Path) -> Model:
-    """What a pipeline needs to know of the checkpoint, from its configuration files alone."""
+    """What a pipeline needs to know of the checkpoint, from its configuration files alone.
+
+    Keys that a file lacks have the defaults of diffusers' class. Raises CheckpointError for a checkpoint that is no
+    Stable Diffusion 1.x or 2.x text-to-image model, by the setting that says so.
+    """
+    if (folder / MODEL_INDEX).is_file():
+        _check_class(folder / MODEL_INDEX, read_json(folder / MODEL_INDEX, CheckpointError), PIPELINES)
     check_weights(folder)
-    unet = read_json(folder / "unet" / "config.json", CheckpointError)
-    vae = read_json(folder / "vae" / "config.json", CheckpointError)
+    unet = _read_config(folder / "unet" / "config.json", "UNet2DConditionModel", UNET)
+    vae = _read_config(folder / "vae" / "config.json", "AutoencoderKL", VAE)
+    text = _read_config(folder / "text_encoder" / "config.json", None, TEXT_ENCODER)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", CheckpointError)
-    stages, unet_stages = vae.get("block_out_channels"), unet.get("block_out_channels")
+    for problem in _obstacles(unet, vae, text):
+        raise CheckpointError(f"{folder} cannot be used: {problem}")
+    try:
+        NoiseSchedule.from_config(scheduler)
+    except InputError as error:
+        raise CheckpointError(f"{folder} cannot be used: {error}") from None
+    stages, unet_stages = vae["block_out_channels"], unet["block_out_channels"]
     try:
         return Model.model_validate(
             {
                 "preset": recognise(unet),
                 "unet_parameters": count_parameters(folder / "unet"),
-                "latent_channels": vae.get("latent_channels"),
-                "latent_size": unet.get("sample_size"),
+                "latent_channels": vae["latent_channels"],
+                "latent_size": _latent_size(unet),
                 "latent_unit": 2 ** (len(unet_stages) - 1) if isinstance(unet_stages, list) else None,
                 "vae_scale": 2 ** (len(stages) - 1) if isinstance(stages, list) else None,
-                "scaling_factor": vae.get("scaling_factor"),
-                "scheduler": {k: v for k, v in scheduler.items() if not k.startswith("_")},
+                "scaling_factor": vae["scaling_factor"],
+                "scheduler": {k: v for k, v in scheduler.items() if k == "_class_name" or not k.startswith("_")},
             }
         )
     except ValidationError as error:
         raise CheckpointError(f"{folder} cannot be used: {invalid_field(error)}") from None
+
+
+def _read_config(path: Path, class_name: str | None, defaults: Settings) -> Settings:
+    """A network's config.json, complete with the defaults of its class."""
+    found = read_json(path, CheckpointError)
+    if class_name:
+        _check_class(path, found, (class_name,))
+    return {**defaults, **found}
+
+
+def _check_class(path: Path, config: Mapping[str, object], known: Sequence[str]) -> None:
+    name = config.get("_class_name", known[0])
+    if name not in known:
+        raise CheckpointError(
+            f"{path} is of the class {name!r:.80}, which cannot be used here: take a checkpoint of Stable Diffusion"
+            f" 1.x or 2.x, whose class is {known[0]}"
+        )
+
+
+def _obstacles(unet: Settings, vae: Settings, text: Settings) -> Iterator[str]:
+    """Settings with which a network needs other inputs than latents, a timestep and the text's embedding."""
+    for key, why in UNSUPPORTED.items():
+        if unet[key] is not None:
+            yield f"its U-Net has {key} = {unet[key]!r:.80}: {why}"
+    channels = vae["latent_channels"]
+    if unet["in_channels"] != channels:
+        kinds: dict[object, str] = {9: "an inpainting model", 8: "an image-to-image model", 5: "a depth-to-image model"}
+        what = kinds.get(unet["in_channels"], "another kind of model")
+        yield (
+            f"its U-Net has in_channels = {unet['in_channels']!r:.80} where the VAE has {channels!r:.80}: {what}; take"
+            " a text-to-image checkpoint"
+        )
+    if unet["out_channels"] != channels:
+        yield f"its U-Net has out_channels = {unet['out_channels']!r:.80} where the VAE has {channels!r:.80}"
+    if unet["cross_attention_dim"] != text["hidden_size"]:
+        yield (
+            f"its U-Net has cross_attention_dim = {unet['cross_attention_dim']!r:.80} and its text encoder hidden_size"
+            f" = {text['hidden_size']!r:.80}: these are parts of different models"
+        )
+
+
+def _latent_size(unet: Settings) -> object:
+    """As diffusers' pipeline reads sample_size: a side, or both; before version 0.9 the U-Net of Stable Diffusion
+    was saved with the class's default of then instead of 64."""
+    size = unet["sample_size"]
+    if isinstance(size, list):
+        if len(size) != 2 or size[0] != size[1]:
+            raise CheckpointError(f"the U-Net has sample_size = {size!r:.80}, which is no square: give it one side")
+        return size[0]
+    version = re.match(r"0\.(\d)\.", str(unet.get("_diffusers_version", "")))
+    return 64 if version and isinstance(size, int) and size < 64 else size
 
 
 def count_parameters(network: Path) -> int:

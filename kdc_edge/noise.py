@@ -99,6 +99,9 @@ class NormalStreams:
         return np.concatenate([stream.draw((1, *shape[1:])) for stream in self._streams])
 
 
+Noise = NormalStream | NormalStreams
+
+
 def _uniform24(words: NDArray[np.uint32]) -> NDArray[np.float32]:
     """The low 24 bits of each word, over 2**24: exact in float32."""
     return (words & np.uint32(0xFFFFFF)).astype(np.float32) / np.float32(2**24)

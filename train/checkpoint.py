@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from kdc_edge.diffusers_folder import PROMPTS_FILE, check_weights
+from kdc_edge.diffusers_folder import PROMPTS_FILE, read_model
 from kdc_edge.errors import CheckpointError, InputError, require
 from kdc_edge.files import atomic_folder, read_json, write_atomic
 from kdc_edge.presets import SCHEDULER, TEXT_ENCODERS, VAES, Preset
@@ -45,7 +45,7 @@ def find_teacher(name: str) -> Path:
     folder = GARDEN_TEACHER if name == "garden" else Path(name)
     if not folder.exists() and HUB_ID.fullmatch(name) and not folder.parent.exists():
         folder = _fetch(name)
-    check_weights(folder)
+    read_model(folder)  # refuses a teacher that cannot be used, before any work
     return folder
 
 

@@ -16,17 +16,23 @@ from collections.abc import Mapping
 import torch
 from diffusers import UNet2DConditionModel
 
+from kdc_edge.diffusers_defaults import UNET
 from kdc_edge.errors import InputError
 from kdc_edge.presets import Preset
 
 Account = dict[str, str | None]  # a weight of the student -> the teacher's that it was copied from
 
 _UP_LAYER = re.compile(r"^up_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.")
-# What belongs to the teacher's family and not to the student's shape: a preset takes these from its teacher
+# What a preset decides. Every other setting of diffusers' U-Net is the teacher's, for its weights were trained with it
 # (Stable Diffusion 2.x has a text width of 1024, other attention heads and linear projections).
-FAMILY_KEYS = (
-    "sample_size", "in_channels", "out_channels", "cross_attention_dim", "attention_head_dim", "num_attention_heads",
-    "use_linear_projection", "upcast_attention", "norm_num_groups", "norm_eps", "act_fn", "time_cond_proj_dim",
+SHAPE_KEYS = frozenset(
+    {"block_out_channels", "down_block_types", "up_block_types", "mid_block_type", "layers_per_block"}
+)
+FAMILY_KEYS = tuple(key for key in UNET if key not in SHAPE_KEYS)
+# Of these, the ones that may have a value for each stage.
+STAGE_KEYS = (
+    "attention_head_dim", "num_attention_heads", "cross_attention_dim", "only_cross_attention",
+    "transformer_layers_per_block",
 )  # fmt: skip
 
 
@@ -76,8 +82,8 @@ def student_config(preset: Preset, teacher: UNet2DConditionModel | None) -> dict
             f" teacher's {'/'.join(map(str, theirs))}; choose another preset"
         )
     family = {key: teacher.config[key] for key in FAMILY_KEYS if key in teacher.config}
-    for key in ("attention_head_dim", "num_attention_heads"):
-        if isinstance(family.get(key), list | tuple):  # one a stage
+    for key in STAGE_KEYS:
+        if isinstance(family.get(key), list | tuple):
             family[key] = tuple(family[key][: len(stages)])
     return {**preset.unet, **family}
 

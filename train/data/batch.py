@@ -86,9 +86,11 @@ def random_flip(latents: Latents, generator: torch.Generator) -> Take:
 def add_noise(batch: Batch, alphas_cumprod: Tensor, *, prediction_type: str) -> tuple[Tensor, Tensor]:
     """Noisy latents and the prediction's target, both (B, C, h, w), for `alphas_cumprod` (T,).
 
-    The target is the noise, or for `v_prediction` the velocity (Salimans and Ho, arXiv 2202.00512, appendix D).
+    The target is the noise; for `v_prediction` the velocity (Salimans and Ho, arXiv 2202.00512, appendix D); for
+    `sample` the clean latents.
     """
     a = alphas_cumprod[batch.timestep].view(-1, 1, 1, 1)
     noisy = a.sqrt() * batch.sample + (1 - a).sqrt() * batch.noise
-    velocity = prediction_type == "v_prediction"
-    return noisy, a.sqrt() * batch.noise - (1 - a).sqrt() * batch.sample if velocity else batch.noise
+    if prediction_type == "v_prediction":
+        return noisy, a.sqrt() * batch.noise - (1 - a).sqrt() * batch.sample
+    return noisy, batch.sample if prediction_type == "sample" else batch.noise

@@ -31,9 +31,8 @@ from kdc_edge.export.components import ExportComponent
 from kdc_edge.export.rewrites.gates import split_gates
 from kdc_edge.export.rewrites.upsampling import split_upsampling
 from kdc_edge.formats import find_format
-from kdc_edge.runtimes.openvino import trimmed, without_telemetry
+from kdc_edge.runtimes.openvino import trimmed
 
-without_telemetry()
 _ov: Any = require("openvino", extra="export", purpose="an export to OpenVINO")
 
 MODEL = "openvino_model.xml"

@@ -14,11 +14,11 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from kdc_edge.bundle import Bundle, Model, kind_of
+from kdc_edge.bundle import Bundle, ComponentInfo, Model, kind_of
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.formats import Format, find_format
@@ -45,6 +45,7 @@ class LoadOptions:
     low_memory: bool = False  # save memory where that costs speed
     cache: Path | None = None  # a folder for what the engine compiles
     exact: bool = False  # 32-bit arithmetic where the engine would take fewer bits of its own choice
+    check: bool = True  # compare a bundle's files with the hashes of its manifest first
 
 
 DEFAULTS = LoadOptions()
@@ -111,11 +112,21 @@ class LoadedComponents(Mapping[str, Component]):
 
     So the decoder is not yet in memory while the first image's U-Net runs. With `low_memory` no two are ever
     there together: asking for one drops the other, which is loaded again for the next image. With `early`, one
-    is compiled while another computes, where memory is not short.
+    is compiled while another computes, where memory is not short. `check` takes a component's name and raises where
+    its files are not the exported ones: it runs while the engine works, and no component is given before it is done.
     """
 
-    def __init__(self, load: Callable[[str], Component], *, low_memory: bool = False, early: bool = False) -> None:
-        self._load = load
+    def __init__(
+        self,
+        load: Callable[[str], Component],
+        *,
+        low_memory: bool = False,
+        early: bool = False,
+        check: Callable[[str], None] | None = None,
+    ) -> None:
+        self._load_unchecked = load
+        self._check = check
+        self._checks: dict[str, Future[None]] = {}
         self._low_memory = low_memory
         self._early = early and not low_memory
         self._loaded: dict[str, Component] = {}
@@ -139,13 +150,28 @@ class LoadedComponents(Mapping[str, Component]):
 
     def __getitem__(self, name: str) -> Component:
         if name in self._coming:
-            self._loaded[name] = self._coming.pop(name).result()
+            self._loaded[name] = self._checked(name, self._coming.pop(name).result)
         if self._low_memory and name not in self._loaded:
             self._loaded.clear()
             gc.collect()  # before the next one takes its memory, not after
         if name not in self._loaded:
-            self._loaded[name] = self._load(name)
+            self._loaded[name] = self._checked(name, lambda: self._load(name))
         return self._loaded[name]
+
+    def _load(self, name: str) -> Component:
+        if self._check and not self._checks:
+            pool = ThreadPoolExecutor(1)
+            self._checks |= {component: pool.submit(self._check, component) for component in self}
+            pool.shutdown(wait=False)
+        return self._load_unchecked(name)
+
+    def _checked(self, name: str, load: Callable[[], Component]) -> Component:
+        """What `load` gives; a damaged file is named by its check, whatever the engine thought of it."""
+        try:
+            return load()
+        finally:
+            if name in self._checks:
+                self._checks[name].result()
 
     def __iter__(self) -> Iterator[str]:
         return iter(COMPONENTS)
@@ -163,25 +189,32 @@ def open_pipeline(
     low_memory: bool = False,
     cache: Path | None = None,
     exact: bool = False,
+    check: bool = True,
 ) -> Pipeline:
     """A pipeline from a bundle, or through torch from a checkpoint folder; components are loaded when needed.
 
     `device` names one for all ("CPU"), or one a component ("unet=GPU,text_encoder=CPU"). `low_memory` trades
     speed for memory: one component at a time, and the engine's savings. `cache` is a folder for what the
     engine compiles, where it can keep that. `exact` is 32-bit arithmetic where the engine would choose fewer bits.
+    `check` compares a bundle's files with the hashes of its manifest, which is done when a component is first used.
     Raises a KdcError for what can be seen before anything is loaded.
     """
-    model, chosen = _choose(folder, engine)
+    bundle, model, chosen = _choose(folder, engine)
     if threads is not None and threads < 1:
         raise InputError(f"--threads {threads} is too few: use 1 or more")
+    if bundle and check:
+        bundle.check("tokenizer")
     tokenizer = Tokenizer.from_folder(folder / "tokenizer")
     runtime = get_runtime(chosen.name)
     named = split_devices(device)
-    options = {
-        c: LoadOptions(check_device(runtime, named.get(c, named.get(""))), threads, low_memory, cache, exact)
-        for c in COMPONENTS
-    }
-    load = LoadedComponents(lambda c: runtime.load(folder, c, options[c]), low_memory=low_memory, early=chosen.early)
+    devices = {c: check_device(runtime, named.get(c, named.get(""))) for c in COMPONENTS}
+    options = LoadOptions(None, threads, low_memory, cache, exact, check=False)  # it is checked beside the loading
+    load = LoadedComponents(
+        lambda c: runtime.load(folder, c, replace(options, device=devices[c])),
+        low_memory=low_memory,
+        early=chosen.early,
+        check=bundle.check if bundle and check else None,
+    )
     return Pipeline(model, tokenizer, load)
 
 
@@ -201,23 +234,33 @@ def split_devices(device: str | None) -> dict[str, str]:
 
 def open_for_bench(folder: Path, *, engine: str | None = None, **options: Any) -> Pipeline:
     """The same, but for engines that only prove: what they take says nothing about the artifact."""
-    _, chosen = _choose(folder, engine)
+    *_, chosen = _choose(folder, engine)
     if chosen.reference:
         raise InputError(f"{chosen.name} only proves this bundle: measure it where its engine runs")
     return open_pipeline(folder, engine=engine, **options)
 
 
-def _choose(folder: Path, engine: str | None) -> tuple[Model, Engine]:
-    """What the folder computes, and the engine asked for or preferred; InputError where they do not fit."""
+def open_component(folder: Path, name: str, options: LoadOptions) -> tuple[Bundle, ComponentInfo, Path]:
+    """A bundle, a component's description and the file that an engine opens, checked where the options say so."""
+    bundle = Bundle.open(folder)
+    info, path = bundle.component(name)
+    if options.check:
+        bundle.check(name)
+    return bundle, info, path
+
+
+def _choose(folder: Path, engine: str | None) -> tuple[Bundle | None, Model, Engine]:
+    """The bundle, if it is one, what it computes, and the engine asked for or preferred; InputError for a misfit."""
     if kind_of(folder) == "checkpoint":
         if engine not in (None, "torch"):
             raise InputError(f"{folder} is a checkpoint, which only torch runs: export it for {engine} first")
-        return read_model(folder), ENGINES["torch"]
-    manifest = Bundle.open(folder).manifest
+        return None, read_model(folder), ENGINES["torch"]
+    bundle = Bundle.open(folder)
+    manifest = bundle.manifest
     row = find_format(manifest.target, manifest.precision)
     if engine is not None and engine not in row.engines:
         raise InputError(f"{engine} cannot run {manifest.name}: choose from {', '.join(row.engines)}")
-    return manifest.model, preferred_engine(row) if engine is None else ENGINES[engine]
+    return bundle, manifest.model, preferred_engine(row) if engine is None else ENGINES[engine]
 
 
 def check_device(runtime: Runtime, device: str | None) -> str:

@@ -10,6 +10,7 @@ import typer
 from typer import Argument, Option
 
 from kdc_edge.cli.options import (
+    Check,
     Device,
     Engine,
     Exact,
@@ -47,6 +48,7 @@ def generate(
         Path | None, Option(help="A folder where the engine keeps what it compiles; none by default.")
     ] = None,
     exact: Exact = False,
+    check: Check = True,
     config: Config = None,
 ) -> None:
     """Generate an image, without PyTorch where a bundle is given."""
@@ -69,8 +71,9 @@ def generate(
         low_memory=low_memory,
     )  # fmt: skip
     pipeline = open_pipeline(
-        bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, cache=cache, exact=exact
-    )
+        bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, cache=cache, exact=exact,
+        check=check,
+    )  # fmt: skip
     pipeline.check(request)
     if cut := pipeline.tokenizer.overflow(prompt):
         say(f"the prompt is longer than the model reads: left out is {cut[:80]!r}")

@@ -28,6 +28,7 @@ from kdc_edge.bundle import (
     Recipe,
     Tensor,
     list_files,
+    unproved,
     write_manifest,
 )
 from kdc_edge.diffusers_folder import hash_checkpoint, read_model
@@ -100,13 +101,15 @@ def write_bundle(
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             ),
         )
-        write_manifest(folder, manifest)
         if request.verify:
-            prompts = request.prompts or spread(own_prompts(checkpoint), IMAGES)
-            parity = check_parity(checkpoint, folder, row, prompts)
+            with unproved(folder, manifest):
+                parity = check_parity(
+                    checkpoint, folder, row, request.prompts or spread(own_prompts(checkpoint), IMAGES)
+                )
             parity = parity.model_copy(update={"checks": [*parity.checks, *own_checks]})
             _demand(parity, row)
-            write_manifest(folder, manifest.model_copy(update={"parity": parity}))
+            manifest = manifest.model_copy(update={"parity": parity})
+        write_manifest(folder, manifest)  # the last file: what has none is no bundle
     return Bundle.open(out)
 
 

@@ -28,9 +28,8 @@ from kdc_edge.export.rewrites.gates import split_gates
 from kdc_edge.export.rewrites.upsampling import split_upsampling
 from kdc_edge.export.targets import ExportRequest, NoOptions
 from kdc_edge.quiet import quiet
-from kdc_edge.runtimes.openvino import trimmed, without_telemetry
+from kdc_edge.runtimes.openvino import trimmed
 
-without_telemetry()
 _ov: Any = require("openvino", extra="export", purpose="an export to OpenVINO")
 
 MODEL = "openvino_model.xml"

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from kdc_edge.pipeline import Request
     from kdc_edge.runtimes.pipeline import Pipeline, open_pipeline
 
+from kdc_edge.telemetry import switch_off
+
 __version__ = "0.1.0"
 __all__ = ["Bundle", "KdcError", "Pipeline", "Request", "__version__", "open_pipeline"]
 
@@ -29,6 +31,9 @@ _MODULES = {
     "Request": "kdc_edge.pipeline",
     "open_pipeline": "kdc_edge.runtimes.pipeline",
 }
+
+
+switch_off()
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
     bundle = Bundle.open(Path("bundles/onnx-fp16"))     # schema, paths and sizes are checked
     bundle.manifest.model.image_size                  # 512
+    bundle.check("unet")                                # a component's hashes, as every loading does
     bundle.verify()                                     # every hash; raises BundleError naming the file
 
 The folder keeps diffusers' and optimum's names (unet/model.onnx, tokenizer/vocab.json, model_index.json), so
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,12 +23,13 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdc_edge.errors import BundleError
-from kdc_edge.files import inside, read_json, sha256, write_atomic
+from kdc_edge.files import inside, read_json, recover_folder, sha256, write_atomic
 from kdc_edge.text import decibels, invalid_field
 
 MANIFEST = "kdc-edge.json"
 MODEL_INDEX = "model_index.json"  # diffusers' and optimum's; bundles and checkpoints have it
 FORMAT_VERSION = 1
+OF_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")  # file managers leave these in every folder that they show
 
 Text = Annotated[str, Field(max_length=10_000)]
 ComponentName = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
@@ -150,6 +154,19 @@ class Manifest(_Record):
         return min(images, key=lambda c: math.inf if c.psnr_db is None else c.psnr_db, default=None)
 
 
+_UNPROVED: dict[Path, Manifest] = {}
+
+
+@contextmanager
+def unproved(root: Path, manifest: Manifest) -> Iterator[None]:
+    """Let this process, and no other, open a bundle whose manifest is not written: it is written when all is proved."""
+    _UNPROVED[root] = manifest
+    try:
+        yield
+    finally:
+        del _UNPROVED[root]
+
+
 @dataclass(frozen=True)
 class Bundle:
     root: Path
@@ -157,7 +174,10 @@ class Bundle:
 
     @classmethod
     def open(cls, root: Path) -> Bundle:
-        """Read a bundle; schema, paths and sizes are checked, hashes are not (see `verify`)."""
+        """Read a bundle; schema, paths and sizes are checked, hashes are not (see `check` and `verify`)."""
+        if root in _UNPROVED:
+            return cls(root, _UNPROVED[root])
+        recover_folder(root)
         if not root.is_dir():
             raise BundleError(f"no bundle at {root}: make one with kdc-edge export")
         if not (root / MANIFEST).is_file():
@@ -193,16 +213,35 @@ class Bundle:
 
     def verify(self) -> int:
         """Check every file's hash, and that nothing was added; the number of files. Raises BundleError."""
-        for name, info in self.manifest.files.items():
-            path = self.root / name
-            if sha256(path) != info.sha256:
-                raise BundleError(f"{path} has changed since it was exported: copy or export it again")
-        for path in self.root.rglob("*"):
-            name = path.relative_to(self.root).as_posix()
-            ours = name == MANIFEST or name in self.manifest.files
-            if not ours and (path.is_file() or path.is_symlink()):
-                raise BundleError(f"{path} is not part of the bundle: remove it, or export the bundle again")
+        self._check_hashes(self.manifest.files)
+        self._refuse_unlisted(self.root)
         return len(self.manifest.files)
+
+    def check(self, part: str) -> None:
+        """Check a component, or another folder such as "tokenizer", before anything in it is used.
+
+        Its files have the hashes that the manifest lists, and no other file lies among them: an engine opens what a
+        network names. Raises BundleError.
+        """
+        used = [
+            name for component, info in self.manifest.components.items() if component == part for name in info.files
+        ]
+        self._check_hashes({*used, *(name for name in self.manifest.files if name.startswith(f"{part}/"))})
+        for folder in {self.root / part, *((self.root / name).parent for name in used)}:
+            self._refuse_unlisted(folder)
+
+    def _check_hashes(self, names: Iterable[str]) -> None:
+        for name in sorted(names):
+            path = self.root / name
+            if sha256(path) != self.manifest.files[name].sha256:
+                raise BundleError(f"{path} has changed since it was exported: copy or export it again")
+
+    def _refuse_unlisted(self, folder: Path) -> None:
+        for path in folder.rglob("*"):
+            name = path.relative_to(self.root).as_posix()
+            ours = name == MANIFEST or name in self.manifest.files or path.name in OF_SYSTEMS
+            if not ours and (path.is_symlink() or not path.is_dir()):
+                raise BundleError(f"{path} is not part of the bundle: remove it, or export the bundle again")
 
     def component(self, name: str) -> tuple[ComponentInfo, Path]:
         """A component's description and the file that an engine opens."""
@@ -224,7 +263,7 @@ class Bundle:
 
 def kind_of(folder: Path) -> Literal["bundle", "checkpoint"] | None:
     """What a folder holds, by its index files alone; None for neither."""
-    if (folder / MANIFEST).is_file():
+    if (folder / MANIFEST).is_file() or folder in _UNPROVED:
         return "bundle"
     return "checkpoint" if (folder / MODEL_INDEX).is_file() else None
 

@@ -1,26 +1,36 @@
-"""Files that are whole or not there: atomic writes, hashes, paths that stay in their folder.
+"""Files that are whole or not there: atomic writes, bounded reads, hashes, paths that stay in their folder.
 
 with atomic_folder(Path("bundles/onnx-fp16")) as temporary:
     (temporary / "model.onnx").write_bytes(...)     # on an error: the old folder, untouched
+
+What is being written is hidden and locked: `.NAME.part-new` for a folder, `.NAME.part` for a file. The lock ends with
+its process, so a part without one was left by a process that was killed, and the next writer removes it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-import tempfile
+import stat
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from kdc_edge.errors import InputError, KdcError
 
+if sys.platform != "win32":
+    import fcntl
+
 MAX_JSON_BYTES = 16 * 2**20
 MAX_PATH_CHARS = 1000
 MAX_NAME_BYTES = 255
+PART, OLD = ".part-new", ".part-old"  # of a folder: what comes, and what goes where two folders cannot be exchanged
 
 
 def sha256(path: Path) -> str:
@@ -33,46 +43,153 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file beside its place, flush it to the disk, and rename it in."""
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
+    part = path.with_name(f".{path.name}.part")
+    with os.fdopen(_lock(part, wait=True, flags=os.O_RDWR | os.O_CREAT), "wb") as file:
+        try:
+            file.truncate()
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
 def atomic_folder(out: Path, *, marker: str | None = None) -> Iterator[Path]:
-    """Fill a temporary folder beside `out`; it takes `out`'s place when the block ends without an error.
+    """Fill a hidden folder beside `out`; it takes `out`'s place when the block ends without an error.
 
-    A folder that is already there is replaced only when it holds `marker`, the file that says it is ours.
+    A folder that is already there is replaced only when it holds `marker`, the file that says it is ours; no moment
+    is without the old one or the new. Raises InputError for another folder, and while another process writes this one.
     """
     refuse_foreign_folder(out, marker)
+    out = out.resolve()  # a link to a folder stays a link
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.part-"))
-    try:
-        temporary.chmod(0o777 & ~_umask())
-        yield temporary
-        if out.exists():
-            old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old-"))
-            out.replace(old / out.name)
+    part = _beside(out, PART)
+    with ExitStack() as locks:
+        try:
+            locks.callback(os.close, _new_part(part))
+        except BlockingIOError:
+            raise InputError(
+                f"{out} is being written by another process: wait for its end, or choose another place"
+            ) from None
+        try:
+            _clear_left_over(out.parent)
+            yield part
+            refuse_foreign_folder(out, marker)  # the work took its time
+            if out.exists():  # it stands in the part's place until it is removed, and is nobody's to take over
+                locks.callback(os.close, _lock(out, wait=True))
+            _take_place(part, out)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+def _take_place(part: Path, out: Path) -> None:
+    """`part` becomes `out`, and an old `out` goes; in one step where the system can exchange two folders."""
+    if not out.exists():
+        part.replace(out)
+        return
+    old = part
+    if not _exchange(part, out):
+        old = _beside(out, OLD)
+        out.replace(old)
+        try:
+            part.replace(out)
+        except BaseException:
+            old.replace(out)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(out: Path) -> None:
+    """Put back the folder that a process left aside when it was killed in the middle of `_take_place`."""
+    old = _beside(out, OLD)
+    if out.exists() or not old.exists():
+        return
+    with suppress(BlockingIOError):  # its writer lives, and is about to
+        lock = _new_part(part := _beside(out, PART))
+        try:
+            if not out.exists():
+                old.replace(out)
+        finally:
+            part.rmdir()
+            os.close(lock)
+
+
+def _clear_left_over(folder: Path) -> None:
+    """Remove or put back what killed processes left in a folder, whatever they were writing."""
+    for old in folder.glob(f".*{OLD}"):
+        out = old.with_name(old.name.removeprefix(".").removesuffix(OLD))
+        recover_folder(out)
+        shutil.rmtree(old, ignore_errors=True)
+    for part in folder.glob(f".*{PART}"):
+        with suppress(OSError):  # locked: it is being written; gone: another process was faster
+            lock = _lock(part)
+            shutil.rmtree(part, ignore_errors=True)
+            os.close(lock)
+
+
+def _beside(out: Path, suffix: str) -> Path:
+    return out.with_name(f".{out.name}{suffix}")
+
+
+def _new_part(part: Path) -> int:
+    """An empty folder and its lock's descriptor; BlockingIOError while another process has it."""
+    while True:
+        with suppress(FileNotFoundError):  # taken for left over between these two lines: once more
             try:
-                temporary.replace(out)
-            except BaseException:
-                (old / out.name).replace(out)
+                part.mkdir()
+            except FileExistsError:
+                lock = _lock(part)
+                shutil.rmtree(part)
+                os.close(lock)
+            else:
+                return _lock(part)
+
+
+def _lock(path: Path, *, wait: bool = False, flags: int = os.O_RDONLY) -> int:
+    """A locked descriptor of what stands at `path`. Raises BlockingIOError where another has it, and we do not wait."""
+    while True:
+        if sys.platform == "win32":  # no folder can be opened there, and nothing renamed that is open: no locks
+            return os.open(path if flags & os.O_CREAT else os.devnull, flags, 0o666)
+        lock = os.open(path, flags | os.O_NOFOLLOW, 0o666)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
                 raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+                    raise
+            if os.path.samestat(os.fstat(lock), path.stat(follow_symlinks=False)):  # not renamed while we waited
+                return lock
+        except FileNotFoundError:
+            if not flags & os.O_CREAT:
+                os.close(lock)
+                raise
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two folders change places in one step; False where the system or the file system cannot."""
+    if sys.platform == "win32":
+        return False
+    libc, names = ctypes.CDLL(None, use_errno=True), (os.fsencode(a), os.fsencode(b))
+    try:
+        if sys.platform == "darwin":
+            failed = libc.renamex_np(*names, 2)  # RENAME_SWAP
         else:
-            temporary.replace(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            failed = libc.renameat2(-100, names[0], -100, names[1], 2)  # AT_FDCWD, RENAME_EXCHANGE
+    except AttributeError:  # an older C library
+        return False
+    if failed and ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(b))
+    return not failed
 
 
 def refuse_foreign_folder(out: Path, marker: str | None) -> None:
@@ -85,15 +202,31 @@ def refuse_foreign_folder(out: Path, marker: str | None) -> None:
         raise InputError(f"{out} exists and holds other files: choose another place, or empty it first")
 
 
+def read_bounded(path: Path, limit_bytes: int, error: type[KdcError]) -> bytes:
+    """The content of an untrusted file. Raises OSError where it cannot be read, and `error` for what is larger, and
+    for what is no regular file: a pipe or a device would never end."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe is not waited for
+
+    with open(path, "rb", opener=opener) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise error(f"{path} is a device or a pipe: a regular file is needed")
+        found = file.read(limit_bytes + 1)
+    if len(found) > limit_bytes:
+        raise error(f"{path} is larger than {limit_bytes // 2**20} MiB: that is no file of its kind")
+    return found
+
+
 def read_json(path: Path, error: type[KdcError]) -> dict[str, object]:
     """A JSON object from an untrusted file; `error` says in one line what is wrong with it."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise error(f"{path} is larger than {MAX_JSON_BYTES // 2**20} MiB: not a configuration file")
-        found = json.loads(path.read_text("utf-8"))
+        found = json.loads(read_bounded(path, MAX_JSON_BYTES, error).decode())
     except FileNotFoundError:
         raise error(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as problem:
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}") from None
+    except (ValueError, RecursionError) as problem:
         raise error(f"{path} cannot be read as JSON: {problem}") from None
     if not isinstance(found, dict):
         raise error(f"{path} should hold a JSON object")
@@ -126,9 +259,3 @@ def parse_size(text: str, option: str) -> int:
         raise InputError(f"{option} {text!r:.40} is no size: use 300MB or 1.5GB")
     units = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
     return int(float(found[1]) * units[found[2]])
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

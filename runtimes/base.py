@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import Protocol, cast
 
+from kdc_edge.bundle import Bundle, ComponentInfo
 from kdc_edge.components import COMPONENTS, Component, Shapes, SupportsPrepare
 from kdc_edge.errors import InputError
 from kdc_edge.formats import Format
@@ -34,6 +35,7 @@ __all__ = [
     "Runtime",
     "check_device",
     "get_runtime",
+    "open_component",
     "preferred_engine",
 ]
 
@@ -55,6 +57,7 @@ class LoadOptions:
     low_memory: bool = False  # save memory where that costs speed
     cache: Path | None = None  # a folder for compiled networks
     exact: bool = False  # compute in fp32 where the engine would choose fewer bits
+    check: bool = True  # compare a bundle's files with the hashes of its manifest first
 
 
 DEFAULTS = LoadOptions()
@@ -122,13 +125,22 @@ class LoadedComponents(Mapping[str, Component]):
 
     The decoder is not in memory while the first image's U-Net runs. With `low_memory` one component is held at a
     time: asking for one drops the other, which is loaded again for the next image. With `compile_ahead` one is
-    compiled while another computes, unless memory is short.
+    compiled while another computes, unless memory is short. `check` takes a component's name and raises where its
+    files are not the exported ones: it runs while the engine loads, and no component is given before it is done.
     """
 
     def __init__(
-        self, load: Callable[[str], Component], *, low_memory: bool = False, compile_ahead: bool = False
+        self,
+        load: Callable[[str], Component],
+        *,
+        low_memory: bool = False,
+        compile_ahead: bool = False,
+        check: Callable[[str], None] | None = None,
     ) -> None:
-        self._load = load
+        self._load_unchecked = load
+        self._check = check
+        self._checks: dict[str, Future[None]] = {}
+        self._checks_lock = Lock()  # loading happens on two threads
         self._low_memory = low_memory
         self._compile_ahead = compile_ahead and not low_memory
         self._lock = RLock()
@@ -155,19 +167,44 @@ class LoadedComponents(Mapping[str, Component]):
     def __getitem__(self, name: str) -> Component:
         with self._lock:
             if name in self._coming:
-                self._loaded[name] = self._coming.pop(name).result()
+                self._loaded[name] = self._checked(name, self._coming.pop(name).result)
             if self._low_memory and name not in self._loaded:
                 self._loaded.clear()
                 gc.collect()  # before the next one takes its memory, not after
             if name not in self._loaded:
-                self._loaded[name] = self._load(name)
+                self._loaded[name] = self._checked(name, lambda: self._load(name))
             return self._loaded[name]
+
+    def _load(self, name: str) -> Component:
+        with self._checks_lock:
+            if self._check and not self._checks:
+                pool = ThreadPoolExecutor(1)
+                self._checks |= {component: pool.submit(self._check, component) for component in self}
+                pool.shutdown(wait=False)
+        return self._load_unchecked(name)
+
+    def _checked(self, name: str, load: Callable[[], Component]) -> Component:
+        """What `load` gives; a damaged file is named by its check, whatever the engine thought of it."""
+        try:
+            return load()
+        finally:
+            if name in self._checks:
+                self._checks[name].result()
 
     def __iter__(self) -> Iterator[str]:
         return iter(COMPONENTS)
 
     def __len__(self) -> int:
         return len(COMPONENTS)
+
+
+def open_component(folder: Path, name: str, options: LoadOptions) -> tuple[Bundle, ComponentInfo, Path]:
+    """A bundle, a component's description and the file that an engine opens, checked where the options say so."""
+    bundle = Bundle.open(folder)
+    info, path = bundle.component(name)
+    if options.check:
+        bundle.check(name)
+    return bundle, info, path
 
 
 def check_device(runtime: Runtime, device: str | None) -> str:

@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from kdc_edge.bundle import Bundle
 from kdc_edge.components import Component
 from kdc_edge.errors import BundleError
 from kdc_edge.runtimes.apple_layout import PROGRAM, Predict, Stage, adapt, in_turn, packages_of
-from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
+from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, open_component
 from kdc_edge.runtimes.coreml_tools import load_coremltools
 from kdc_edge.runtimes.mil.program import read_program
 from kdc_edge.text import one_line
@@ -47,8 +46,7 @@ class CoreMLRuntime:
     def load(self, folder: Path, component: str, options: LoadOptions = DEFAULTS) -> Component:
         """Open a component of a bundle; Core ML sets the number of its threads itself. Raises BundleError."""
         units = _ct.ComputeUnit[check_device(self, options.device)]
-        bundle = Bundle.open(folder)
-        info, _ = bundle.component(component)
+        bundle, info, _ = open_component(folder, component, options)
         root = bundle.root.resolve()
         cache = options.cache or root.parent / f".{root.name}.compiled"
         key = bundle.fingerprint(component, platform.platform())

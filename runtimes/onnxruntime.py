@@ -3,14 +3,14 @@
     unet = get_runtime("onnxruntime").load(Path("bundles/onnx-fp16"), "unet", LoadOptions(device="CPU", threads=2))
     noise_pred = unet(sample=sample, timestep=timestep, encoder_hidden_states=hidden)
 
-Telemetry is switched off, and the engine's own log goes quiet: what it refuses becomes one BundleError.
+The engine's own log goes quiet: what it refuses becomes one BundleError.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ from kdc_edge.components import Component, Execution
 from kdc_edge.errors import BundleError, InputError, require
 from kdc_edge.files import atomic_folder
 from kdc_edge.hardware import Processor, this_processor
-from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
+from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, open_component
 from kdc_edge.text import one_line
 
 _ort: Any = require("onnxruntime", extra="onnx", purpose="running an ONNX bundle")
-_ort.disable_telemetry_events()
 _ort.set_default_logger_severity(4)  # its errors arrive as exceptions too; once is enough
 
 # A weight that an operation makes, as a cast does of a stored half, is kept up to this size where memory is short.
@@ -121,8 +120,7 @@ class OnnxRuntime:
         With low memory the weights stay as they are stored, mapped from the file, and are widened at every call.
         With a cache, the graph as this machine wants it is kept there: the next load has less to do.
         """
-        bundle = Bundle.open(folder)
-        _, path = bundle.component(component)
+        bundle, _, path = open_component(folder, component, options)
         chosen = check_device(self, options.device)
         provider = next(p for p in _PROVIDERS if p.device == chosen)
         threads, cache = options.threads, options.cache
@@ -140,7 +138,7 @@ class OnnxRuntime:
                 session.add_session_config_entry(f"{beside}_file_name", f"{made.name}_data")
                 session.add_session_config_entry(f"{beside}_min_size_in_bytes", str(WEIGHTS_BESIDE_BYTES))
                 self._open(path, session, provider, threads)
-            return self.load(folder, component, options)
+            return self.load(folder, component, replace(options, check=False))
         return OnnxComponent(path, self._open(path, session, provider, threads))
 
     def _open(self, path: Path, options: Any, provider: _Provider, threads: int | None) -> Any:

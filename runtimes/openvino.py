@@ -23,20 +23,12 @@ from typing import Any
 import numpy as np
 import psutil
 
-from kdc_edge.bundle import Bundle
 from kdc_edge.components import Component, Execution, Shapes
 from kdc_edge.errors import BundleError, InputError, KdcError, require
 from kdc_edge.hardware import this_processor
-from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
+from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, open_component
 from kdc_edge.text import one_line
 
-
-def without_telemetry() -> None:
-    """Let OpenVINO and NNCF find no telemetry package, so that they report to nobody."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-
-
-without_telemetry()
 _ov: Any = require("openvino", extra="openvino", purpose="running an OpenVINO bundle")
 
 TRIM_SEC = 0.02  # between two looks at the mapped weights while an engine compiles
@@ -152,8 +144,7 @@ class OpenVinoRuntime:
 
     def load(self, folder: Path, component: str, options: LoadOptions = DEFAULTS) -> Component:
         """Open a component of a bundle. Raises BundleError for a file that the engine refuses."""
-        bundle = Bundle.open(folder)
-        _, path = bundle.component(component)
+        bundle, _, path = open_component(folder, component, options)
         chosen = check_device(self, options.device)
         if not path.with_suffix(".bin").is_file():
             raise BundleError(

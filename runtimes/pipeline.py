@@ -78,29 +78,36 @@ class Pipeline(path.Pipeline):
         low_memory: bool = False,
         cache: Path | str | None = None,
         exact: bool = False,
+        check: bool = True,
     ) -> Self:
         """Open a bundle, or through torch a checkpoint folder; components are loaded when they are needed.
 
         `device` names one for all ("CPU"), or one a component ("unet=GPU,text_encoder=CPU"). `low_memory` trades
         speed for memory: one component and one image at a time, and the engine's savings. `cache` is a folder for
-        compiled networks. `exact` computes in fp32 where the engine would choose fewer bits.
+        compiled networks. `exact` computes in fp32 where the engine would choose fewer bits. `check` compares a
+        bundle's files with the hashes of its manifest while the engine loads them.
         Raises a KdcError for everything that can be seen before a network is loaded.
         """
         folder = Path(folder)
-        model, chosen = _choose(folder, engine)
+        bundle, model, chosen = _choose(folder, engine)
         if threads is not None and threads < 1:
             raise InputError(f"--threads {threads} is too few: use 1 or more")
+        if bundle and check:
+            bundle.check("tokenizer")
         tokenizer = Tokenizer.from_folder(folder / "tokenizer")
         runtime = get_runtime(chosen.name)
         named = split_devices(device)
         kept = None if cache is None else Path(cache)
         options = {
-            c: LoadOptions(check_device(runtime, named.get(c, named.get(""))), threads, low_memory, kept, exact)
+            c: LoadOptions(
+                check_device(runtime, named.get(c, named.get(""))), threads, low_memory, kept, exact, check=False
+            )
             for c in COMPONENTS
         }
         components = LoadedComponents(
-            lambda c: runtime.load(folder, c, options[c]), low_memory=low_memory, compile_ahead=chosen.compiles_ahead
-        )
+            lambda c: runtime.load(folder, c, options[c]), low_memory=low_memory, compile_ahead=chosen.compiles_ahead,
+            check=bundle.check if bundle and check else None,
+        )  # fmt: skip
         return cls(model, tokenizer, components, max_batch=1 if low_memory else path.MAX_BATCH)
 
     def __call__(
@@ -196,20 +203,21 @@ def split_devices(device: str | None) -> dict[str, str]:
 
 def open_for_bench(folder: Path, *, engine: str | None = None, **options: Any) -> Pipeline:
     """Open for a measurement; InputError for reference engines, whose times say nothing about the artifact."""
-    _, chosen = _choose(folder, engine)
+    *_, chosen = _choose(folder, engine)
     if chosen.reference:
         raise InputError(f"{chosen.name} only proves this bundle: measure it where its engine runs")
     return open_pipeline(folder, engine=engine, **options)
 
 
-def _choose(folder: Path, engine: str | None) -> tuple[Model, Engine]:
-    """The folder's model, and the engine asked for or preferred; InputError where they do not fit."""
+def _choose(folder: Path, engine: str | None) -> tuple[Bundle | None, Model, Engine]:
+    """The bundle, if it is one, its model, and the engine asked for or preferred; InputError where they do not fit."""
     if kind_of(folder) == "checkpoint":
         if engine not in (None, "torch"):
             raise InputError(f"{folder} is a checkpoint, which only torch runs: export it for {engine} first")
-        return read_model(folder), ENGINES["torch"]
-    manifest = Bundle.open(folder).manifest
+        return None, read_model(folder), ENGINES["torch"]
+    bundle = Bundle.open(folder)
+    manifest = bundle.manifest
     row = find_format(manifest.target, manifest.precision)
     if engine is not None and engine not in row.engines:
         raise InputError(f"{engine} cannot run {manifest.name}: choose from {', '.join(row.engines)}")
-    return manifest.model, preferred_engine(row) if engine is None else ENGINES[engine]
+    return bundle, manifest.model, preferred_engine(row) if engine is None else ENGINES[engine]

@@ -11,6 +11,7 @@ import typer
 from typer import Argument, Option
 
 from kdc_edge.cli.options import (
+    Check,
     Device,
     Engine,
     Exact,
@@ -60,6 +61,7 @@ def generate(
         Path | None, Option(help="A folder where the engine keeps compiled networks; none by default.")
     ] = None,
     exact: Exact = False,
+    check: Check = True,
     config: Config = None,
 ) -> None:
     """Generate images, without PyTorch where a bundle is given."""
@@ -85,8 +87,9 @@ def generate(
         guidance_interval=guidance_interval, sampler=scheduler, width=width, height=height, low_memory=low_memory,
     )  # fmt: skip
     pipeline = open_pipeline(
-        bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, cache=cache, exact=exact
-    )
+        bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, cache=cache, exact=exact,
+        check=check,
+    )  # fmt: skip
     batches = pipeline.batches([replace(request, prompt=text, seed=number) for text, number in wanted])
     for text in texts:
         if cut := pipeline.tokenizer.overflow(text):

@@ -29,6 +29,9 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 Exact = Annotated[
     bool, typer.Option("--exact", help="32-bit arithmetic where the engine would take fewer: slower, nearer PyTorch.")
 ]
+Check = Annotated[
+    bool, typer.Option("--check/--no-check", help="Compare the bundle's files with the hashes of its manifest.")
+]
 LowMemory = Annotated[
     bool, typer.Option("--low-memory", help="One network in memory at a time, guidance sequential: slower, smaller.")
 ]

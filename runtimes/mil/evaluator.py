@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from kdc_edge import __version__
-from kdc_edge.bundle import Bundle
 from kdc_edge.components import Component
 from kdc_edge.errors import BundleError, KdcError
 from kdc_edge.runtimes.apple_layout import PROGRAM, adapt, in_turn, packages_of
-from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
+from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, open_component
 from kdc_edge.runtimes.mil.ops import KERNELS
 from kdc_edge.runtimes.mil.program import NUMPY, Operation, Program, TensorType, Value, read_program
 from kdc_edge.runtimes.mil.weights import CONSTEXPR
@@ -142,8 +141,7 @@ class MilRuntime:
     def load(self, folder: Path, component: str, options: LoadOptions = DEFAULTS) -> Component:
         """Open a component of a Core ML bundle. Threads are numpy's own affair (OMP_NUM_THREADS)."""
         check_device(self, options.device)
-        bundle = Bundle.open(folder)
-        info, _ = bundle.component(component)
+        bundle, info, _ = open_component(folder, component, options)
         found = [Evaluator(read_program(package / PROGRAM)) for package in packages_of(bundle, info)]
         return adapt(bundle, component, in_turn([(list(e.program.inputs), e) for e in found]))
 

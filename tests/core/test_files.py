@@ -69,9 +69,10 @@ def test_atomic_folder_puts_the_old_one_back_when_the_rename_fails(
     with atomic_folder(out, marker="mark") as folder:
         (folder / "mark").write_text("first")
     replace = Path.replace
+    monkeypatch.setattr("kdc_edge.files._exchange", lambda *_: False)  # a system that cannot
 
     def fail_for_part(self: Path, target: Path) -> Path:
-        if ".part-" in self.name:
+        if ".part-new" in self.name:
             raise OSError("busy")
         return replace(self, target)
 

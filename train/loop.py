@@ -97,7 +97,7 @@ class Trainer:
         self.metrics = ImageMetrics(config.metric_weights, self.device)
         self._prepare()
         budget = None if config.replay_mb is None else int(config.replay_mb * 1e6)
-        capacity = config.replay if budget is None else 10**9
+        capacity = config.replay if budget is None else None
         self.replay = ReplayBuffer(capacity, capacity_bytes=budget, policy=config.replay_policy)
         self.position = Position()
         self._latents: dict[str, Latents] = {}

@@ -20,7 +20,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from kdc_edge.noise_schedule import NoiseSchedule
-from kdc_edge.train.losses import LossWeights, distillation_loss
+from kdc_edge.train.config import LossWeights
+from kdc_edge.train.losses import distillation_loss
 from kdc_edge.train.student import source_name
 
 QUARTERS = 4  # of the timesteps, whose losses are told apart: forgetting differs between them

@@ -25,14 +25,13 @@ from torch import Tensor
 
 from kdc_edge.errors import CheckpointError
 
-POLICIES = ("reservoir", "balanced")
 Take = Callable[[Tensor], tuple[Tensor, Tensor]]  # numbers (n,) -> mean and deviation (n, C, h, w)
 
 
 class ReplayBuffer:
-    """At most `capacity` samples or `capacity_bytes`: posterior mean and deviation (N, C, h, w) fp16, caption, task."""
+    """Samples within limits (None: no limit): posterior mean and deviation (N, C, h, w) in fp16, caption, task."""
 
-    def __init__(self, capacity: int, *, capacity_bytes: int | None = None, policy: str = "reservoir") -> None:
+    def __init__(self, capacity: int | None, *, capacity_bytes: int | None = None, policy: str = "reservoir") -> None:
         self.capacity, self.capacity_bytes, self.policy = capacity, capacity_bytes, policy
         self.keys = torch.empty(0, dtype=torch.float64)
         self.mean: Tensor = torch.empty(0, dtype=torch.float16)
@@ -63,7 +62,7 @@ class ReplayBuffer:
         self.captions = [offered[i] for i in keep.tolist()]
         self.tasks = [tasks[i] for i in keep.tolist()]
 
-    def limit(self, capacity: int, *, capacity_bytes: int | None, policy: str) -> None:
+    def limit(self, capacity: int | None, *, capacity_bytes: int | None, policy: str) -> None:
         """Take on another budget; what no longer fits goes, as if the budget had always been this one."""
         self.capacity, self.capacity_bytes, self.policy = capacity, capacity_bytes, policy
         if not len(self):
@@ -101,7 +100,7 @@ class ReplayBuffer:
 
     def save(self, path: Path) -> None:
         texts = {
-            "capacity": str(self.capacity),
+            "capacity": json.dumps(self.capacity),
             "capacity_bytes": json.dumps(self.capacity_bytes),
             "policy": self.policy,
             "captions": json.dumps(self.captions),
@@ -115,8 +114,8 @@ class ReplayBuffer:
         try:
             with safe_open(path, framework="pt") as file:
                 texts = file.metadata()
-                limit = json.loads(texts["capacity_bytes"])
-                buffer = cls(int(texts["capacity"]), capacity_bytes=limit, policy=texts["policy"])
+                capacity, budget = json.loads(texts["capacity"]), json.loads(texts["capacity_bytes"])
+                buffer = cls(capacity, capacity_bytes=budget, policy=texts["policy"])
                 buffer.keys, buffer.mean, buffer.std = (file.get_tensor(n) for n in ("keys", "mean", "std"))
                 buffer.captions, buffer.tasks = json.loads(texts["captions"]), json.loads(texts["tasks"])
         except Exception as error:

@@ -9,16 +9,15 @@ import typer
 from typer import Option
 
 from kdc_edge.cli.project import command_line, need_export, need_training, say
+from kdc_edge.cli.settings import Given, flags
+from kdc_edge.train.config import TrainConfig
 
 
+@flags(TrainConfig, "steps", "batch_size", "samples", "eval_images", "seed", steps=250, samples=1200, eval_images=48)
 def quickstart(
+    given: Given[TrainConfig],
     out: Annotated[Path, Option(help="A new folder for runs, bundles and report.html.")] = Path("quickstart"),
-    steps: Annotated[int, Option(help="Training steps of each task.")] = 250,
-    batch_size: Annotated[int, Option(help="Samples a step.")] = 16,
-    samples: Annotated[int, Option(help="Images of each task.")] = 1200,
-    eval_images: Annotated[int, Option(help="Images of each task, after each task.")] = 48,
     repeats: Annotated[int | None, Option(help="Of each benchmark; as in kdc-edge bench.")] = None,
-    seed: Annotated[int, Option(help="Of everything random.")] = 0,
 ) -> None:
     """Train two tasks with and without replay, export, prove, generate, bench: one HTML report."""
     need_training("kdc-edge quickstart")
@@ -36,7 +35,6 @@ def quickstart(
     from kdc_edge.pipeline import Request
     from kdc_edge.runtimes import open_pipeline
     from kdc_edge.train.checkpoint import GARDEN_TEACHER
-    from kdc_edge.train.config import TrainConfig
     from kdc_edge.train.continuing import branch
     from kdc_edge.train.data.sources import GardenSource
     from kdc_edge.train.data.tasks import Task
@@ -44,11 +42,9 @@ def quickstart(
     from kdc_edge.train.quality.evaluate import evaluation_scenes
 
     refuse_foreign_folder(out, None)
-    config = TrainConfig(
-        teacher=GARDEN_TEACHER, student="garden-student",
-        tasks=(Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies")),
-        steps=steps, batch_size=batch_size, samples=samples, eval_images=eval_images, seed=seed, save_every=steps,
-        log_with="none", keep=1,
+    config = given.make(
+        teacher=GARDEN_TEACHER, tasks=(Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies")),
+        save_every=given.values["steps"], log_with="none", keep=1,
     )  # fmt: skip
 
     def follow(trainer: Trainer, progress: Progress, name: str, *, until_task: int) -> None:
@@ -63,7 +59,7 @@ def quickstart(
                     return
 
     # The first task is the same with and without replay, so it is trained once and the runs part after it.
-    with Progress(3 * steps) as progress:
+    with Progress(3 * config.steps) as progress:
         kept = Trainer(config, out / "runs" / "replay")
         teacher_scores = {t.name: kept.score(kept.generator_of(kept.teacher), t) for t in config.tasks}
         progress.say("teacher: prompt accuracy " + ", ".join(f"{n} {s.quality:.3f}" for n, s in teacher_scores.items()))
@@ -82,7 +78,7 @@ def quickstart(
         bundles[-1].verify()
 
     scenes = [evaluation_scenes(GardenSource((s,)), 4)[i] for s in ("flower", "butterfly") for i in (0, 1, 3)]
-    requests = [Request(s.caption, steps=12, guidance=4.0, seed=seed + i) for i, s in enumerate(scenes)]
+    requests = [Request(s.caption, steps=12, guidance=4.0, seed=config.seed + i) for i, s in enumerate(scenes)]
     images = {}
     sources = {
         "teacher": GARDEN_TEACHER,

@@ -1,10 +1,11 @@
-"""What can go wrong, as one tree. The command line turns these, and only these, into one line and exit code 1.
+"""What can go wrong, as one tree. The command line turns these, and only these, into one line and an exit code.
 
     KdcError
     ├── BundleError         an exported folder is missing, incomplete, changed or unsafe
     ├── CheckpointError     a diffusers folder is missing, incomplete, pickled or of another architecture
     ├── ParityError         an artifact does not compute what PyTorch computes
     ├── InputError          a prompt, size, step count, file or value that cannot be used
+    │   └── UsageError      a choice that does not exist; exit code 2
     └── MissingPackageError an optional package is needed: names the extra to install
 
 A message says what was wrong, why, and what to do, in one line.
@@ -12,12 +13,16 @@ A message says what was wrong, why, and what to do, in one line.
 
 from __future__ import annotations
 
+import difflib
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
 
 class KdcError(Exception):
     """The root: everything that kdc-edge raises on purpose."""
+
+    exit_code = 1
 
 
 class BundleError(KdcError):
@@ -36,8 +41,26 @@ class InputError(KdcError):
     """A value from the user that cannot be used."""
 
 
+class UsageError(InputError):
+    """A choice that does not exist: wrong usage, like an unknown flag."""
+
+    exit_code = 2
+
+
 class MissingPackageError(KdcError):
     """An optional package is needed."""
+
+
+def unknown_choice(option: str, value: object, choices: Iterable[str]) -> UsageError:
+    """The error for a value that is none of the choices, with the nearest of them.
+
+    >>> str(unknown_choice("--schedule", "cosin", ("cosine", "constant")))
+    "--schedule 'cosin' is unknown, did you mean cosine? Choose from cosine, constant"
+    """
+    names = list(choices)
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f", did you mean {near[0]}? Choose" if near else ": choose"
+    return UsageError(f"{option} {value!r} is unknown{hint} from {', '.join(names)}")
 
 
 def require(package: str, *, extra: str, purpose: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""What a training run is asked to do, and what of it cannot be.
+"""The settings of a training run, declared once each: the class of every flag, key, check and table of settings.
 
 config = TrainConfig(teacher=folder, student="kdc-482m", tasks=(parse_task("flowers=garden:flowers"),))
 learning_rate(config, step=0)
@@ -6,115 +6,98 @@ learning_rate(config, step=0)
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import Literal, Self
 
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import read_json
+from kdc_edge.settings import Settings, setting, settings_of
 from kdc_edge.train.data.tasks import Task
-from kdc_edge.train.losses import LossWeights
-from kdc_edge.train.replay import POLICIES
 
-CHOICES = {
-    "mixed_precision": ("auto", "no", "bf16", "fp16"),
-    "schedule": ("cosine", "constant"),
-    "optimizer": ("adamw", "adamw8bit"),
-    "replay_policy": POLICIES,
-    "replay_teacher": ("teacher", "student"),
-    "log_with": ("none", "tensorboard", "wandb", "trackio"),
-}
-# What may differ between the run that was interrupted and the one that goes on: none of it changes the weights.
-FREE_TO_CHANGE = ("save_every", "keep", "device", "log_with", "sample_every", "metric_weights", "cache")
+ReplayPolicy = Literal["reservoir", "balanced"]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """What a run does. Fields are the command line's flags."""
+class LossWeights(Settings):
+    """The weight of each loss term."""
 
-    teacher: Path
-    student: str  # a preset
+    task: float = setting(1.0, "Weight of the denoising loss.", "Distillation", option="weight_task", ge=0)
+    output: float = setting(1.0, "Weight of the output-level loss.", "Distillation", option="weight_output", ge=0)
+    soft: float = setting(1.0, "Weight of the soft-target loss.", "Distillation", option="weight_soft", ge=0)
+    feature: float = setting(0.1, "Weight of the block-feature loss.", "Distillation", option="weight_feature", ge=0)
+    temperature: float = setting(2.0, "Temperature T of the soft targets.", "Distillation", gt=0)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
+    """A training run. `free` settings do not change the weights and may change when the run is resumed."""
+
     tasks: tuple[Task, ...]
-    steps: int = 300  # of each task
-    batch_size: int = 16  # samples a step, over all processes
-    accumulate: int = 1  # parts in which a process computes its share of a batch, one after the other
-    samples: int | None = None  # images of each task; all where None (2,000 of the garden)
-    resolution: int | None = None  # pixels a side; the teacher's own where None
-    inherit: bool = True  # start from the teacher's weights
-    learning_rate: float = 1e-3
-    schedule: str = "cosine"  # or "constant"
-    warmup: int | None = None  # steps; a tenth of a task where None
-    optimizer: str = "adamw"  # or "adamw8bit", of bitsandbytes
-    replay: int = 500  # samples that the buffer holds; 0 = no replay
-    replay_mb: float | None = None  # the buffer's budget in megabytes; takes the place of `replay`
-    replay_policy: str = "reservoir"  # or "balanced"
-    replay_ratio: float = 0.5  # of a batch, once there is something to replay
-    replay_weight: float = 1.0  # of a replayed sample's loss
-    replay_teacher: str = "teacher"  # or "student": replayed samples are distilled from the student before the task
-    seed: int = 0
-    loss: LossWeights = field(default_factory=LossWeights)
-    caption_dropout: float = 0.1  # of the captions are emptied, for classifier-free guidance
-    ema_decay: float = 0.995
-    mixed_precision: str = "auto"  # "no", "bf16", "fp16"; auto takes bf16 on CUDA (on CPUs it is slower at garden size)
-    gradient_checkpointing: bool = False  # compute activations twice, keep few
-    channels_last: bool = False
-    compile: bool = False
-    device: str = "auto"
-    save_every: int = 100  # steps
-    keep: int = 2  # saved states, the newest
-    sample_every: int = 0  # steps between sample sheets; 0 = none
-    log_with: str = "tensorboard"  # or "none", "wandb", "trackio"
-    eval_images: int = 32  # of each task, after each task
-    metric_weights: Path | None = None  # folder with the weight files of FID, LPIPS and the CLIP score
-    cache: Path | None = None  # of latents and embeddings; in the run's folder where None
+    teacher: Path = setting(MISSING, "A diffusers folder, a hub id, or `garden`, the one that ships.", "Student")
+    student: str = setting("garden-student", "A preset: see kdc-edge init -h.", "Student")
+    inherit: bool = setting(True, "Start from the teacher's weights.", "Student")
+
+    samples: int | None = setting(None, "Images of each task; all by default, 2,000 of the garden.", "Data", ge=1)
+    resolution: int | None = setting(None, "Image side in pixels; the teacher's by default.", "Data", ge=1)
+    caption_dropout: float = setting(0.1, "Share of captions emptied, for guidance.", "Data", ge=0, lt=1)
+    cache: Path | None = setting(None, "Folder of encoded latents; the run's own by default.", "Data", free=True)
+
+    steps: int = setting(300, "Steps of each task.", "Optimization", ge=1)
+    batch_size: int = setting(16, "Samples a step, over all processes.", "Optimization", ge=1)
+    accumulate: int = setting(1, "Micro-batches of a process in each step.", "Optimization", ge=1)
+    learning_rate: float = setting(1e-3, "Peak learning rate; 1e-5 to 1e-3 is usual.", "Optimization", gt=0, lt=1)
+    schedule: Literal["cosine", "constant"] = setting("cosine", "Learning rate schedule.", "Optimization")
+    warmup: int | None = setting(None, "Warm-up steps; a tenth of a task by default.", "Optimization", ge=0)
+    optimizer: Literal["adamw", "adamw8bit"] = setting("adamw", "adamw8bit needs bitsandbytes.", "Optimization")
+    ema_decay: float = setting(0.995, "Decay of the EMA of the weights, which is kept.", "Optimization", ge=0, lt=1)
+    seed: int = setting(0, "Seed of all randomness.", "Optimization", ge=0, lt=2**63)
+
+    loss: LossWeights = LossWeights()
+
+    replay: int = setting(500, "Samples kept of earlier tasks; 0 for no replay.", "Replay", ge=0)
+    replay_mb: float | None = setting(None, "Megabytes kept of earlier tasks, instead of --replay.", "Replay", ge=0)
+    replay_policy: ReplayPolicy = setting("reservoir", "Uniform over all samples, or over tasks.", "Replay")
+    replay_ratio: float = setting(0.5, "Share of a batch that is replayed.", "Replay", ge=0, lt=1)
+    replay_weight: float = setting(1.0, "Weight of a replayed sample's loss.", "Replay", ge=0)
+    replay_teacher: Literal["teacher", "student"] = setting(
+        "teacher", "Who teaches replayed samples: the teacher, or the EMA student from the previous task.", "Replay"
+    )
+
+    eval_images: int = setting(32, "Images of each task, after each task.", "Evaluation", ge=2)
+    metric_weights: Path | None = setting(None, "Folder of FID, LPIPS and CLIP weights.", "Evaluation", free=True)
+    sample_every: int = setting(0, "Steps between sheets of samples; 0 for none.", "Evaluation", free=True, ge=0)
+
+    device: str = setting("auto", "auto, cpu, cuda or mps.", "Performance", free=True)
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = setting(
+        "auto", "Compute dtype; auto takes bf16 on CUDA, fp32 elsewhere.", "Performance"
+    )
+    gradient_checkpointing: bool = setting(False, "Less memory, a third more work.", "Performance")
+    channels_last: bool = setting(False, "Memory layout for tensor cores.", "Performance")
+    compile: bool = setting(False, "Compile the blocks of both networks.", "Performance")
+
+    save_every: int = setting(100, "Steps between saved states.", "Run", free=True, ge=1)
+    keep: int = setting(2, "Saved states kept, the newest.", "Run", free=True, ge=1)
+    log_with: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
+        "tensorboard", "Tracker of losses and sample sheets.", "Run", free=True
+    )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "samples", "save_every", "keep"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{flag(name)} {value} is too few: use 1 or more")
-        for name in ("replay", "replay_mb", "replay_weight", "sample_every", "warmup"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise InputError(f"{flag(name)} {value} is negative: use 0 for none")
-        for name in ("replay_ratio", "caption_dropout", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{flag(name)} {getattr(self, name)} is out of range: use 0 to below 1")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise InputError(f"{flag(name)} {getattr(self, name)!r} is unknown: choose from {', '.join(choices)}")
-        if not 0 < self.learning_rate < 1:
-            raise InputError(f"--learning-rate {self.learning_rate} is out of range: 1e-5 to 1e-3 is usual")
-        if self.eval_images < 2:
-            raise InputError(f"--eval-images {self.eval_images} is too few: use 2 or more")
+        super().__post_init__()
         if not self.tasks:
             raise InputError("there is nothing to learn: give at least one --task NAME=SOURCE")
         if len({t.name for t in self.tasks}) < len(self.tasks):
             raise InputError("two tasks have the same name: every --task needs its own")
 
     @classmethod
-    def load(cls, run: Path) -> TrainConfig:
+    def load(cls, run: Path) -> Self:
         """The configuration that a run was started with; raises CheckpointError where there is none."""
-        saved = read_json(run / "config.json", CheckpointError)
-        unknown = saved.keys() - {f.name for f in fields(cls)}
-        if unknown or not {"teacher", "student", "tasks"} <= saved.keys():
-            raise CheckpointError(f"{run / 'config.json'} is no run's configuration: start anew")
-        paths = {name: Path(str(saved[name])) for name in ("teacher", "metric_weights", "cache") if saved.get(name)}
+        path = run / "config.json"
         try:
-            tasks = tuple(Task(**task) for task in saved["tasks"])  # type: ignore[attr-defined]
-            loss = LossWeights(**saved.get("loss", {}))  # type: ignore[arg-type]
-            return cls(**(saved | paths | {"tasks": tasks, "loss": loss}))  # type: ignore[arg-type]
-        except TypeError as error:
-            raise CheckpointError(f"{run / 'config.json'} is no run's configuration: {error}") from None
-
-    def as_json(self) -> dict[str, object]:
-        return json.loads(json.dumps(asdict(self), default=str))  # type: ignore[no-any-return]
-
-
-def flag(name: str) -> str:
-    """The command line's name of a field."""
-    return f"--{name.replace('_', '-')}"
+            return cls.from_json(read_json(path, CheckpointError))
+        except InputError as error:
+            raise CheckpointError(f"{path} is no run's configuration: {error}") from None
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -134,9 +117,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def check_same(config: TrainConfig, saved: dict[str, object]) -> None:
     """Refuse to resume with another configuration than the run was started with."""
-    now = config.as_json()
-    for name, value in now.items():
-        if saved.get(name) != value and name not in FREE_TO_CHANGE:
-            raise InputError(
-                f"{flag(name)} is {value} and the run was started with {saved.get(name)}: resume with the same settings"
-            )
+    before = config.from_json(saved)
+    pairs = [(s.option, s.of(config), s.of(before)) for s in settings_of(type(config)) if not s.free]
+    tasks, learnt = (" ".join(map(str, c.tasks)) for c in (config, before))
+    for option, now, then in [*pairs, ("--task", tasks, learnt)]:
+        if now != then:
+            raise InputError(f"{option} is {now} and the run was started with {then}: resume with the same settings")

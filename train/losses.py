@@ -5,29 +5,20 @@
       + w_soft * T^2 * KL(softmax_c(e_t / T) || softmax_c(e_s / T))   layer 1, soft targets ("semantic")
       + w_feat * sum_b MSE(f_s[b], f_t[b])                       layer 2, block features ("structural")
 
-e is the noise (or the velocity), e_s and e_t the student's and the teacher's predictions, f[b] a block's output.
+e is the noise (or the velocity), e_s and e_t the student's and the teacher's predictions, f[b] a block's output;
+the temperature T is 2 in the authors' code.
 Gradients flow into the student's side alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class LossWeights:
-    """How much each term counts; `temperature` softens the soft targets (T, 2 in the authors' code)."""
-
-    task: float = 1.0
-    output: float = 1.0
-    soft: float = 1.0
-    feature: float = 0.1
-    temperature: float = 2.0
+from kdc_edge.train.config import LossWeights
 
 
 def mean_squared_error(a: Tensor, b: Tensor) -> Tensor:

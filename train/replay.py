@@ -25,7 +25,6 @@ from torch import Tensor
 
 from kdc_edge.errors import CheckpointError
 
-POLICIES = ("reservoir", "balanced")
 Take = Callable[[Tensor], tuple[Tensor, Tensor]]  # numbers (n,) -> mean and std (n, C, h, w)
 
 

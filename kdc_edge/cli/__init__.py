@@ -19,7 +19,7 @@ def main() -> None:
         app()
     except KdcError as error:
         print(f"kdc-edge: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("kdc-edge: interrupted", file=sys.stderr)
         sys.exit(130)

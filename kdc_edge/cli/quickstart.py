@@ -11,6 +11,8 @@ import typer
 from typer import Option
 
 from kdc_edge.cli.project import command_line, need_export, need_training, say
+from kdc_edge.cli.settings import Given, flags
+from kdc_edge.train.config import TrainConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,19 +21,15 @@ if TYPE_CHECKING:
     from kdc_edge.bundle import Bundle
     from kdc_edge.cli.progress import ProgressBar
     from kdc_edge.pipeline import Request
-    from kdc_edge.train.config import TrainConfig
     from kdc_edge.train.loop import Trainer
     from kdc_edge.train.quality.evaluate import Score
 
 
+@flags(TrainConfig, "steps", "batch_size", "samples", "eval_images", "seed", steps=250, samples=1200, eval_images=48)
 def quickstart(
+    given: Given[TrainConfig],
     out: Annotated[Path, Option(help="A new folder for runs, bundles and report.html.")] = Path("quickstart"),
-    steps: Annotated[int, Option(help="Training steps of each task.")] = 250,
-    batch_size: Annotated[int, Option(help="Samples a step.")] = 16,
-    samples: Annotated[int, Option(help="Images of each task.")] = 1200,
-    eval_images: Annotated[int, Option(help="Images of each task, after each task.")] = 48,
     repeats: Annotated[int | None, Option(help="Of each benchmark; as in kdc-edge bench.")] = None,
-    seed: Annotated[int, Option(help="Of everything random.")] = 0,
 ) -> None:
     """Train two tasks with and without replay, export, prove, generate, bench: one HTML report."""
     need_training("kdc-edge quickstart")
@@ -40,17 +38,14 @@ def quickstart(
     from kdc_edge.files import refuse_foreign_folder
     from kdc_edge.image import grid, save_png
     from kdc_edge.train.checkpoint import GARDEN_TEACHER
-    from kdc_edge.train.config import TrainConfig
     from kdc_edge.train.data.sources import GardenSource
     from kdc_edge.train.data.tasks import Task
     from kdc_edge.train.quality.evaluate import EVALUATION, evaluation_scenes
 
     refuse_foreign_folder(out, None)
-    config = TrainConfig(
-        teacher=GARDEN_TEACHER, student="garden-student",
-        tasks=(Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies")),
-        steps=steps, batch_size=batch_size, samples=samples, eval_images=eval_images, seed=seed, save_every=steps,
-        log_with="none", keep=1,
+    config = given.make(
+        teacher=GARDEN_TEACHER, tasks=(Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies")),
+        save_every=given.values["steps"], log_with="none", keep=1,
     )  # fmt: skip
     trained = _train(config, out / "runs")
     checkpoints = {
@@ -61,7 +56,7 @@ def quickstart(
     bundles = _export(checkpoints["student"], out / "bundles")
 
     scenes = [evaluation_scenes(GardenSource((s,)), 4)[i] for s in ("flower", "butterfly") for i in (0, 1, 3)]
-    requests = [replace(EVALUATION, prompt=s.caption, seed=seed + i) for i, s in enumerate(scenes)]
+    requests = [replace(EVALUATION, prompt=s.caption, seed=config.seed + i) for i, s in enumerate(scenes)]
     images = _generate(checkpoints | {f"bundle {b.root.name}": b.root for b in bundles}, requests)
     folders = [checkpoints["student"], *(b.root for b in bundles)]
     report = _bench(folders, replace(requests[0], steps=20), repeats, out / "bench.json")

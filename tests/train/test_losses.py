@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdc_edge.train.losses import LossWeights, distillation_loss, feature_loss, soft_target_loss
+from kdc_edge.train.config import LossWeights
+from kdc_edge.train.losses import distillation_loss, feature_loss, soft_target_loss
 
 
 def batch(seed: int, *shape: int) -> torch.Tensor:

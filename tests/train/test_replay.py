@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from kdc_edge.errors import CheckpointError
-from kdc_edge.train.replay import POLICIES, ReplayBuffer
+from kdc_edge.train.config import ReplayPolicy
+from kdc_edge.train.replay import ReplayBuffer
 
 
 def offer(buffer: ReplayBuffer, numbers: range, task: str, generator: torch.Generator) -> None:
@@ -56,7 +58,7 @@ def test_draws_are_seeded_and_reach_everything() -> None:
 def test_a_balanced_buffer_holds_as_many_of_each_task_and_the_reservoir_does_not() -> None:
     """A long first task and two short ones, the last of two samples: its free places go to the others."""
     counts = {}
-    for policy in POLICIES:
+    for policy in get_args(ReplayPolicy):
         buffer, generator = ReplayBuffer(12, policy=policy), torch.Generator().manual_seed(0)
         for task, numbers in (("a", range(400)), ("b", range(400, 420)), ("c", range(420, 422))):
             offer(buffer, numbers, task, generator)
@@ -85,7 +87,7 @@ def test_a_budget_in_bytes_is_kept_and_used() -> None:
 
 
 def test_a_smaller_budget_leaves_what_it_would_have_kept_from_the_start() -> None:
-    for policy in POLICIES:
+    for policy in get_args(ReplayPolicy):
         large, small = (ReplayBuffer(n, policy=policy) for n in (30, 7))
         for buffer in (large, small):
             generator = torch.Generator().manual_seed(0)

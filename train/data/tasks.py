@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from kdc_edge.errors import InputError
-from kdc_edge.train.data.source import Source
-from kdc_edge.train.data.sources import open_source
+
+if TYPE_CHECKING:
+    from kdc_edge.train.data.source import Source
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,12 @@ class Task:
     source: str
     caption: str | None = None  # a template with {name}; the source's own where None
 
+    def __str__(self) -> str:
+        return f"{self.name}={self.source}" + (f" ({self.caption})" if self.caption else "")
+
     def open(self) -> Source:
+        from kdc_edge.train.data.sources import open_source  # a configuration with its tasks needs no numpy
+
         return open_source(self.source, caption=self.caption)
 
 

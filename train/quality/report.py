@@ -4,14 +4,46 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from kdc_edge import __version__
 from kdc_edge.bundle import Model
 from kdc_edge.files import write_atomic
+from kdc_edge.text import markdown_table
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.quality.evaluate import EVALUATION, average, backward_transfer, forgetting
 from kdc_edge.train.runs import Position
+
+CARD = Template("""\
+---
+library_name: diffusers
+pipeline_tag: text-to-image
+base_model: $base_model
+tags: ["stable-diffusion", "knowledge-distillation", "continual-learning", "kdc-edge"]
+---
+
+# $student, distilled
+
+A `$student` U-Net distilled from `$teacher` by kdc-edge $version
+($prediction prediction), task after task, with latent replay.
+
+## Trained on
+
+$tasks
+
+$settings
+## Measured
+
+R, `$metric` of each task (column) after training each task (row); higher is better.
+
+$matrix
+$transfer
+After the last task:
+
+$last
+Conditions: $conditions.
+""")
 
 
 def write_results(run: Path, config: TrainConfig, position: Position) -> dict[str, Any]:
@@ -31,70 +63,35 @@ def write_results(run: Path, config: TrainConfig, position: Position) -> dict[st
 
 
 def model_card(config: TrainConfig, model: Model, results: dict[str, Any]) -> str:
-    """README.md of a checkpoint: a YAML header that the hub reads, what it was trained on, its numbers."""
-    header = {
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "base_model": str(config.teacher.name),
-        "tags": ["stable-diffusion", "knowledge-distillation", "continual-learning", "kdc-edge"],
-    }
-    yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
-    tasks = "\n".join(f"{i}. {t.name}: `{t.source}`" for i, t in enumerate(config.tasks, 1))
-    names = results["tasks"]
+    """README.md of a checkpoint: a YAML header that the hub reads, tasks, settings and results."""
+    names, matrix = results["tasks"], results[results["metric"]]
     rows = [
-        f"| {name} | "
-        + " | ".join("" if v is None else f"{v:.4g}" for v in [*row, *[None] * (len(names) - len(row))])
-        + " |"
-        for name, row in zip(names, results[results["metric"]], strict=True)
+        [name, *map(_number, row), *[""] * (len(names) - len(row))] for name, row in zip(names, matrix, strict=True)
     ]
     last = [
-        f"| {task} | " + ", ".join(f"{k} {v:.4g}" for k, v in (values or {}).items()) + " |"
-        for task, values in zip(names, results["values"][-1], strict=True)
+        (name, ", ".join(f"{metric} {value:.4g}" for metric, value in (values or {}).items()))
+        for name, values in zip(names, results["values"][-1], strict=True)
     ]
-    loss = config.loss
-    replayed = f"{config.replay} samples" if config.replay_mb is None else f"{config.replay_mb} MB"
-    transfer = "".join(
-        f"- {label}: {results[key]:.4g}\n"
-        for label, key in (
-            ("average", "average"),
-            ("backward transfer", "backward_transfer"),
-            ("forgetting (maximum minus last)", "forgetting_max_minus_last"),
-        )
-        if results[key] is not None
+    transfer = {
+        "average": results["average"],
+        "backward transfer": results["backward_transfer"],
+        "forgetting (maximum minus last)": results["forgetting_max_minus_last"],
+    }
+    return CARD.substitute(
+        base_model=json.dumps(config.teacher.name),
+        student=config.student,
+        teacher=config.teacher.name,
+        version=__version__,
+        prediction=model.scheduler.get("prediction_type", "epsilon"),
+        tasks="\n".join(f"{i}. {t.name}: `{t.source}`" for i, t in enumerate(config.tasks, 1)),
+        settings=markdown_table(("group", "setting", "value"), config.table()),
+        metric=results["metric"],
+        matrix=markdown_table(("after", *names), rows),
+        transfer="".join(f"- {name}: {_number(value)}\n" for name, value in transfer.items() if value is not None),
+        last=markdown_table(("task", "values"), last),
+        conditions=results["conditions"],
     )
-    return f"""---
-{yaml}
----
 
-# {config.student}, distilled
 
-A `{config.student}` U-Net distilled from `{config.teacher.name}` by kdc-edge {__version__}
-({model.scheduler.get("prediction_type", "epsilon")} prediction), task after task, with latent replay.
-
-## Trained on
-
-{tasks}
-
-{config.steps} steps of {config.batch_size} samples a task; AdamW, peak learning rate {config.learning_rate:g}, \
-{config.schedule}; seed {config.seed}; weights at the start: \
-{"the teacher's" if config.inherit else "random"}.
-Loss: {loss.task:g} task + {loss.output:g} output + {loss.soft:g} soft targets (T = {loss.temperature:g}) \
-+ {loss.feature:g} features. Replay: {replayed}, {config.replay_policy}, {config.replay_ratio:g} of a batch.
-
-## Measured
-
-R, `{results["metric"]}` of each task (column) after training each task (row); higher is better.
-
-| after | {" | ".join(names)} |
-|---|{"---|" * len(names)}
-{chr(10).join(rows)}
-
-{transfer}
-After the last task:
-
-| task | |
-|---|---|
-{chr(10).join(last)}
-
-Conditions: {results["conditions"]}.
-"""
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -21,10 +21,9 @@ from pathlib import Path
 from kdc_edge.errors import InputError
 from kdc_edge.files import read_json, write_atomic
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
-from kdc_edge.train.config import TrainConfig
+from kdc_edge.train.config import LossWeights, TrainConfig
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.loop import Trainer
-from kdc_edge.train.losses import LossWeights
 from kdc_edge.train.runs import branch_run
 from kdc_edge.train.tools.experiment_report import write_report
 

@@ -38,6 +38,7 @@ class Plan:
     state_bytes: int  # on the disk, each of `keep`
     keep: int
     latents_bytes_per_sample: int
+    settings: str  # as flags, those that differ from their defaults
 
     def lines(self) -> list[str]:
         memory = self.weights_bytes + self.activation_bytes
@@ -49,6 +50,7 @@ class Plan:
             f"disk about {self.keep * self.state_bytes / GB:.2f} GB for {self.keep} saved states,"
             f" {4 * self.student_parameters / GB:.2f} GB for the checkpoint's U-Net,"
             f" {self.latents_bytes_per_sample * 1000 / GB:.3f} GB of latents for every 1,000 images",
+            f"settings that differ from their defaults: {self.settings}",
         ]
 
 
@@ -81,6 +83,7 @@ def make_plan(config: TrainConfig) -> Plan:
         state_bytes=ours * (4 + 4 + adam),
         keep=config.keep,
         latents_bytes_per_sample=2 * 2 * 2 * model.latent_channels * side * side,
+        settings=config.as_flags(),
     )
 
 

@@ -1,0 +1,75 @@
+"""The flags of a configuration class: a command's parameter `given` becomes one option a setting.
+
+@flags(TrainConfig, teacher="garden")                    # with other defaults than the fields', where it names any
+def train(given: Given[TrainConfig], out: ...) -> None:
+    config = given.make(tasks=...)
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, replace
+from typing import Annotated, Any, Generic, TypeVar
+
+import typer
+
+from kdc_edge.settings import Setting, Settings, arguments, settings_of
+
+T = TypeVar("T", bound=Settings)
+
+
+@dataclass(frozen=True)
+class Given(Generic[T]):
+    """What the command line and kdc-edge.toml say of a configuration class."""
+
+    kind: type[T]
+    values: dict[str, Any]  # by the setting's name
+    typed: frozenset[str]  # names of the command's parameters that were given by hand
+
+    def make(self, **others: Any) -> T:
+        """A new configuration; `others` are the fields that have no flag here."""
+        return self.kind(**arguments(self.kind, self.values), **others)
+
+    def change(self, config: T, **others: Any) -> T:
+        """A configuration with the values that were given by hand."""
+        typed = {name: value for name, value in self.values.items() if name in self.typed}
+        return replace(config, **arguments(config, typed), **others)  # type: ignore[type-var]
+
+
+def flags(kind: type[Settings], *names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of these settings, or of all; its parameter `given` receives them."""
+    chosen = [s for s in settings_of(kind) if not names or s.name in names]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def wrapper(context: typer.Context, **values: Any) -> None:
+            sources = {name: context.get_parameter_source(name) for name in values}
+            typed = frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE")
+            given = Given(kind, {s.name: values.pop(s.name) for s in chosen}, typed)
+            command(given=given, **values)
+
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for name, p in signature.parameters.items() if name != "given"]
+        made = [_parameter("context", typer.Context), *(_option(s, defaults) for s in chosen), *own]
+        wrapper.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in made]
+        )
+        return wrapper
+
+    return decorate
+
+
+def _option(s: Setting, defaults: dict[str, Any]) -> inspect.Parameter:
+    """Choices and bounds are shown here and checked by the class, in one line and for TOML keys alike."""
+    default = defaults.get(s.name, s.default)
+    words = f"{s.help.rstrip('.')} ({s.range})." if s.range else s.help
+    names = (s.option,) if default is False else ()  # else typer adds --no-NAME
+    about = typer.Option(*names, help=words, rich_help_panel=s.group, metavar="|".join(s.choices) or None)
+    return _parameter(s.name, Annotated[str if s.choices else s.kind, about], default)
+
+
+def _parameter(name: str, annotation: Any, default: Any = MISSING) -> inspect.Parameter:
+    found = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+    return found if default is MISSING else found.replace(default=default)

@@ -169,14 +169,14 @@ def _demand(parity: Parity, row: Format) -> None:
     failed = [_words(check) for check in parity.checks if not check.passed]
     if failed:
         raise ParityError(
-            f"{row.name} does not compute what PyTorch computes, nothing was written: {'; '.join(failed)};"
-            " try a higher precision, or look at it with --no-verify"
+            f"{row.name} does not compute the same as PyTorch, nothing was written: {'; '.join(failed)};"
+            " try a higher precision, or inspect the bundle with --no-verify"
         )
 
 
 def _words(check: Check) -> str:
     if check.psnr_db is None or not math.isfinite(check.psnr_db):
-        return f"{check.what}: values that are no numbers, or of another shape"
+        return f"{check.what}: values that are no numbers, or a wrong shape"
     return (
         f"{check.what}: {check.psnr_db:.1f} dB where {check.threshold_db:g} dB are needed"
         f" (largest error {check.max_abs_error:.3g})"

@@ -1,4 +1,4 @@
-"""Calibration data: the U-Net's inputs while the student generates from the user's own prompts.
+"""Calibration data: the U-Net's inputs, recorded while the checkpoint generates images from the user's prompts.
 
     calibration = calibrate(checkpoint, prompts, samples=64, seed=0)
     [call["sample"].shape for call in calibration.inputs]                # each (2, C, h, w): cond, uncond

@@ -1,4 +1,4 @@
-"""The three networks as exportable modules, described the way optimum describes what it exports.
+"""The three networks as exportable modules, with inputs and outputs described as in optimum.
 
     part = load_component(Path("runs/latest/checkpoint"), "unet")
     part.config.input_shapes, part.config.output_shapes         # {"sample": ("batch_size", 4, ...), ...}
@@ -89,7 +89,7 @@ class DummyTimestep(DummyInputGenerator):  # type: ignore[misc]  # optimum has n
 
 
 class DummyHiddenStates(DummyInputGenerator):  # type: ignore[misc]
-    """What the text encoder gives: float (B, 77, D)."""
+    """Text encoder output: float (B, 77, D)."""
 
     SUPPORTED_INPUT_NAMES = ("encoder_hidden_states",)
 

@@ -1,14 +1,14 @@
-"""The proof: a bundle computes what PyTorch computes, shown on inputs that the student really sees.
+"""The proof: parity of a bundle with PyTorch, on recorded inputs and on whole images.
 
     parity = check_parity(checkpoint, Path("bundles/onnx-fp16"), find_format("onnx", "fp16"), prompts)
     [c.what for c in parity.checks if not c.passed]
 
-The checkpoint denoises a few prompts in fp32 while everything that goes into its components, and comes out,
-is recorded. The bundle's components then compute the same inputs, and the bundle makes the same images.
+The checkpoint generates images for a few prompts in fp32 while its components' inputs and outputs are recorded. The
+bundle's components then compute the same inputs, and the bundle generates the same images.
 
-An engine may compute in fewer bits than the artifact has (bfloat16 on some processors). An image can then turn out
-differently in a detail, a petal more or less, though the artifact is right. So where images miss their aim, they are
-made again in 32 bits, which is what judges the artifact; as this machine computes them they must still be recognizable.
+An engine may compute in fewer bits than the artifact has (bfloat16 on some processors). A detail of an image, such as
+one petal, can then differ though the artifact is right. Images below the threshold are therefore generated again in 32
+bits, where the threshold applies; those in the engine's own arithmetic must still be recognizable.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ STEPS = 4  # enough to visit noise, structure and detail
 GUIDANCE = 4.0
 RECOGNIZABLE_DB = 20.0  # of two images that differ in a detail; images of two subjects are at about 10
 
-Call = tuple[dict[str, np.ndarray], np.ndarray]  # a component's inputs by name, and its answer
+Call = tuple[dict[str, np.ndarray], np.ndarray]  # a component's inputs by name, and its output
 
 
 @dataclass
 class Recorder:
-    """A component that remembers what it was given and what it answered."""
+    """A component that records its inputs and outputs."""
 
     component: Component
     calls: list[Call] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Reference:
-    """What PyTorch computed: each component's calls, and the images."""
+    """PyTorch's results: the calls of each component, and the images."""
 
     calls: dict[str, list[Call]]
     images: list[np.ndarray]  # uint8 (H, W, 3), one a prompt
@@ -85,7 +85,7 @@ def check_parity(checkpoint: Path, bundle: Path, row: Format, prompts: Sequence[
 
 
 def record(checkpoint: Path, tokenizer: Path, requests: Iterable[Request]) -> Reference:
-    """Make the images with PyTorch, remembering what each component was given and answered."""
+    """Generate the images with PyTorch and record each component's inputs and outputs."""
     runtime = get_runtime("torch")
     recorders = {c: Recorder(runtime.load(checkpoint, c, LoadOptions(device="CPU"))) for c in COMPONENTS}
     pipeline = Pipeline(read_model(checkpoint), Tokenizer.from_folder(tokenizer), recorders)
@@ -99,7 +99,7 @@ def record(checkpoint: Path, tokenizer: Path, requests: Iterable[Request]) -> Re
 def compare(what: str, calls: Sequence[Call], component: Component, threshold_db: float) -> Check:
     """The worst signal-to-noise ratio over the recorded calls; the peak is the reference's largest magnitude.
 
-    An answer of another shape, or with values that are no numbers, fails: its error is infinite.
+    An output with a wrong shape, or with values that are no numbers, fails: its error is infinite.
     """
     found = [_distance(component(**inputs), expected) for inputs, expected in calls]
     return _worst(what, found, threshold_db)

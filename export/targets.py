@@ -1,4 +1,4 @@
-"""The targets, their options, and what every export is asked.
+"""The targets, their options, and the request of an export.
 
     request = ExportRequest(Path("runs/latest/checkpoint"), Path("bundles/onnx-fp16"), "onnx", "fp16")
     bundle = export_checkpoint(request, OnnxOptions(static=True))

@@ -71,7 +71,7 @@ def targets() -> tuple[str, ...]:
 
 
 def find_format(target: str, precision: str) -> Format:
-    """The row of a target and precision; raises InputError naming what there is."""
+    """The row of a target and precision; raises InputError naming the choices."""
     for row in FORMATS:
         if (row.target, row.precision) == (target, precision):
             return row
@@ -82,7 +82,7 @@ def find_format(target: str, precision: str) -> Format:
 
 
 def formats_table() -> str:
-    """The table as the README shows it."""
+    """The README's table."""
     names = ("target", "precision", "description", "bytes per weight", "engine", "minimum image PSNR")
     rows = [
         (f.target, f.precision, f.description, f"{f.bytes_per_weight:g}", f.engines[0], f"{f.min_image_psnr_db:g} dB")

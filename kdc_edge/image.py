@@ -160,7 +160,7 @@ def parse_parameters(text: str) -> dict[str, str]:
 
 
 def _one_line(value: object) -> str:
-    """The value's text without control characters, and without halves of characters, which UTF-8 has not."""
+    """The value's text without control characters; lone surrogates, which UTF-8 cannot encode, are replaced."""
     text = str(value).replace("\r\n", "\n").encode("utf-8", "replace").decode()
     return "".join(" " if unicodedata.category(character) == "Cc" else character for character in text)
 

@@ -1,4 +1,4 @@
-"""The architectures: one table. Configurations are in diffusers' and transformers' own words.
+"""The architectures, as one table of diffusers and transformers configurations.
 
 The U-Net parameter counts are exact and tested. Full-size shapes follow the public Stable Diffusion 1.x
 configuration; the students follow BK-SDM (arXiv 2305.15798) and KDC-Diff (arXiv 2505.06995).
@@ -20,8 +20,8 @@ _CROSS_UP, _UP = "CrossAttnUpBlock2D", "UpBlock2D"
 @dataclass(frozen=True)
 class Preset:
     name: str
-    does: str
-    family: str  # "sd1" or "garden": which text encoder, VAE and tokenizer go with it
+    description: str
+    family: str  # "sd1" or "garden": shared text encoder, VAE and tokenizer
     unet: Config
     unet_parameters: int
     image_size: int  # pixels a side
@@ -56,15 +56,15 @@ _GARDEN_STAGES = (32, 64, 80, 80)
 
 PRESETS: tuple[Preset, ...] = (
     Preset("sd1-teacher", "Stable Diffusion 1.x", "sd1", _unet(_SD1, _SD1_STAGES, 2, mid=True), 859_520_964, 512),
-    Preset("kdc-482m", "the KDC-Diff student: one layer a block, no mid block", "sd1",
+    Preset("kdc-482m", "KDC-Diff student: one layer per block, no mid block", "sd1",
            _unet(_SD1, _SD1_STAGES, 1, mid=False), 482_346_884, 512),
-    Preset("kdc-420m", "three stages with attention in all, and a mid block", "sd1",
+    Preset("kdc-420m", "three stages, all with attention, and a mid block", "sd1",
            _unet(_SD1, (320, 640, 1280), 1, mid=True, attention_everywhere=True), 420_423_044, 512),
-    Preset("bk-tiny", "three stages with attention in all, no mid block", "sd1",
+    Preset("bk-tiny", "three stages, all with attention, no mid block", "sd1",
            _unet(_SD1, (320, 640, 1280), 1, mid=False, attention_everywhere=True), 323_384_964, 512),
-    Preset("garden-teacher", "Stable Diffusion 1.x in small, for 64x64 garden images", "garden",
+    Preset("garden-teacher", "small Stable Diffusion 1.x for 64x64 garden images", "garden",
            _unet(_GARDEN, _GARDEN_STAGES, 2, mid=True), 4_420_932, 64),
-    Preset("garden-student", "the KDC-Diff student in small: one layer a block, no mid block", "garden",
+    Preset("garden-student", "small KDC-Diff student: one layer per block, no mid block", "garden",
            _unet(_GARDEN, _GARDEN_STAGES, 1, mid=False), 2_548_340, 64),
 )  # fmt: skip
 
@@ -91,7 +91,7 @@ SCHEDULER: Config = {
 
 
 def find_preset(name: str) -> Preset:
-    """A preset by name; raises InputError naming what there is."""
+    """A preset by name; raises InputError naming the choices."""
     for preset in PRESETS:
         if preset.name == name:
             return preset

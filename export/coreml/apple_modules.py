@@ -44,7 +44,7 @@ class AppleVaeDecoder(VaeDecoder):
 
 @dataclass(frozen=True)
 class AppleNetwork:
-    """A traceable module, and what goes in and comes out."""
+    """A traceable module with its inputs and outputs."""
 
     module: nn.Module
     inputs: Mapping[str, TensorInfo]
@@ -71,10 +71,10 @@ def apple_network(part: ExportComponent, model: Model, *, unet_batch: int) -> Ap
             {"last_hidden_state": floats(1, tokens, width), "pooled_outputs": floats(1, width)},
             {
                 "input_ids": f"token ids of the prompt as floats, padded to {tokens}",
-                "last_hidden_state": "text embedding for the U-Net: one vector per token",
-                "pooled_outputs": "text embedding as one vector; not an input of the U-Net",
+                "last_hidden_state": "the text as the U-Net reads it: one vector a token",
+                "pooled_outputs": "the text as one vector; the U-Net does not read it",
             },
-            "encodes a prompt",
+            "reads a prompt",
         )
     if part.name == "unet":
         width = int(part.config.input_shapes["encoder_hidden_states"][2])
@@ -87,10 +87,10 @@ def apple_network(part: ExportComponent, model: Model, *, unet_batch: int) -> Ap
             },
             {"noise_pred": floats(unet_batch, int(described["out_sample"][1]), *latents[1:])},
             {
-                "sample": "noisy latents, scaled for the sampler",
-                "timestep": "noise level, one per sample, as a float",
+                "sample": "noisy latents, scaled as the sampler wants them",
+                "timestep": "how far the noise has come, one a sample, as a float",
                 "encoder_hidden_states": "the text encoder's last hidden state, channels first",
-                "noise_pred": "predicted noise in the sample",
+                "noise_pred": "the noise in the sample, as the network sees it",
             },
             "predicts the noise in latents",
         )

@@ -37,7 +37,7 @@ from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.apple_layout import PROGRAM
 from kdc_edge.runtimes.mil.evaluator import Evaluator
 from kdc_edge.runtimes.mil.program import read_program
-from kdc_edge.text import invalid_field, megabytes
+from kdc_edge.text import invalid_field
 
 BITS = (8, 6, 4, 2, 1)
 ENTRY_BYTES = 192  # a table's and its indices' own metadata and alignment in a package
@@ -47,7 +47,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Budget:
-    """What the search has to keep to: exactly one of the two."""
+    """The limit of the search: exactly one of the two."""
 
     max_size_bytes: int | None = None  # of the U-Net's package
     min_psnr_db: float | None = None  # of the guided prediction on the calibration inputs
@@ -208,7 +208,7 @@ class Search:
             size -= step.saved_bytes
         if size > max_size_bytes:
             raise InputError(
-                f"--max-size {megabytes(max_size_bytes)} is too small: 1 bit per weight takes {megabytes(size)}"
+                f"--max-size {max_size_bytes / 1e6:g}MB is below {size / 1e6:.4g} MB, the least at 1 bit a weight"
             )
         return len(steps)
 
@@ -217,7 +217,7 @@ class Search:
         best = self.psnr_db(self.bits_after([]))
         if best < min_psnr_db:
             raise InputError(
-                f"--min-psnr {min_psnr_db:g} is above {best:.1f} dB, what 8 bits a weight reach: use w8 or fp16"
+                f"--min-psnr {min_psnr_db:g} is above {best:.1f} dB, the PSNR of 8 bits per weight: use w8 or fp16"
             )
         low, high = 0, len(steps)
         while low < high:

@@ -4,7 +4,7 @@
 
 `fp16` stores the weights in half precision behind casts: half the bytes on the disk, the arithmetic stays in 32
 bits. `w8` and `w4` store them as integers; `int8` also computes the U-Net's convolutions and matrix products in
-integers (int8.py). What each rewrite of the graph is worth stands in docs/benchmarks/onnx.md.
+integers (int8.py). docs/benchmarks/onnx.md has the effect of each rewrite of the graph.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def export(request: ExportRequest, options: OnnxOptions) -> Bundle:
 
 
 def static_sizes(model: Model) -> dict[str, int]:
-    """What --static puts in place of each free size: one sample, as large as the model was made for."""
+    """The fixed sizes of --static: one sample of the model's own size."""
     latent, image = model.latent_size, model.image_size
     return {"batch_size": 1, "latent_height": latent, "latent_width": latent, "height": image, "width": image}
 

@@ -30,7 +30,7 @@ Ranges = Mapping[str, tuple[float, float]]  # smallest and largest value by tens
 
 
 def quantize_int8(base: Path, inputs: Inputs, *, min_snr_db: float = MIN_SNR_DB) -> tuple[ir.Model, dict[str, float]]:
-    """The float graph in `base` with its layers quantized; and what stays in float, with its signal-to-noise ratio.
+    """The float graph in `base` with quantized layers, and the layers left in float with their signal-to-noise ratios.
 
     `inputs` are recorded calls of the network. The file, which must not go before the model does, holds the weights;
     graphs that observe the layers are written beside it.
@@ -70,7 +70,7 @@ class _Quantizer:
     def __init__(self, model: ir.Model, ranges: Ranges) -> None:
         self.model = model
         self.ranges = ranges
-        self.rounded: dict[str, tuple[ir.Value, float]] = {}  # by tensor: what stands for it, and its scale
+        self.rounded: dict[str, tuple[ir.Value, float]] = {}  # by tensor: its quantized value and scale
 
     def quantize(self, node: ir.Node) -> None:
         source, weights = node.inputs[0], node.inputs[1]
@@ -193,7 +193,7 @@ def _values(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def _append(model: ir.Model, node: ir.Node, name: str) -> ir.Value:
-    """The node into the graph, its answer an output; at once after what it reads, which may then be forgotten."""
+    """Insert the node directly after its input, so that the input can be freed, and make its result an output."""
     value = node.outputs[0]
     value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
     source = node.inputs[0].producer() if node.inputs[0] is not None else None

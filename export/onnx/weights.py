@@ -3,7 +3,7 @@
     store_half(model)                # float16 behind casts
     store_bits(model, 4)             # matrices in 4 bits, in blocks; convolutions in 8 bits
 
-Nothing here changes what is computed in: 32 bits. (MatMulNBits could round activations to 8 bits on the way, accuracy
+The arithmetic stays in 32 bits. (MatMulNBits could round activations to 8 bits on the way, accuracy
 level 4: a U-Net step is then a tenth faster, and an image of the garden fell from 39 to 26 dB.)
 """
 

@@ -1,7 +1,7 @@
-"""Attention in the layouts that devices like, as processors of diffusers' attention layers.
+"""Attention layouts for devices, as processors of diffusers' attention layers.
 
     set_attention(unet, "split-einsum")         # Core ML: the same numbers, arranged for the Neural Engine
-    fuse_attention(module)                      # ONNX Runtime: one operation, to be traced and not to be run
+    fuse_attention(module)                      # ONNX Runtime: one operation, for tracing only
 
 `original`: all heads in one batched product, for the GPU. `split-einsum`: channels first, (B, C, 1, S), linear
 layers as 1x1 convolutions, head by head, long queries in pieces (Apple, "Deploying Transformers on the Apple

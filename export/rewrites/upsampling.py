@@ -32,7 +32,7 @@ class SubpixelUpsample(nn.Module):
         self.cases = nn.ModuleList(_convolution(case.contiguous(), conv.bias) for case in cases)
 
     def forward(self, hidden_states: Tensor, output_size: int | None = None) -> Tensor:
-        """`output_size` is what diffusers gives for sides that are no multiple of the U-Net's; ValueError then."""
+        """`output_size` is set by diffusers for sizes that are not a multiple of the U-Net's; ValueError then."""
         if output_size is not None:
             raise ValueError(f"the sides are doubled here, {output_size} was asked for")
         found = []

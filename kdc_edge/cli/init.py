@@ -19,12 +19,14 @@ def _preset_help() -> str:
 
 def init(
     preset: Annotated[str, Option(help=_preset_help())],
-    out: Annotated[Path, Option(help="The checkpoint's folder.")],
-    teacher: Annotated[str | None, Option("--from", help="Inherit from this folder, hub id, or `garden`.")] = None,
-    seed: Annotated[int, Option(help="Of the random weights.")] = 0,
+    out: Annotated[Path, Option(help="Folder of the checkpoint.")],
+    teacher: Annotated[
+        str | None, Option("--from", help="Teacher to copy weights from: a folder, a hub id, or `garden`.")
+    ] = None,
+    seed: Annotated[int, Option(help="Seed of the random weights.")] = 0,
     config: Config = None,
 ) -> None:
-    """Make a checkpoint from a preset: random weights, or inherited from a teacher."""
+    """Make a checkpoint from a preset, with random weights or with weights of a teacher."""
     del config
     need_training("kdc-edge init")
     from kdc_edge.presets import find_preset
@@ -36,7 +38,7 @@ def init(
     if teacher:
         for line in describe_account(account):
             say(line)
-        say(f"text encoder, tokenizer, VAE and scheduler are {teacher}'s")
+        say(f"text encoder, tokenizer, VAE and scheduler copied from {teacher}")
     else:
-        say(f"{preset}: random weights, seed {seed}; the tokenizer is CLIP's")
+        say(f"{preset}: random weights, seed {seed}; CLIP tokenizer")
     typer.echo(out)

@@ -19,11 +19,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 Array = np.ndarray
 Kernel = Callable[..., Any]
 
-BLOCK_BYTES = 64 * 2**20  # scratch of a convolution, and of what is computed slice by slice
+BLOCK_BYTES = 64 * 2**20  # scratch of a convolution, and of operations computed slice by slice
 
 
 def wide(x: Array) -> Array:
-    """fp16 as fp32, which is what we compute in; other types as they are."""
+    """fp16 as fp32 for the computation; other types unchanged."""
     return x.astype(np.float32) if x.dtype == np.float16 else x
 
 
@@ -275,7 +275,7 @@ def cast(*, x: Array, dtype: str) -> Array:
 
 
 def reshape(*, x: Array, shape: Sequence[int]) -> Array:
-    """A 0 stands for the size at its place, -1 for what is left over."""
+    """A 0 stands for the size at its place, -1 for the remaining size."""
     return x.reshape([x.shape[i] if side == 0 else int(side) for i, side in enumerate(shape)])
 
 

@@ -55,7 +55,7 @@ BITS = {name: bits for name, _, bits in DTYPES.values()}
 
 @dataclass(frozen=True)
 class TensorType:
-    """What the program says of a value."""
+    """Type and shape of a value."""
 
     dtype: str  # "fp16", "fp32", "int32", "bool", "string", "uint4", ...
     shape: tuple[int | None, ...]  # None where the size is free

@@ -16,7 +16,7 @@ Buffer = memoryview
 
 
 class Damaged(ValueError):
-    """The bytes are not what their format says; becomes a BundleError that names the file."""
+    """The bytes do not follow their format; becomes a BundleError that names the file."""
 
 
 def collect(data: Buffer) -> dict[int, list[Any]]:

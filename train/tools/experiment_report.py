@@ -1,4 +1,4 @@
-"""experiments.md and its plots: means and deviations over seeds of every condition, whatever they say."""
+"""experiments.md and its plots: mean and standard deviation over seeds of every condition."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _verdicts(columns: Mapping[str, Numbers]) -> list[str]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """`0.812 ± 0.010 (3)`; no deviation for a single value, nothing for none."""
+    """`0.812 ± 0.010 (3)`; no std for a single value, nothing for none."""
     if not values:
         return ""
     if len(values) == 1:
@@ -126,15 +126,15 @@ def spread(values: Sequence[float]) -> str:
 
 
 def bars(values: Mapping[str, Sequence[float]], title: str) -> str:
-    """Horizontal bars of means, a whisker of one deviation each way, a dot a seed; an SVG that stands alone."""
+    """Horizontal bars of means, a whisker of one std each way, a dot a seed; an SVG that stands alone."""
     row, left, width = 34, 170, 420
     top = max((max(v) for v in values.values()), default=1.0) or 1.0
     parts = []
     for i, (name, seeds) in enumerate(values.items()):
         y, mean = 46 + i * row, statistics.mean(seeds)
-        deviation = statistics.stdev(seeds) if len(seeds) > 1 else 0.0
+        std = statistics.stdev(seeds) if len(seeds) > 1 else 0.0
         length = max(0.0, mean / top) * width
-        low, high = (left + max(0.0, (mean + s * deviation) / top) * width for s in (-1, 1))
+        low, high = (left + max(0.0, (mean + s * std) / top) * width for s in (-1, 1))
         parts += [
             f'<text x="{left - 8}" y="{y + 5}" text-anchor="end">{html.escape(name)}</text>',
             f'<rect x="{left}" y="{y - 8}" width="{length:.1f}" height="16" fill="#7aa6c2"/>',

@@ -53,12 +53,7 @@ def make_tokenizer(out: Path) -> None:
     out.mkdir(parents=True)
     (out / "vocab.json").write_text(json.dumps({e: i for i, e in enumerate(entries)}, ensure_ascii=False), "utf-8")
     (out / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), "utf-8")
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": TOKENS,
-        "bos_token": START,
-        "eos_token": END,
-    }
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "bos_token": START, "eos_token": END}
     (out / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": END, "unk_token": END}, indent=2))
 
 

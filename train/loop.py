@@ -35,14 +35,10 @@ from kdc_edge.train.config import TrainConfig, check_same, learning_rate
 from kdc_edge.train.data.batch import Batch, draw_batch, random_flip
 from kdc_edge.train.data.cache import Latents, Say
 from kdc_edge.train.data.tasks import Task
-from kdc_edge.train.distributed import (
-    any_process,
-    make_accelerator,
-    on_main_process,
-    under,
-)
+from kdc_edge.train.distributed import any_process, make_accelerator, on_main_process, under
 from kdc_edge.train.networks import image_size, prepare_learning, view_run
 from kdc_edge.train.objective import Stopwatch
+from kdc_edge.train.objectives import find_objective
 from kdc_edge.train.quality.evaluate import Score
 from kdc_edge.train.quality.held_out import Evaluator
 from kdc_edge.train.quality.metrics import ImageMetrics
@@ -93,6 +89,7 @@ class Trainer:
         self.config, self.run_folder = config, run
         self.accelerator = make_accelerator(config, run)
         find_preset(config.student)
+        find_objective(objective)
         model = read_model(config.teacher)
         image_size(config, model)
         self._claim_folder(resume)  # after what can be refused at once
@@ -132,6 +129,7 @@ class Trainer:
             refuse_foreign_folder(self.run_folder, None)
             write_atomic(path, json.dumps(self.config.as_json(), indent=2))
 
+        self.accelerator.wait_for_everyone()  # all have looked before one writes
         on_main_process(self.accelerator, claim)
 
     # --- the run ---
@@ -299,13 +297,15 @@ class Trainer:
         return found
 
     def _finish(self) -> None:
-        unet, prompts = self.unet(), self._prompts()
+        prompts = self._prompts()
+        with self.student.averaged():
+            weights = self.student.full_weights()
 
-        def write() -> None:
-            results = write_results(self.run_folder, self.config, self.position)
-            card = model_card(self.config, self.teacher.model, results)
-            out = self.run_folder / "checkpoint"
-            write_checkpoint(out, unet, parts_from=self.config.teacher, card=card, prompts=prompts)
+            def write() -> None:
+                results = write_results(self.run_folder, self.config, self.position)
+                card = model_card(self.config, self.teacher.model, results)
+                unet, out = self.student.copy(weights), self.run_folder / "checkpoint"
+                write_checkpoint(out, unet, parts_from=self.config.teacher, card=card, prompts=prompts)
 
-        on_main_process(self.accelerator, write)
+            on_main_process(self.accelerator, write)
         self.tracker.finish()

@@ -30,7 +30,7 @@ from kdc_edge.train.data.source import Part
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.distributed import Student, compile_blocks, copy_unet, freeze, on_main_process
 from kdc_edge.train.objective import Objective, Setup, Stopwatch
-from kdc_edge.train.objectives import make_objective
+from kdc_edge.train.objectives import find_objective
 from kdc_edge.train.quality.evaluate import EVALUATION, Generator, torch_generator
 from kdc_edge.train.quality.metrics import ImageMetrics
 from kdc_edge.train.student import Account, make_student
@@ -122,10 +122,11 @@ def prepare_learning(
         return freeze(copy_unet(network, weights), config, accelerator)
 
     setup = Setup(
-        config, teacher.unet, network, teacher.schedule, teacher.embed, frozen_student, accelerator.device,
-        autocast or accelerator.autocast, watch,
+        config=config, teacher=teacher.unet, student=network, schedule=teacher.schedule, embed=teacher.embed,
+        frozen_student=frozen_student, device=accelerator.device, autocast=autocast or accelerator.autocast,
+        watch=watch,
     )  # fmt: skip
-    made = make_objective(objective, setup)  # its hooks come first, before the launch's
+    made = find_objective(objective)(setup)  # its hooks come first, before the launch's
     if config.compile:
         compile_blocks(teacher.unet)
     return Learning(teacher, Student(network, config, accelerator), made, inherited)

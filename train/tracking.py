@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides metrics.jsonl: TensorBoard, or wandb and trackio, through accelerate."""
+"""Trackers beside metrics.jsonl: TensorBoard, wandb or trackio, through accelerate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Tracker:
         self.accelerator, self.on = accelerator, config.log_with != "none"
         if self.on:
             options: dict[str, dict[str, Any]] = {
-                "tensorboard": {"purge_step": since + 1} if since else {},  # what an interrupted run logged after it
+                "tensorboard": {"purge_step": since + 1} if since else {},  # drop steps logged after the saved state
                 "wandb": {"name": run.name, "dir": str(run)},
                 "trackio": {"name": run.name},
             }

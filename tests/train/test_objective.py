@@ -94,3 +94,4 @@ def test_an_objective_registered_from_outside_trains_and_resumes(
 def test_an_unknown_objective_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown objective 'magic': choose from distillation"):
         Trainer(config(), tmp_path / "run", objective="magic")
+    assert not (tmp_path / "run").exists()

@@ -32,7 +32,7 @@ class Source(Protocol):
 
     @property
     def mirrored(self) -> bool:
-        """Is an image's mirror image as good as the image?"""
+        """May images be flipped horizontally?"""
         ...
 
     @property
@@ -41,7 +41,7 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Changes when what `read` gives changes; a cache is keyed by it."""
+        """A key for caches: it changes whenever the samples of `read` change."""
         ...
 
     def read(
@@ -51,11 +51,11 @@ class Source(Protocol):
         ...
 
     def notes(self) -> list[str]:
-        """What a user should know of the data before training: empty classes, rows without an image."""
+        """Remarks on the data for the user before training: empty classes, rows without an image."""
         ...
 
 
 def fill(template: str | None, default: str, name: str) -> str:
-    """A caption from its template: no format codes, `{name}` alone. Cleaned of what no tokenizer reads."""
+    """A caption from its template: no format codes, `{name}` alone; lone surrogates replaced."""
     text = " ".join((template or default).replace("{name}", name).split())
     return text.encode("utf-8", "replace").decode()[:MAX_CAPTION_CHARS]

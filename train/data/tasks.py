@@ -1,4 +1,4 @@
-"""Tasks: what a run learns, one after the other. A task is written `NAME=SOURCE`, e.g. `flowers=garden:flowers`."""
+"""Tasks, which a run learns one after the other. A task is written `NAME=SOURCE`, e.g. `flowers=garden:flowers`."""
 
 from __future__ import annotations
 

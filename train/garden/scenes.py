@@ -1,6 +1,6 @@
 """The garden: procedural 64x64 images of flowers, butterflies and fish, with their captions.
 
-Everything in kdc-edge can be tried, tested and taught offline on it. A `Scene` is five attributes; its
+Everything in kdc-edge can be tried, tested and trained offline on it. A `Scene` is five attributes; its
 caption names each of them and its image shows each of them, so an image can be checked against its
 prompt exactly (see judge.py). One combination in ten is held out of training, to see whether prompts compose.
 

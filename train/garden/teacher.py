@@ -1,4 +1,4 @@
-"""The recipe that made the garden's teacher and its judge; run it again to make them anew.
+"""Training of the garden's teacher and its judge, from nothing.
 
     python -m kdc_edge.train.garden.teacher --out DIR      # about an hour and a quarter on two cores
 
@@ -33,6 +33,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from kdc_edge.diffusers_folder import PROMPTS_FILE
 from kdc_edge.noise import initial_latents
 from kdc_edge.pipeline import Request
+from kdc_edge.presets import SCHEDULER, find_preset
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.train.garden.judge import Judge, load_judge, targets, to_images
 from kdc_edge.train.garden.scenes import SUBJECTS, Split, draw_scenes, render_many, scenes
@@ -57,12 +58,7 @@ def make_tokenizer(out: Path) -> None:
     out.mkdir(parents=True)
     (out / "vocab.json").write_text(json.dumps({e: i for i, e in enumerate(entries)}, ensure_ascii=False), "utf-8")
     (out / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), "utf-8")
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": TOKENS,
-        "bos_token": START,
-        "eos_token": END,
-    }
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "bos_token": START, "eos_token": END}
     (out / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": END, "unk_token": END}, indent=2))
 
 
@@ -88,18 +84,6 @@ def make_vae() -> AutoencoderKL:
     )
 
 
-def make_unet() -> UNet2DConditionModel:
-    """SD 1.x's shape in small: the same four stages, two layers a block, a mid block."""
-    return UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64, 80, 80),
-        layers_per_block=2,
-        norm_num_groups=16,
-        cross_attention_dim=128,
-        attention_head_dim=2,
-    )
-
-
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
@@ -118,10 +102,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_scheduler() -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1,
-    )  # fmt: skip
+    return DDIMScheduler(**SCHEDULER)
 
 
 def train_judge(images: Tensor, labels: dict[str, Tensor], steps: int) -> Judge:
@@ -145,7 +126,7 @@ def train_judge(images: Tensor, labels: dict[str, Tensor], steps: int) -> Judge:
 
 
 def train_vae(images: Tensor, steps: int) -> AutoencoderKL:
-    """L1 + L2 + a light Kullback-Leibler term; the scaling factor makes the latents' deviation 1."""
+    """L1 + L2 + a light Kullback-Leibler term; the scaling factor makes the latents' std 1."""
     vae = make_vae().train()
     optimizer = AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
@@ -170,9 +151,9 @@ def train_vae(images: Tensor, steps: int) -> AutoencoderKL:
 
 
 def train_decoder(vae: AutoencoderKL, images: Tensor, latents: dict[str, Tensor], steps: int) -> AutoencoderKL:
-    """More steps for the decoder alone: the latents stay what the U-Net has learnt, the images get sharper."""
-    learnt = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
-    optimizer = AdamW(learnt, lr=1e-3, weight_decay=0.0, fused=True)
+    """More steps for the decoder alone: the U-Net's latents stay as they are, the images get sharper."""
+    trained = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    optimizer = AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)
     schedule = OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         pick = torch.randint(len(images), (16,))
@@ -183,7 +164,7 @@ def train_decoder(vae: AutoencoderKL, images: Tensor, latents: dict[str, Tensor]
         loss = F.l1_loss(y, x) + 2 * l2
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(learnt, 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         _say("decoder", step, steps, l2, f"psnr {10 * math.log10(4 / l2.item()):.1f} dB")
@@ -192,13 +173,13 @@ def train_decoder(vae: AutoencoderKL, images: Tensor, latents: dict[str, Tensor]
 
 @torch.inference_mode()
 def encode(vae: AutoencoderKL, images: Tensor) -> dict[str, Tensor]:
-    """Scaled posterior means and deviations (N, 4, 16, 16)."""
-    means, deviations = [], []
+    """Scaled posterior means and stds (N, 4, 16, 16)."""
+    means, stds = [], []
     for batch in torch.split(images, 100):
         posterior = vae.encode(batch.float() / 127.5 - 1).latent_dist
         means.append(posterior.mean * vae.config.scaling_factor)
-        deviations.append(posterior.std * vae.config.scaling_factor)
-    return {"mean": torch.cat(means).contiguous(), "std": torch.cat(deviations).contiguous()}
+        stds.append(posterior.std * vae.config.scaling_factor)
+    return {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
 
 
 def train_diffusion(
@@ -229,8 +210,8 @@ def train_diffusion(
         t = torch.randint(1000, (32,))
         a = alphas[t].view(-1, 1, 1, 1)
         noise = torch.randn_like(x)
-        guess = unet(a.sqrt() * x + (1 - a).sqrt() * noise, t, text(ids).last_hidden_state).sample
-        loss = (weights[t] * F.mse_loss(guess, noise, reduction="none").mean((1, 2, 3))).mean()
+        noise_pred = unet(a.sqrt() * x + (1 - a).sqrt() * noise, t, text(ids).last_hidden_state).sample
+        loss = (weights[t] * F.mse_loss(noise_pred, noise, reduction="none").mean((1, 2, 3))).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(nets.parameters(), 1.0)
@@ -328,7 +309,8 @@ def main() -> None:
     texts = [s.caption for s in chosen]
     tokens = tokenizer(texts, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
     empty = tokenizer("", padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
-    unet, text = make_unet(), make_text_encoder(tokenizer)
+    unet = UNet2DConditionModel(**find_preset("garden-teacher").unet)
+    text = make_text_encoder(tokenizer)
     for round_, steps in enumerate(args.diffusion_steps, start=1):  # each starts from the average of the one before
         result = work / f"round-{round_}"
         if not result.exists():

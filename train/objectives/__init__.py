@@ -8,13 +8,15 @@ from kdc_edge.errors import InputError
 from kdc_edge.train.objective import Objective, Setup
 from kdc_edge.train.objectives.distillation import Distillation
 
-OBJECTIVES: dict[str, Callable[[Setup], Objective]] = {
+Factory = Callable[[Setup], Objective]
+
+OBJECTIVES: dict[str, Factory] = {
     "distillation": Distillation,
 }
 
 
-def make_objective(name: str, setup: Setup) -> Objective:
-    """The objective of this name for a run; raises InputError naming what there is."""
+def find_objective(name: str) -> Factory:
+    """The factory of an objective by name; raises InputError naming what there is."""
     if name not in OBJECTIVES:
         raise InputError(f"unknown objective {name!r}: choose from {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name](setup)
+    return OBJECTIVES[name]

@@ -47,7 +47,7 @@ class Comparison:
 
 
 def compare(own: Mapping[str, Evaluated], other: Mapping[str, Evaluated]) -> Comparison:
-    """The checkpoint's evaluation and a bundle's, of the same tasks in the order they were learnt."""
+    """The checkpoint's evaluation and a bundle's, of the same tasks in the order of training."""
     lost = {task: _lost(own[task], other[task]) for task in own}
     similar = [psnr_db(a, b) for task in own for a, b in zip(own[task].images, other[task].images, strict=True)]
     median_db, worst_db = (None if math.isinf(db) else db for db in (float(np.median(similar)), min(similar)))

@@ -1,4 +1,4 @@
-"""What a run leaves behind in words and numbers: results.json, and the checkpoint's model card."""
+"""The results of a run: results.json, and the checkpoint's model card."""
 
 from __future__ import annotations
 

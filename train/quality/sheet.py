@@ -1,4 +1,4 @@
-"""Images while training: a sheet of the same prompts from the same noise, to see the student learn."""
+"""Sample sheets while training: the same prompts from the same noise at every step."""
 
 from __future__ import annotations
 

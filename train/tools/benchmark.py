@@ -1,11 +1,11 @@
-"""How fast a run trains, and what its time goes into; beside it, the plain recipe, for comparison.
+"""Training speed by section of the step, beside a plain training recipe.
 
     kdc-edge train --benchmark 20                                    # this run's settings
     python -m kdc_edge.train.tools.benchmark --batch-size 1 4 16           # ours against the plain recipe, in turns
 
 The plain recipe is what most scripts do: images and captions are encoded at every step, all weights are kept in 32
-bits and run under fp16 autocast, nothing is compiled and the memory layout is torch's default. A CPU computes fp16
-slowly, and nobody who looked would choose it there; so the recipe is measured without autocast as well.
+bits and run under fp16 autocast, nothing is compiled and the memory layout is torch's default. CPUs compute fp16
+slowly, so the recipe is measured without autocast as well.
 """
 
 from __future__ import annotations

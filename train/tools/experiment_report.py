@@ -1,4 +1,4 @@
-"""experiments.md and its plots: means and deviations over seeds of every condition, whatever they say."""
+"""experiments.md and its plots: mean and standard deviation over seeds of every condition."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _verdicts(columns: Mapping[str, Numbers]) -> list[str]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """`0.812 ± 0.010 (3)`; no deviation for a single value, nothing for none."""
+    """`0.812 ± 0.010 (3)`; no std for a single value, nothing for none."""
     if not values:
         return ""
     if len(values) == 1:

@@ -1,4 +1,4 @@
-"""The evidence that the method works, on the garden: what replay, each part of the loss and inheritance do.
+"""Experiments on the garden: the effect of replay, of each loss term and of inherited weights.
 
     python -m kdc_edge.train.tools.experiments --out experiments            # everything; see --help for parts of it
     python -m kdc_edge.train.tools.experiments --out experiments --docs docs    # and docs/experiments.md with its plots

@@ -1,4 +1,4 @@
-"""What a run would take, before it starts: steps, samples, memory, disk (`kdc-edge train --dry-run`).
+"""Steps, samples, memory and disk of a run before it starts (`kdc-edge train --dry-run`).
 
 Activations are counted, not guessed: a forward pass on fake tensors, which have shapes and no contents, adds up what
 backward would need. (On the meta device attention would keep its whole matrix, which no real device does.)
@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # torch has no public name for it
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from kdc_edge.diffusers_folder import count_parameters, read_model
 from kdc_edge.errors import CheckpointError
@@ -34,7 +35,7 @@ class Plan:
     teacher_parameters: int
     image_size: int
     weights_bytes: int  # teacher, VAE, text encoder, student, gradients, Adam's moments, moving average
-    activation_bytes: int  # of one part of a batch
+    activation_bytes: int  # of one micro-batch
     state_bytes: int  # on the disk, each of `keep`
     keep: int
     latents_bytes_per_sample: int
@@ -68,9 +69,9 @@ def make_plan(config: TrainConfig) -> Plan:
     frozen = sum(count_parameters(config.teacher / part) for part in ("vae", "text_encoder"))
     adam = 2 if config.optimizer == "adamw8bit" else 8
     weights = theirs * (2 if low else 4) + frozen * 4 + ours * (4 + 4 + adam + 4)
-    part = max(1, config.batch_size // config.accumulate)
+    micro_batch = max(1, config.batch_size // config.accumulate)
     activations = _activations(
-        student.config, part, side, config.gradient_checkpointing, torch.bfloat16 if low else None
+        student.config, micro_batch, side, config.gradient_checkpointing, torch.bfloat16 if low else None
     )
     return Plan(
         steps=config.steps * len(config.tasks),
@@ -96,11 +97,10 @@ def _activations(
     config: Mapping[str, Any], batch: int, side: int, checkpointing: bool, dtype: torch.dtype | None
 ) -> int:
     """Bytes that a forward pass keeps for backward, each tensor once; weights are not among them."""
-    kept: dict[int, torch.UntypedStorage] = {}
+    kept: dict[StorageWeakRef, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
+        kept[_identity(tensor)] = tensor.untyped_storage()
         return tensor
 
     usual = torch.get_default_dtype()
@@ -120,12 +120,17 @@ def _forward(
         student = UNet2DConditionModel(**config).train()
         if checkpointing:
             student.enable_gradient_checkpointing()
-        weights = {p.untyped_storage()._cdata for p in student.parameters()}
+        weights = {_identity(p) for p in student.parameters()}
 
         def keep_activation(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor if tensor.untyped_storage()._cdata in weights else keep(tensor)
+            return tensor if _identity(tensor) in weights else keep(tensor)
 
         text = torch.empty(batch, 77, student.config.cross_attention_dim)
         sample = torch.empty(batch, student.config.in_channels, side, side)
         with torch.autograd.graph.saved_tensors_hooks(keep_activation, lambda tensor: tensor):
             student(sample, torch.zeros(batch, dtype=torch.long), text)
+
+
+def _identity(tensor: torch.Tensor) -> StorageWeakRef:
+    """Equal for tensors of the same storage, which on fake tensors has no address."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]

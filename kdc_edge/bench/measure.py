@@ -3,7 +3,7 @@
     found = measure(partial(open_pipeline, folder), Case(folder, Request("a red flower"), repeats=5))
     found.timings.end_to_end.median_sec
 
-What it says of memory and of the first image is about this process: runner.py gives each measurement a fresh one.
+Peak memory and the first image belong to the process: runner.py gives each measurement a fresh one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ONCE = ("tokenize", "text_encoder", "unet_first_step", "scheduler", "vae_decoder
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one pipeline took."""
+    """The measurements of one pipeline."""
 
     timings: Timings
     peak_rss_bytes: int | None  # of this process so far

@@ -35,7 +35,7 @@ _CLOSED = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True)
 class Timing:
-    """The samples of one stage and what they come to."""
+    """The samples of one stage, and their statistics."""
 
     __pydantic_config__ = _CLOSED
 
@@ -78,19 +78,19 @@ class Timings:
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What the machine did beside the counted images, as far as the system tells."""
+    """Other work and sensors of the machine during the counted images, as far as the system tells."""
 
     __pydantic_config__ = _CLOSED
 
     others_share: float | None = None  # of the time of the processors that this process may use
     frequency_mhz: tuple[float, ...] | None = None  # mean of the processors, after each counted image
     temperature_celsius: tuple[float, ...] | None = None  # of the hottest sensor, after each counted image
-    verdict: str | None = None  # how it shows that the machine was disturbed; None where nothing shows it
+    verdict: str | None = None  # the signs of a disturbance; None where there are none
 
 
 @dataclass(frozen=True)
 class Psnr:
-    """How near the image is to a reference's, made from the same request and noise."""
+    """PSNR of the image to a reference's, made from the same request and noise."""
 
     __pydantic_config__ = _CLOSED
 
@@ -100,7 +100,7 @@ class Psnr:
 
 @dataclass(frozen=True)
 class PromptQuality:
-    """What images of a file of prompts are worth, one image a prompt."""
+    """Quality of the images of a file of prompts, one image a prompt."""
 
     __pydantic_config__ = _CLOSED
 

@@ -4,7 +4,7 @@
 
 The reference is a checkpoint in the table, else the images of another folder, else the table's most precise bundle
 of the same checkpoint. Rows that ask for another image (steps, sampler, guidance, size, prompt, seed) have another
-reference. What a file of prompts is worth is measured where a judge is: in kdc_edge.train.
+reference. The quality on a file of prompts is measured by a judge: in kdc_edge.train.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def _one_process(case: Case, timeout_sec: float | None) -> tuple[Outcome, np.nda
 
 
 def _together(outcomes: Sequence[Outcome]) -> Outcome:
-    """Several processes as one: all samples of all, the largest memory; the failure of the last, if it did fail."""
+    """Several processes as one: all samples, the largest memory; the failure of the last, if it failed."""
     last = outcomes[-1]
     timings = [o.timings for o in outcomes if o.timings]
     if last.failure is not None or len(timings) < 2:

@@ -1,4 +1,4 @@
-"""What the machine tells of itself beside the stopwatch: memory, energy, frequency, heat, other processes.
+"""Sensors beside the stopwatch: memory, energy, frequency, heat, other processes.
 
     watch = Watch()
     for ...: make_an_image(); watch.look()

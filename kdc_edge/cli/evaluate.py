@@ -173,19 +173,20 @@ def _lines(document: dict[str, Any]) -> list[str]:
 
 def _by_precision(document: dict[str, Any]) -> list[str]:
     """R's last row for the checkpoint and for every bundle, as a table."""
+    from rich.markup import escape
     from rich.table import Table
 
     from kdc_edge.bench.tables import plain_text
     from kdc_edge.text import megabytes
 
     table = Table(box=None, pad_edge=False, collapse_padding=True, padding=(0, 2))
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
     for header in (*document["quality"], "forgets more", "image PSNR", "size"):
-        table.add_column(header, justify="right", no_wrap=True)
+        table.add_column(escape(header), justify="right", overflow="fold")
     table.add_row("checkpoint", *_cells(document["quality"]))
     for row in (row for row in document["bundles"] if not row["failure"]):
         facts = (_more(row["added_forgetting"]), _similar(row), megabytes(row["size_bytes"]))
-        table.add_row(row["name"], *_cells(row["quality"]), *facts)
+        table.add_row(escape(row["name"]), *_cells(row["quality"]), *facts)
     failed = [f"{row['name']}: not measured: {row['failure']}" for row in document["bundles"] if row["failure"]]
     lines = plain_text(table, failed).splitlines()
     title = f"the last row of R by precision, {document['metric']}, from the same prompts and noise:"

@@ -1,4 +1,4 @@
-"""What images of a file of prompts are worth: prompt accuracy of the garden's captions, CLIP score of other text."""
+"""The quality of images of a file of prompts: prompt accuracy of the garden's captions, CLIP score of other text."""
 
 from __future__ import annotations
 

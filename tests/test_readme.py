@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -57,6 +58,11 @@ def test_the_bare_workflow_and_every_other_command(tmp_path: Path) -> None:
 
     assert (tmp_path / "runs" / "latest").resolve() == tmp_path / "runs" / "002"
     assert json.loads(run("info", "bundles/onnx-fp16", "--json", cwd=tmp_path).stdout)["precision"] == "fp16"
+    # The Python lines, in the same folder.
+    (python,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    with contextlib.chdir(tmp_path):
+        exec(python, {})
+    assert np.asarray(Image.open(tmp_path / "flower.png")).shape == (64, 64, 3)
     # A flag given by hand wins over the file.
     found = run("bench", "--steps", 3, "--format", "json", "bundles/onnx-fp16", cwd=tmp_path).stdout
     rows = json.loads(found)["rows"]

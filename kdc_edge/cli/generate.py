@@ -43,7 +43,7 @@ def generate(
     guidance_interval: GuidanceInterval = "0.0:1.0",
     seed: Annotated[
         str,
-        Option(help="Of the initial noise. One counts up from image to image; a list, 1,2,3, holds for each prompt."),
+        Option(help="Of the noise. One counts up from image to image; a list, 1,2,3, holds for each prompt."),
     ] = "0",
     scheduler: Annotated[str, Option(help="ddim, pndm, euler, dpm++2m, dpm++2m-karras or lcm.")] = "dpm++2m",
     negative_prompt: Annotated[str, Option(help="What the image should not show.")] = "",

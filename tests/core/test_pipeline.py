@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -91,6 +92,51 @@ def test_both_modes_make_the_same_image(pipeline: Pipeline) -> None:
         for mode in ("batched", "sequential")
     )
     np.testing.assert_allclose(batched, sequential, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["dpm++2m", "pndm", "lcm"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_an_image_of_a_batch_is_the_image_of_its_request(pipeline: Pipeline, sampler: str, guidance: float) -> None:
+    """Different prompts, negative prompts and seeds side by side; LCM draws noise at every step."""
+    requests = [
+        Request("a red flower", "blue", steps=3, guidance=guidance, sampler=sampler, seed=5),
+        Request("a fish", steps=3, guidance=guidance, sampler=sampler, seed=7),
+        Request("a fish", steps=3, guidance=guidance, sampler=sampler, latents=np.ones((1, 4, 16, 16), np.float32)),
+    ]
+    *_, last = (done.latents for done in pipeline.run(*requests) if done.latents is not None)
+    for i, request in enumerate(requests):
+        alone = list(pipeline.run(request))
+        np.testing.assert_allclose(last[i], [d.latents for d in alone if d.latents is not None][-1][0], atol=1e-6)
+    images = pipeline.generate_batch(requests)
+    assert len(images) == 3
+    for image, request in zip(images, requests, strict=True):
+        assert np.abs(image.astype(int) - pipeline.generate(request)).max() <= 1
+
+
+def test_a_batch_is_one_call_a_step_and_the_decoder_takes_its_images_in_turn(pipeline: Pipeline, unet: Unet) -> None:
+    requests = [Request("a", steps=2, seed=seed) for seed in range(3)]
+    decoded = [(done.step, done.steps) for done in pipeline.run(*requests) if done.pixels is not None]
+    assert unet.batches == [6, 6]
+    assert decoded == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_requests_that_differ_in_more_than_prompt_and_seed_are_no_batch(pipeline: Pipeline) -> None:
+    with pytest.raises(InputError, match="share steps, guidance, sampler and size"):
+        pipeline.check(Request("a"), Request("a", steps=3))
+    with pytest.raises(InputError, match="no image is asked for"):
+        pipeline.check()
+
+
+@pytest.mark.parametrize(("max_batch", "free", "sizes"), [(16, 10**12, [6]), (4, 10**12, [3, 3]), (16, 0, [1] * 6)])
+def test_batches_are_of_one_size_that_memory_allows(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, max_batch: int, free: int, sizes: list[int]
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    pipeline.max_batch = max_batch
+    requests = [Request("a", seed=seed) for seed in range(6)]
+    batches = pipeline.batches(requests)
+    assert [len(batch) for batch in batches] == sizes
+    assert [request for batch in batches for request in batch] == requests
 
 
 def test_the_interval_is_where_guidance_is(pipeline: Pipeline) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,16 @@ def test_the_numbers_that_are_really_computed_with(bundles: dict[str, Path]) -> 
         found[precision] = choice.compute_dtype.split(", ")
     assert found["fp32"] == found["fp16"] == found["w8"] == ["fp32"]
     assert found["int8"][0] == "int8"
+
+
+def test_threads_get_their_own_answers(fp32: Path) -> None:
+    unet = get_runtime("openvino").load(fp32, "unet", LoadOptions(threads=1))
+    inputs = [some_inputs("unet", 1, 8, 8) | {"timestep": np.array([t])} for t in (1, 500, 900)]
+    expected = [unet(**call) for call in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: unet(**inputs[i % 3]), range(24)))
+    for i, answer in enumerate(found):
+        np.testing.assert_array_equal(answer, expected[i % 3])
 
 
 def test_an_answer_is_not_overwritten_by_the_next(fp32: Path) -> None:

@@ -1,0 +1,148 @@
+"""The Python interface: open a folder, call, stream, stop; from several threads too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kdc_edge
+from kdc_edge import Pipeline, Request
+from kdc_edge.errors import InputError
+from kdc_edge.image import preview
+
+
+@pytest.fixture(scope="module")
+def pipeline(bundle_fp32: Path) -> Pipeline:
+    return Pipeline.open(str(bundle_fp32), threads=1)
+
+
+def test_the_public_names() -> None:
+    names = ["Bundle", "KdcError", "Pipeline", "Request", "__version__", "open_pipeline"]
+    assert sorted(kdc_edge.__all__) == names
+    assert set(names) <= set(dir(kdc_edge))
+    assert all(hasattr(kdc_edge, name) for name in names)
+    with pytest.raises(AttributeError, match="has no attribute 'pipline'"):
+        kdc_edge.pipline  # noqa: B018
+
+
+def test_importing_the_package_imports_nothing() -> None:
+    code = "import sys; before = set(sys.modules); import kdc_edge; print(*set(sys.modules) - before)"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert [name for name in found if name.partition(".")[0] not in sys.stdlib_module_names] == ["kdc_edge"]
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "kdc_edge", "--version"], check=True, capture_output=True, text=True)
+    assert kdc_edge.__version__ in done.stdout
+
+
+def test_a_call_makes_the_images_of_their_requests(pipeline: Pipeline, tmp_path: Path) -> None:
+    made = pipeline(
+        ["a red flower", "a fish"], negative_prompt="blue", num_inference_steps=2, guidance_scale=3.0,
+        num_images_per_prompt=2, seed=5, scheduler="euler",
+    )  # fmt: skip
+    assert made.seeds == [5, 6, 7, 8]
+    for image, prompt, seed in zip(made.images, ["a red flower"] * 2 + ["a fish"] * 2, made.seeds, strict=True):
+        request = Request(prompt, "blue", steps=2, guidance=3.0, seed=seed, sampler="euler")
+        assert np.abs(np.asarray(image, int) - pipeline.generate(request)).max() <= 1  # a batch sums in another order
+    made.images[0].save(tmp_path / "flower.png")
+    assert (tmp_path / "flower.png").stat().st_size > 100
+
+
+def test_the_defaults_are_the_requests(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Request] = []
+
+    def generate_batch(requests: list[Request]) -> list[np.ndarray]:
+        asked.extend(requests)
+        return [np.zeros((8, 8, 3), np.uint8)]
+
+    monkeypatch.setattr(pipeline, "generate_batch", generate_batch)
+    pipeline("a red flower")
+    assert asked == [Request("a red flower")]
+
+
+def test_seeds_are_one_an_image(pipeline: Pipeline) -> None:
+    assert pipeline("a", seed=[9, 3], num_images_per_prompt=2, num_inference_steps=1).seeds == [9, 3]
+    with pytest.raises(InputError, match="2 seeds are given for 1 images"):
+        pipeline("a", seed=[9, 3])
+    with pytest.raises(InputError, match="num_images_per_prompt is 0"):
+        pipeline("a", num_images_per_prompt=0)
+    with pytest.raises(InputError, match="no image is asked for"):
+        pipeline([])
+    with pytest.raises(InputError, match="not a whole number"):
+        pipeline("a", seed=-1)
+
+
+def test_a_stream_has_previews_and_ends_with_the_image(pipeline: Pipeline) -> None:
+    options: dict[str, Any] = {"seed": 1, "num_inference_steps": 3, "scheduler": "pndm"}
+    steps = list(pipeline.stream("a red flower", **options))
+    assert [(step.step, step.steps) for step in steps] == [(i, 4) for i in (1, 2, 3, 4)]  # PNDM takes one twice
+    assert [step.image is not None for step in steps] == [False, False, False, True]
+    for step in steps:
+        assert step.preview.shape == (16, 16, 3)
+        assert step.preview.dtype == np.uint8
+    np.testing.assert_array_equal(steps[-1].image, pipeline("a red flower", **options).images[0])
+
+
+def test_a_stream_is_checked_at_once_and_stops_where_it_is_closed(pipeline: Pipeline) -> None:
+    with pytest.raises(InputError, match="steps"):
+        pipeline.stream("a", num_inference_steps=0)
+    calls = 0
+    unet = pipeline.components["unet"]
+
+    def count(**inputs: np.ndarray) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        return unet(**inputs)
+
+    counted = Pipeline(pipeline.model, pipeline.tokenizer, {**pipeline.components, "unet": count})
+    stream = counted.stream("a", num_inference_steps=5)
+    assert next(stream).step == 1
+    stream.close()
+    assert calls == 1
+    assert list(stream) == []
+
+
+def test_a_preview_is_in_colour_where_the_colours_are_known() -> None:
+    latents = np.zeros((1, 4, 2, 2), np.float32)
+    assert preview(latents, 8).tolist() == [[[[128] * 3] * 2] * 2]
+    latents[0, 3] = 1  # "L4" of SD 1.x is dark, blue most of all
+    red, green, blue = preview(latents, 8)[0, 0, 0]
+    assert 128 > red > green > blue
+    assert len(set(preview(latents, 4)[0, 0, 0].tolist())) == 1
+
+
+def test_threads_make_equal_images(pipeline: Pipeline) -> None:
+    alone = [np.asarray(pipeline("a red flower", seed=s, num_inference_steps=3).images[0]) for s in range(3)]
+
+    def make(seed: int) -> np.ndarray:
+        return np.asarray(pipeline("a red flower", seed=seed, num_inference_steps=3).images[0])
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(make, [0, 1, 2] * 3))
+    for i, image in enumerate(found):
+        np.testing.assert_array_equal(image, alone[i % 3])
+
+
+def test_threads_share_one_load(bundle_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks are loaded once, though four threads ask for the first image at the same time."""
+    from kdc_edge.runtimes.onnxruntime import OnnxRuntime
+
+    loaded: list[str] = []
+    load = OnnxRuntime.load
+    monkeypatch.setattr(OnnxRuntime, "load", lambda self, f, name, o: (loaded.append(name), load(self, f, name, o))[1])
+    fresh = Pipeline.open(bundle_fp32, threads=1)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: fresh("a", seed=seed, num_inference_steps=1), range(4)))
+    assert sorted(loaded) == ["text_encoder", "unet", "vae_decoder"]
+
+
+def test_low_memory_takes_one_image_at_a_time(bundle_fp32: Path) -> None:
+    frugal = Pipeline.open(bundle_fp32, low_memory=True)
+    assert [len(b) for b in frugal.batches([Request("a", seed=s) for s in range(3)])] == [1, 1, 1]

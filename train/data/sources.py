@@ -111,7 +111,7 @@ def _garden(what: str, caption: str | None) -> GardenSource:
 
 
 def _imagefolder(what: str, caption: str | None) -> Source:
-    from kdc_edge.train.data.files import open_imagefolder
+    from kdc_edge.train.data.folders import open_imagefolder
 
     return open_imagefolder(what, caption)
 

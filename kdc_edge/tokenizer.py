@@ -91,12 +91,12 @@ class Tokenizer:
         names = {token.content for token in special.values()}
         words.add_tokens([_token(rules, special=rules["content"] in names) for _, rules in sorted(added.items())])
         words.add_special_tokens([*special.values(), *_extra_tokens(config)])
-        ids = words.get_vocab(with_added_tokens=True)
+        ids = {role: words.token_to_id(token.content) or 0 for role, token in special.items()}
         return cls(
             words,
-            start_id=ids[special["bos"].content],
-            end_id=ids[special["eos"].content],
-            pad_id=ids[special["pad"].content],
+            start_id=ids["bos"],
+            end_id=ids["eos"],
+            pad_id=ids["pad"],
             max_length=_read_length(config, config_path),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,10 @@ def generate(
     guidance_mode: GuidanceModeOption = None,
     guidance_interval: GuidanceInterval = "0.0:1.0",
     seed: Annotated[int, Option(help="Of the initial noise.")] = 0,
-    scheduler: Annotated[str, Option(help="ddim, pndm, euler, dpm++2m, dpm++2m-karras or lcm.")] = "dpm++2m",
+    scheduler: Annotated[
+        str | None,
+        Option(help="A sampler, such as dpm++2m-karras, euler-a, unipc or lcm; the checkpoint's own when not given."),
+    ] = None,
     negative_prompt: Annotated[str, Option(help="What the image should not show.")] = "",
     width: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
@@ -56,6 +60,7 @@ def generate(
     from kdc_edge.image import save_png
     from kdc_edge.pipeline import describe
     from kdc_edge.runtimes import open_pipeline
+    from kdc_edge.samplers import DEFAULT_SAMPLER, sampler_for
 
     out = out or Path(f"{_slug(prompt)}-{seed}.png")
     if out.suffix.lower() != ".png":
@@ -65,12 +70,17 @@ def generate(
         say(f"no bundle given: {bundle}, the smallest of good images that runs here")
     request = make_request(
         prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, guidance_mode=guidance_mode,
-        guidance_interval=guidance_interval, seed=seed, sampler=scheduler, width=width, height=height,
-        low_memory=low_memory,
+        guidance_interval=guidance_interval, seed=seed, sampler=scheduler or DEFAULT_SAMPLER, width=width,
+        height=height, low_memory=low_memory,
     )  # fmt: skip
     pipeline = open_pipeline(
         bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, cache=cache, exact=exact
     )
+    if scheduler is None:
+        sampler, note = sampler_for(pipeline.model.scheduler)
+        request = replace(request, sampler=sampler)
+        if note:
+            say(note)
     pipeline.check(request)
     if cut := pipeline.tokenizer.overflow(prompt):
         say(f"the prompt is longer than the model reads: left out is {cut[:80]!r}")

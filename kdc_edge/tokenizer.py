@@ -1,7 +1,7 @@
 """Prompts to token ids: CLIP's byte-pair encoding, equal to transformers' CLIPTokenizer.
 
 A tokenizer folder holds vocab.json and merges.txt, or tokenizer.json alone (transformers 5 saves nothing else),
-and mostly tokenizer_config.json; all are untrusted.
+mostly tokenizer_config.json, and in older folders added_tokens.json and special_tokens_map.json; all are untrusted.
 
     >>> Tokenizer.clip().encode(["a photo of a red flower"])[0, :8].tolist()
     [49406, 320, 1125, 539, 320, 736, 4055, 49407]
@@ -27,7 +27,9 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's words (Radford et al. 2021; openai/CLIP simple_tokenizer.py): letters together, digits one by one.
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
-MAX_PROMPT_CHARS = 2000
+# Characters of a prompt that are read: the first of these that gives more tokens than fit. Few prompts need more than
+# the first; the last bounds what white space can cost.
+READ_CHARS = (2_000, 20_000, 200_000)
 MAX_FILE_BYTES = 16 * 2**20
 MAX_LENGTH = 1024  # beyond it, tokenizer_config.json means "no limit noted"
 
@@ -55,9 +57,13 @@ class Tokenizer:
         folder = Path(path)
         config_path = folder / "tokenizer_config.json"
         config = read_json(config_path, BundleError) if config_path.exists() else {}
+        map_path = folder / "special_tokens_map.json"
+        if "added_tokens_decoder" not in config and map_path.exists():
+            config = {**config, **read_json(map_path, BundleError)}
         vocab, merges = read_vocabulary(folder)
+        added = _added_tokens(folder, config)
         special = {
-            role: _special_token(role, default, config, vocab, config_path)
+            role: _special_token(role, default, config, vocab, added, config_path)
             for role, default in (("bos", START), ("eos", END), ("unk", END), ("pad", END))
         }
         try:
@@ -82,19 +88,22 @@ class Tokenizer:
             ]
         )
         # Written in a prompt, these are tokens too; transformers takes them out of the text in this order.
-        words.add_special_tokens(list(special.values()))
+        names = {token.content for token in special.values()}
+        words.add_tokens([_token(rules, special=rules["content"] in names) for _, rules in sorted(added.items())])
+        words.add_special_tokens([*special.values(), *_extra_tokens(config)])
+        ids = {role: words.token_to_id(token.content) or 0 for role, token in special.items()}
         return cls(
             words,
-            start_id=vocab[special["bos"].content],
-            end_id=vocab[special["eos"].content],
-            pad_id=vocab[special["pad"].content],
+            start_id=ids["bos"],
+            end_id=ids["eos"],
+            pad_id=ids["pad"],
             max_length=_read_length(config, config_path),
         )
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Ids of the texts: (B, max_length). What is too long is cut off; `overflow` tells what that is.
 
-        Raises InputError for a prompt that is no text or longer than 2,000 characters.
+        Raises InputError for a prompt that is no text.
         """
         ids = np.full((len(texts), self.max_length), self.pad_id, np.int64)  # (B, 77)
         for row, text in zip(ids, texts, strict=True):
@@ -103,7 +112,10 @@ class Tokenizer:
         return ids
 
     def count(self, text: str) -> int:
-        """How many tokens the text has, start and end not counted: up to `max_length` - 2 fit (CLIP: 75)."""
+        """How many tokens the text has, start and end not counted: up to `max_length` - 2 fit (CLIP: 75).
+
+        Of a text that is far too long, its beginning is counted.
+        """
         return len(self._encode(text).ids)
 
     def overflow(self, text: str) -> str:
@@ -115,15 +127,17 @@ class Tokenizer:
     def _encode(self, text: str) -> tokenizers.Encoding:
         if not isinstance(text, str):
             raise InputError(f"a prompt must be text, not {type(text).__name__}: {text!r:.80}")
-        if len(text) > MAX_PROMPT_CHARS:
-            raise InputError(f"the prompt has {len(text)} characters; {MAX_PROMPT_CHARS} are read at most: shorten it")
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(
                 f"the prompt holds half a character (a lone surrogate) at {error.start}: write it anew"
             ) from None
-        return self._words.encode(text, add_special_tokens=False)
+        for most in READ_CHARS:
+            found = self._words.encode(text[:most], add_special_tokens=False)
+            if most >= len(text) or len(found.ids) > self.max_length:
+                break
+        return found
 
 
 def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -196,25 +210,74 @@ def _check_merges(lines: Sequence[str], vocab: Mapping[str, int], path: Path) ->
     return merges
 
 
+Rules = Mapping[str, object]  # of an added token: its content, and how it is found in a text
+
+
+def _added_tokens(folder: Path, config: Mapping[str, object]) -> dict[int, Rules]:
+    """Tokens beside the vocabulary, such as those of textual inversion, by the id that their file gives.
+
+    tokenizer_config.json's added_tokens_decoder wins; else tokenizer.json's added_tokens over the older
+    added_tokens.json. Ids are the order alone: as in transformers, they go on from the vocabulary's last.
+    """
+    found: dict[object, object] = {}
+    decoder = config.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        found = dict(decoder)
+    else:
+        old, new = folder / "added_tokens.json", folder / "tokenizer.json"
+        if old.exists():
+            tokens = read_json(old, BundleError)
+            if not all(isinstance(index, int) for index in tokens.values()):
+                raise BundleError(f"{old} should give every token an id: save the tokenizer again")
+            found = {index: {"content": content, "normalized": True} for content, index in tokens.items()}
+        listed = read_json(new, BundleError).get("added_tokens") if new.exists() else None
+        for rules in listed if isinstance(listed, list) else ():
+            if isinstance(rules, dict):
+                found[rules.get("id")] = rules
+    return {
+        int(index): rules
+        for index, rules in found.items()
+        if isinstance(index, int | str) and str(index).isdecimal() and isinstance(rules, dict) and _content(rules)
+    }
+
+
+def _content(rules: Rules) -> str | None:
+    content = rules.get("content")
+    return content if isinstance(content, str) and content else None
+
+
+def _token(rules: Rules, *, special: bool = False) -> AddedToken:
+    flags = {name: rules.get(name) is True for name in ("lstrip", "rstrip", "normalized", "single_word")}
+    return AddedToken(str(rules["content"]), special=special or rules.get("special") is True, **flags)
+
+
+def _extra_tokens(config: Mapping[str, object]) -> list[AddedToken]:
+    """Special tokens without a role, by name alone or with their rules."""
+    found = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+    tokens = [{"content": t} if isinstance(t, str) else t for t in (found if isinstance(found, list) else ())]
+    return [_token(rules, special=True) for rules in tokens if isinstance(rules, dict) and _content(rules)]
+
+
 def _special_token(
-    role: str, default: str, config: Mapping[str, object], vocab: Mapping[str, int], path: Path
+    role: str,
+    default: str,
+    config: Mapping[str, object],
+    vocab: Mapping[str, int],
+    added: Mapping[int, Rules],
+    path: Path,
 ) -> AddedToken:
     """A special token as tokenizer_config.json has it.
 
     Older files give a dict with the rules by which it is found in a text, newer ones a name and the rules
-    under added_tokens_decoder.
+    among the added tokens.
     """
     found = config.get(f"{role}_token") or default
     rules = found if isinstance(found, dict) else {"content": found}
     content = rules.get("content")
-    if not isinstance(content, str) or content not in vocab:
+    known = next((token for token in added.values() if token["content"] == content), None)
+    if not isinstance(content, str) or (known is None and content not in vocab):
         raise BundleError(f"{path} names the {role}_token {content!r:.80}, which vocab.json does not hold")
-    decoder = config.get("added_tokens_decoder")
-    for token in decoder.values() if isinstance(decoder, dict) else ():
-        if isinstance(token, dict) and token.get("content") == content:
-            rules = token
-    flags = {name: rules.get(name) is True for name in ("lstrip", "rstrip", "normalized", "single_word")}
-    return AddedToken(content, special=True, **flags)
+    return _token(known or rules, special=True)
 
 
 def _read_length(config: Mapping[str, object], path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +46,10 @@ def generate(
         str,
         Option(help="Of the noise. One counts up from image to image; a list, 1,2,3, holds for each prompt."),
     ] = "0",
-    scheduler: Annotated[str, Option(help="ddim, pndm, euler, dpm++2m, dpm++2m-karras or lcm.")] = "dpm++2m",
+    scheduler: Annotated[
+        str | None,
+        Option(help="A sampler, such as dpm++2m-karras, euler-a, unipc or lcm; the checkpoint's own when not given."),
+    ] = None,
     negative_prompt: Annotated[str, Option(help="What the image should not show.")] = "",
     width: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
@@ -66,13 +70,12 @@ def generate(
 ) -> None:
     """Generate images, without PyTorch where a bundle is given."""
     del config
-    from dataclasses import replace
-
     from kdc_edge.cli.progress import ProgressBar
     from kdc_edge.image import save_png
     from kdc_edge.pipeline import describe
     from kdc_edge.prompts import read_prompts
     from kdc_edge.runtimes import open_pipeline
+    from kdc_edge.samplers import sampler_for
 
     if (prompt is None) == (prompts is None):
         raise typer.BadParameter("give a prompt, or --prompts with a file of them")
@@ -84,12 +87,16 @@ def generate(
         say(f"no bundle given: {bundle}, the smallest of good images that runs here")
     request = make_request(
         "", negative_prompt=negative_prompt, steps=steps, guidance=guidance, guidance_mode=guidance_mode,
-        guidance_interval=guidance_interval, sampler=scheduler, width=width, height=height, low_memory=low_memory,
+        guidance_interval=guidance_interval, width=width, height=height, low_memory=low_memory,
     )  # fmt: skip
     pipeline = open_pipeline(
         bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, cache=cache, exact=exact,
         check=check,
     )  # fmt: skip
+    sampler, note = (scheduler, "") if scheduler else sampler_for(pipeline.model.scheduler)
+    if note:
+        say(note)
+    request = replace(request, sampler=sampler)
     batches = pipeline.batches([replace(request, prompt=text, seed=number) for text, number in wanted])
     for text in texts:
         if cut := pipeline.tokenizer.overflow(text):

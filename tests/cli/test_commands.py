@@ -94,8 +94,24 @@ def test_values_that_cannot_be_get_one_line(bundle: Path, tmp_path: Path, argume
     assert words in complaint("generate", "x", "--bundle", bundle, *arguments, cwd=tmp_path)
 
 
-def test_a_prompt_of_ten_thousand_characters_is_refused(bundle: Path, tmp_path: Path) -> None:
-    assert "10000" in complaint("generate", "x" * 10_000, "--bundle", bundle, cwd=tmp_path).replace(",", "")
+def test_a_prompt_of_ten_thousand_characters_is_cut_and_said(bundle: Path, tmp_path: Path) -> None:
+    done = run("generate", "x " * 5_000, "--bundle", bundle, "--steps", 1, "--out", "x.png", cwd=tmp_path)
+    assert "the prompt is longer than the model reads" in done.stderr
+
+
+def test_generate_takes_the_checkpoints_own_scheduler(own_bundle: Path, tmp_path: Path) -> None:
+    def sampler(*options: object) -> str:
+        done = run("generate", "x", "--bundle", own_bundle, "--steps", 1, "--out", "x.png", *options, cwd=tmp_path)
+        said.append(done.stderr)
+        return str(Image.open(tmp_path / "x.png").text["parameters"]).partition("Sampler: ")[2].partition(",")[0]
+
+    said: list[str] = []
+    assert (sampler(), sampler("--scheduler", "euler-a")) == ("DDIM", "Euler a")
+    manifest = json.loads((own_bundle / "kdc-edge.json").read_text())
+    manifest["model"]["scheduler"] |= {"_class_name": "LMSDiscreteScheduler"}
+    (own_bundle / "kdc-edge.json").write_text(json.dumps(manifest))
+    assert sampler() == "DPM++ 2M"
+    assert "the checkpoint's scheduler is LMSDiscreteScheduler" in said[-1]
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:

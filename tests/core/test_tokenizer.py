@@ -223,7 +223,7 @@ def test_overflow_is_empty_when_all_fits(clip: Tokenizer) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a" * 2001, "2001 characters"), ("half \ud83d", "lone surrogate"), (None, "NoneType"), (b"a", "bytes")],
+    [("half \ud83d", "lone surrogate"), ("a" * 3000 + "\ud83d", "at 3000"), (None, "NoneType"), (b"a", "bytes")],
 )
 def test_a_prompt_that_cannot_be_used_is_refused_in_one_line(clip: Tokenizer, text: Any, said: str) -> None:
     for use in (lambda: clip.encode([text]), lambda: clip.count(text), lambda: clip.overflow(text)):
@@ -231,6 +231,95 @@ def test_a_prompt_that_cannot_be_used_is_refused_in_one_line(clip: Tokenizer, te
             use()
         assert "\n" not in str(caught.value)
     assert clip.encode(["a" * 2000]).shape == (1, 77)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "word " * 3000,
+        "a" * 5000,
+        "\U0001f600" * 3000,
+        " " * 15_000 + "red flower",
+        "red\n" * 10_000 + "x",
+        "red " + " " * 150_000 + "x",
+    ],
+)
+def test_a_long_prompt_is_cut_as_transformers_cuts_it(pair: Pair, text: str) -> None:
+    assert np.array_equal(pair.ours.encode([text]), pair.expected([text]))
+    lost = pair.ours.overflow(text)
+    assert text.endswith(lost)
+    assert bool(lost) == (pair.ours.count(text) > 75)
+
+
+LEARNED = ["<purple-cat>", "learned2", "<s1>", "<s1> <s2>", "\u00c9l\u00e8ve"]  # by textual inversion
+OLD = {token: 49408 + i for i, token in enumerate(LEARNED)}
+IDS = {str(index): token for token, index in OLD.items()}
+ADDED: dict[str, dict[str, Any]] = {  # file -> content, in the layouts of transformers 4.0 to 5
+    "added_tokens.json": {"added_tokens.json": OLD},
+    "added_tokens.json, ids with gaps": {"added_tokens.json": {t: 2 * i for t, i in OLD.items()}},
+    "added_tokens.json and roles apart": {
+        "tokenizer_config.json": {"model_max_length": 77}, "added_tokens.json": OLD,
+        "special_tokens_map.json": {"pad_token": "!", "bos_token": {"content": START, **RULES}, "eos_token": END},
+    },
+    "decoder": {
+        "tokenizer_config.json": {**DECODER, "added_tokens_decoder": {
+            **DECODER["added_tokens_decoder"], **{i: {"content": t, "special": False, **RULES} for i, t in IDS.items()},
+        }},
+    },
+    "decoder, found otherwise": {
+        "tokenizer_config.json": {**DECODER, "added_tokens_decoder": {
+            "49408": {"content": "<purple-cat>", **RULES, "normalized": False},
+            "49409": {"content": "learned2", **RULES, "single_word": True},
+            "49410": {"content": "<s1>", **RULES, "lstrip": True, "rstrip": True, "special": True},
+        }},
+        "added_tokens.json": {"not read": 49408},
+    },
+    "padded with an added token": {
+        "tokenizer_config.json": {**NAMES, "pad_token": "<pad>"}, "added_tokens.json": {"<pad>": 49408},
+    },
+    "extra special tokens": {"tokenizer_config.json": {**NAMES, "extra_special_tokens": ["<purple-cat>"]}},
+    "additional special tokens": {
+        "tokenizer_config.json": {**NAMES, "additional_special_tokens": ["<purple-cat>", "learned2"]},
+        "added_tokens.json": {"learned2": 49408, "<purple-cat>": 49409},
+    },
+}  # fmt: skip
+WITH_LEARNED = [
+    "a <purple-cat> sits", "a<purple-cat>b", "A <PURPLE-CAT> x <Purple-Cat>",
+    "my learned2, Learned2 learned23 xlearned2", "<s1> <s2>", "<s1><s2>", "  <s1>   <s2>  ",
+    "\u00c9l\u00e8ve e\u0301le\u0300ve", "<purple-cat>" * 100, "<|endoftext|><s1>",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[*ADDED, "saved by transformers 5", "saved beside the vocabulary"])
+def learned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("learned")
+    if request.param in ADDED:
+        folder = folder_with(NAMES, place)
+        for name, content in ADDED[request.param].items():
+            (folder / name).write_text(json.dumps(content))
+        return folder
+    theirs = CLIPTokenizer.from_pretrained(folder_with(NAMES, place / "plain"))
+    theirs.add_tokens(LEARNED)
+    theirs.save_pretrained(place)
+    if request.param == "saved beside the vocabulary":
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copyfile(CLIP_FOLDER / name, place / name)
+        (place / "added_tokens.json").write_text(json.dumps({"<unread>": 49408}))
+    return place
+
+
+def test_added_tokens_equal_transformers_in_every_layout(learned: Path) -> None:
+    pair = Pair(learned)
+    texts = WITH_LEARNED + PROMPTS[::4]
+    ours, theirs = pair.ours.encode(texts), pair.expected(texts)
+    assert [text for text, a, b in zip(texts, ours, theirs, strict=True) if not np.array_equal(a, b)] == []
+
+
+def test_added_tokens_are_one_token_each(tmp_path: Path) -> None:
+    folder = folder_with(NAMES, tmp_path)
+    (folder / "added_tokens.json").write_text(json.dumps(OLD))
+    ours = Tokenizer.from_folder(folder)
+    assert ours.encode(["a <purple-cat> learned2"])[0, :5].tolist() == [49406, 320, 49408, 49409, 49407]
 
 
 @pytest.mark.parametrize(
@@ -254,6 +343,9 @@ def test_a_prompt_that_cannot_be_used_is_refused_in_one_line(clip: Tokenizer, te
         ("merges.txt", "#version: 0.2\nabc\n", "line 2"),
         ("merges.txt", "zzzz qqqq\n", "line 1"),
         ("merges.txt", "a b c\n", "line 1"),
+        ("added_tokens.json", '{"<cat>": "1"}', "give every token an id"),
+        ("added_tokens.json", "[]", "should hold a JSON object"),
+        ("special_tokens_map.json", '{"pad_token": "no such token"}', "pad_token"),
         ("tokenizer_config.json", "nonsense", "cannot be read as JSON"),
         ("tokenizer_config.json", '{"pad_token": "no such token"}', "pad_token"),
         ("tokenizer_config.json", '{"pad_token": 5}', "pad_token"),

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from kdc_edge.errors import InputError
-from kdc_edge.train.data.files import open_butterflies, open_imagefolder, open_oxford_flowers
+from kdc_edge.train.data.files import open_butterflies, open_oxford_flowers
+from kdc_edge.train.data.folders import open_imagefolder
 from kdc_edge.train.data.images import LeftOut
 from kdc_edge.train.data.source import Part, Sample, Source
 from kdc_edge.train.data.streams import open_hf, open_webdataset

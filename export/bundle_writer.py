@@ -38,7 +38,7 @@ from kdc_edge.diffusers_folder import hash_checkpoint, read_model
 from kdc_edge.errors import BundleError, CheckpointError, ParityError
 from kdc_edge.export.components import ExportComponent, describe, load_component
 from kdc_edge.export.parity import IMAGES, check_parity
-from kdc_edge.files import atomic_folder, inside, read_json
+from kdc_edge.files import atomic_folder, read_json
 from kdc_edge.formats import Format
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.prompts import own_prompts
@@ -152,7 +152,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     target.mkdir()
     for path in sorted(source.iterdir()):
         if path.suffix in {".json", ".txt"} and path.is_file():
-            shutil.copyfile(inside(source, path.name, CheckpointError), target / path.name)
+            shutil.copyfile(path, target / path.name)  # a link stays in the checkpoint: read_model has seen to that
     try:
         write_vocabulary(target)
     except BundleError as error:

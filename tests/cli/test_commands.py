@@ -31,10 +31,14 @@ def run(*arguments: object, cwd: Path, code: int = 0) -> subprocess.CompletedPro
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(sys, "argv", command)
+        signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             main()
         except SystemExit as end:
             found = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            for number, handler in signals.items():
+                signal.signal(number, handler)
     done = subprocess.CompletedProcess(command, found, out.getvalue(), err.getvalue())
     assert done.returncode == code, done.stdout + done.stderr
     return done

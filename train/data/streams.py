@@ -1,4 +1,4 @@
-"""Rows as a stream: `datasets` reads the hub or a local folder (`hf:ID[:split]`), tars.py tar files (`webdataset:GLOB`).
+"""Rows as a stream: `datasets` reads the hub or a folder (`hf:ID[:split]`), tars.py tar files (`webdataset:GLOB`).
 
 Rows are streamed, so the data may be larger than the disk; nothing but its latents is kept.
 """

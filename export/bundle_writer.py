@@ -37,7 +37,7 @@ from kdc_edge.export.calibration import Calibration, calibrate
 from kdc_edge.export.components import ExportComponent, describe, load_component
 from kdc_edge.export.parity import IMAGES, check_parity
 from kdc_edge.export.targets import ExportRequest
-from kdc_edge.files import atomic_folder, inside, read_json
+from kdc_edge.files import atomic_folder, read_json
 from kdc_edge.formats import Format
 from kdc_edge.hardware import package_versions
 from kdc_edge.noise_schedule import NoiseSchedule
@@ -157,7 +157,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     target.mkdir()
     for path in sorted(source.iterdir()):
         if path.suffix in {".json", ".txt"} and path.is_file():
-            shutil.copyfile(inside(source, path.name, CheckpointError), target / path.name)
+            shutil.copyfile(path, target / path.name)  # a link stays in the checkpoint: read_model has seen to that
     try:
         write_vocabulary(target)
     except BundleError as error:

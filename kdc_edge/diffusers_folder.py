@@ -21,7 +21,7 @@ from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import read_json, sha256
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.presets import recognise
-from kdc_edge.text import invalid_field
+from kdc_edge.text import invalid_field, one_line, printable
 
 WEIGHTS = {
     "text_encoder": "model.safetensors",
@@ -40,29 +40,72 @@ UNSUPPORTED = {
     "addition_embed_type": "it needs more than the text, as Stable Diffusion XL does",
     "encoder_hid_dim_type": "it needs images or other embeddings beside the text",
 }
-MAX_HEADER_BYTES = 100 * 2**20
+PARTS = (*WEIGHTS, "tokenizer", "scheduler")  # the folders that are read
+SUFFIXES = frozenset({".json", ".safetensors", ".txt"})  # of what is loaded, hashed, and copied to other checkpoints
+ADAPTER = "adapter_config.json"  # names the folder or the hub's repository that the libraries would load instead
+MAX_HEADER_BYTES = 16 * 2**20  # the teacher's U-Net has 686 tensors in 80 kB
+MAX_DIMENSIONS = 8
+BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
 
 
 def check_weights(folder: Path) -> None:
-    """Raise CheckpointError unless the folder holds each network as safetensors."""
+    """Raise CheckpointError unless the folder holds each network as whole safetensors, and nothing leads out of it."""
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}: name a diffusers folder, or run kdc-edge train")
     if not (folder / MODEL_INDEX).is_file():
-        pickles = [p.name for pattern in PICKLES for p in folder.glob(pattern)]
-        if pickles:
-            raise CheckpointError(_refuse_pickle(folder / pickles[0]))
+        _refuse_pickle(folder)
         raise CheckpointError(f"{folder} is no checkpoint: {MODEL_INDEX} is missing")
+    _refuse_links_out(folder)
     for network, name in WEIGHTS.items():
-        if (folder / network / name).is_file() or list((folder / network).glob("*.safetensors.index.json")):
-            continue
-        pickles = [p.name for pattern in PICKLES for p in (folder / network).glob(pattern)]
-        if pickles:
-            raise CheckpointError(_refuse_pickle(folder / network / pickles[0]))
-        raise CheckpointError(f"{folder / network / name} is missing: the checkpoint is incomplete")
+        files = weight_files(folder / network)
+        if not files:
+            _refuse_pickle(folder / network)
+            raise CheckpointError(f"{folder / network / name} is missing: the checkpoint is incomplete")
+        for path in files:
+            read_shapes(path)
 
 
-def _refuse_pickle(path: Path) -> str:
-    return f"{path} is a pickle, which can run code: convert it to safetensors"
+def weight_files(network: Path) -> list[Path]:
+    """The safetensors files of a network's folder: the one of the usual name, and those that a weight map names."""
+    single = network / WEIGHTS[network.name]
+    found = {single} if single.is_file() else set()
+    for path in network.glob("*.safetensors.index.json"):
+        names = read_json(path, CheckpointError).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise CheckpointError(f"{path} holds no weight map: save the checkpoint again")
+        for name in set(names.values()):
+            if not name.endswith(".safetensors") or "/" in name or not (network / name).is_file():
+                raise CheckpointError(f"{path} names {name!r:.80}, no safetensors file beside it: save it again")
+            found.add(network / name)
+    return sorted(found)
+
+
+def _refuse_links_out(folder: Path) -> None:
+    """Nothing that is read or copied lies elsewhere; the hub's cache keeps a snapshot's files as its `blobs`."""
+    root = folder.resolve()
+    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    parts = [folder / part for part in PARTS]
+    for path in [folder / MODEL_INDEX, folder / PROMPTS_FILE, *parts, *(p for part in parts for p in part.rglob("*"))]:
+        if path.name == ADAPTER:
+            raise CheckpointError(f"{path} takes weights from elsewhere: merge the adapter and save the network again")
+        try:
+            place = path.resolve() if path.is_symlink() else None
+        except (OSError, RuntimeError):  # a circle
+            place = Path()
+        if place and (place.is_dir() or not any(place.is_relative_to(home) for home in homes)):
+            raise CheckpointError(f"{path} is a link out of its folder: copy the file itself there")
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CheckpointError(f"{path} is a device or a pipe: a regular file is needed")
+
+
+def _refuse_pickle(folder: Path) -> None:
+    for path in (path for pattern in PICKLES for path in folder.glob(pattern)):
+        raise CheckpointError(f"{path} is a pickle, which can run code: convert it to safetensors")
 
 
 def read_model(folder: Path) -> Model:
@@ -155,26 +198,40 @@ def _latent_size(unet: Settings) -> object:
 
 def count_parameters(network: Path) -> int:
     """The number of weights in a network's safetensors files, from their headers."""
-    files = sorted(network.glob("*.safetensors"))
-    return sum(math.prod(shape) for path in files for shape in read_shapes(path).values())
+    return sum(math.prod(shape) for path in weight_files(network) for shape in read_shapes(path).values())
 
 
 def read_shapes(path: Path) -> Mapping[str, list[int]]:
-    """The tensors' names and shapes in a safetensors file; the weights are not read."""
+    """The tensors' names and shapes in a safetensors file; the weights are not read. Raises CheckpointError.
+
+    The header is checked against the file: known types, sizes that fit, tensors side by side up to the file's end.
+    """
     try:
         with path.open("rb") as file:
+            size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
-            if length > min(MAX_HEADER_BYTES, path.stat().st_size):
+            if length > min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
-        return {name: list(info["shape"]) for name, info in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no safetensors file: {error}") from None
+        tensors = {name: info for name, info in header.items() if name != "__metadata__"}
+        end = 0
+        for name, info in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, (begin, after) = info["shape"], info["data_offsets"]
+            whole = all(type(n) is int and 0 <= n < 2**48 for n in [*shape, begin, after])
+            if not whole or len(shape) > MAX_DIMENSIONS:
+                raise ValueError(f"{printable(name, 80)} has an absurd shape or place")
+            if begin != end or after - begin != math.prod(shape) * BYTES[info["dtype"]]:
+                raise ValueError(f"{printable(name, 80)} does not lie where its shape and its type say")
+            end = after
+        if end != size - 8 - length:
+            raise ValueError("it ends elsewhere than its header says")
+        return {name: info["shape"] for name, info in tensors.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no safetensors file: {one_line(error)}") from None
 
 
 def hash_checkpoint(folder: Path) -> str:
     """One SHA-256 over the names and contents of the checkpoint's configuration and weight files."""
-    kept = {".json", ".safetensors", ".txt"}
-    files = sorted(p for p in folder.rglob("*") if p.suffix in kept and p.is_file())
+    files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
     lines = [f"{p.relative_to(folder).as_posix()} {sha256(p)}\n" for p in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What can go wrong, as one tree. The command line turns these, and only these, into one line and an exit code.
+"""What can go wrong, as one tree. The command line turns these, and what the system refuses, into one line.
 
     KdcError
     ├── BundleError         an exported folder is missing, incomplete, changed or unsafe
@@ -14,9 +14,30 @@ A message says what was wrong, why, and what to do, in one line.
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 from collections.abc import Iterable
 from types import ModuleType
+
+MEMORY = "there is too little memory: close other programs, or use --low-memory, a smaller size or a smaller precision"
+PERMISSION = "choose another place, or change its permissions"
+ROOM = "make room on the disk, or choose another place"
+# What to do about an error of the system's.
+REMEDIES = {
+    errno.EACCES: PERMISSION,
+    errno.EPERM: PERMISSION,
+    errno.EROFS: PERMISSION,
+    errno.ENOSPC: ROOM,
+    errno.EDQUOT: ROOM,
+    errno.EFBIG: ROOM,
+    errno.ENOENT: "check the name",
+    errno.ENOTDIR: "check the name",
+    errno.EISDIR: "name a file",
+    errno.ELOOP: "name the place itself, not a circle of links",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.EIO: "check the disk",
+}
 
 
 class KdcError(Exception):
@@ -77,3 +98,23 @@ def require(package: str, *, extra: str, purpose: str) -> ModuleType:
         raise MissingPackageError(
             f"{purpose} needs {package}, which is not installed: pip install 'kdc-edge[{extra}]'"
         ) from error
+
+
+def explain(error: BaseException) -> str:
+    """Any exception as what was wrong and what to do. Only what nobody foresaw is called a fault of kdc-edge."""
+    words = str(error) or type(error).__name__
+    if isinstance(error, KdcError):
+        return words
+    if isinstance(error, MemoryError) or "out of memory" in words or "bad_alloc" in words:
+        return MEMORY
+    if "iostream error" in words:  # openvino's word for a file that it cannot write
+        return f"a file could not be written: {ROOM}"
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        remedy = REMEDIES.get(error.errno or 0, "the system refuses it; --debug shows where")
+        return f"{place}{error.strerror}: {remedy}"
+    if isinstance(error, RecursionError):
+        return "an input is nested too deeply to be read: --debug shows which"
+    if isinstance(error, ImportError):
+        return f"a package is damaged ({words}): install it again"
+    return f"{type(error).__name__}: {words}: kdc-edge did not expect this; please report it with what --debug shows"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kdc_edge.diffusers_folder import PROMPTS_FILE
 from kdc_edge.errors import InputError
+from kdc_edge.files import read_bounded
 
 GENERAL = ("a photo of a red flower", "a blue butterfly with white spots on a dark background")
 MAX_BYTES = 10 * 2**20
@@ -14,9 +15,8 @@ MAX_BYTES = 10 * 2**20
 def read_prompts(path: Path) -> list[str]:
     """One prompt a line; empty lines do not count. Raises InputError."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path} is larger than {MAX_BYTES // 2**20} MiB: give a file with one prompt a line")
-        found = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        text = read_bounded(path, MAX_BYTES, InputError).decode()
+        found = [line.strip() for line in text.splitlines() if line.strip()]
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give a text file with one prompt a line") from None
     except (OSError, ValueError) as error:

@@ -1,6 +1,7 @@
 """How values and foreign texts read, in every message, table and page: one place each.
 
 one_line(error)                     # the first line of another library's exception, printable and short
+message(text)                       # a whole line of ours that may quote foreign text
 megabytes(1_380_000_000)            # "1,380 MB": decimal everywhere
 gigabytes(25_769_803_776)           # "25.8 GB"
 decibels(None), decibels(41.23)     # "equal", "41.2 dB"
@@ -17,12 +18,31 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 MAX_LINE_CHARS = 300
+MAX_MESSAGE_CHARS = 480  # of a line that says what was wrong and what to do
+COMPUTED = ("=", "+", "-", "@", "\t", "\r")  # a cell that begins so is a formula to a spreadsheet
 
 
 def printable(text: str, limit: int = MAX_LINE_CHARS) -> str:
     """Text from outside on one line: white space folded, control characters as escapes, cut to `limit`."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    shown = visible(" ".join(text.split()))
     return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."
+
+
+def visible(text: str) -> str:
+    """Foreign text as it is, but for control characters and escape sequences, which are shown instead of obeyed."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def message(text: str) -> str:
+    """A line for a person, printable; a longer one loses its middle, because what to do stands at its end."""
+    shown = printable(text, len(text) * 10 + 3)  # an escape has ten characters at most
+    head, tail = MAX_MESSAGE_CHARS * 2 // 3, MAX_MESSAGE_CHARS // 3 - 5
+    return shown if len(shown) <= MAX_MESSAGE_CHARS else f"{shown[:head]} ... {shown[-tail:]}"
+
+
+def csv_cell(value: object) -> object:
+    """A cell for a CSV file: a foreign text that a spreadsheet would compute is quoted by an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(COMPUTED) else value
 
 
 def one_line(error: BaseException | str, limit: int = MAX_LINE_CHARS) -> str:

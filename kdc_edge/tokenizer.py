@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 from kdc_edge.errors import BundleError, InputError
-from kdc_edge.files import read_json, write_atomic
+from kdc_edge.files import read_bounded, read_json, write_atomic
 
 CLIP_FOLDER = Path(__file__).parent / "assets" / "clip-bpe"
 CLIP_LENGTH = 77
@@ -177,9 +177,7 @@ def _are_merges(found: object) -> bool:
 
 def _read_text(path: Path) -> str:
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise BundleError(f"{path} is larger than {MAX_FILE_BYTES // 2**20} MiB: not a vocabulary's file")
-        return path.read_text("utf-8")
+        return read_bounded(path, MAX_FILE_BYTES, BundleError).decode()
     except FileNotFoundError:
         raise BundleError(f"{path} is missing: a tokenizer needs vocab.json and merges.txt") from None
     except (OSError, ValueError) as error:

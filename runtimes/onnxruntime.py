@@ -18,7 +18,7 @@ import numpy as np
 
 from kdc_edge.bundle import Bundle
 from kdc_edge.components import Component, Execution
-from kdc_edge.errors import BundleError, InputError, require
+from kdc_edge.errors import BundleError, InputError, KdcError, require
 from kdc_edge.files import atomic_folder
 from kdc_edge.hardware import Processor, this_processor
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, open_component
@@ -137,7 +137,13 @@ class OnnxRuntime:
                 beside = "session.optimized_model_external_initializers"
                 session.add_session_config_entry(f"{beside}_file_name", f"{made.name}_data")
                 session.add_session_config_entry(f"{beside}_min_size_in_bytes", str(WEIGHTS_BESIDE_BYTES))
-                self._open(path, session, provider, threads)
+                try:
+                    self._open(path, session, provider, threads)
+                except BundleError:
+                    self.load(folder, component, replace(options, cache=None, check=False))  # is it the network?
+                    raise KdcError(
+                        f"{cache} cannot take what onnxruntime compiled: make room on its disk, or leave --cache out"
+                    ) from None
             return self.load(folder, component, replace(options, check=False))
         return OnnxComponent(path, self._open(path, session, provider, threads))
 

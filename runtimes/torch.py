@@ -48,6 +48,8 @@ def load_network(checkpoint: Path, component: str) -> Any:
             network, found = network_class.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **dtype
             )
+    except MemoryError:
+        raise
     except Exception as error:  # both libraries raise whatever comes
         raise CheckpointError(f"{folder} cannot be read as {class_name}: {one_line(error)}") from None
     lost = [*found["missing_keys"], *found["mismatched_keys"]]

@@ -76,7 +76,7 @@ def test_nothing_generic_lands_in_site_packages(wheel: zipfile.ZipFile) -> None:
 
 def test_help_imports_neither_engine_nor_numpy() -> None:
     code = (
-        "import sys, json\nfrom kdc_edge.cli import app\n"
+        "import sys, json\nfrom kdc_edge.cli.app import app\n"
         "try: app(['--help'])\nexcept SystemExit: pass\n"
         "print('\\n' + json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
     )

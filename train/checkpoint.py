@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from kdc_edge.diffusers_folder import PROMPTS_FILE, read_model
+from kdc_edge.diffusers_folder import PROMPTS_FILE, SUFFIXES, check_weights, read_model
 from kdc_edge.errors import CheckpointError, InputError, require
 from kdc_edge.files import atomic_folder, read_json, write_atomic
 from kdc_edge.presets import SCHEDULER, TEXT_ENCODERS, VAES, Preset
@@ -28,7 +28,7 @@ from kdc_edge.train.student import Account, make_student
 
 GARDEN_TEACHER = Path(__file__).parent / "assets" / "garden-teacher"
 
-PARTS = ("text_encoder", "tokenizer", "vae", "scheduler")  # of a checkpoint, besides the U-Net
+PARTS = ("text_encoder", "tokenizer", "vae", "scheduler")  # that a student takes from its teacher
 NOT_KEPT = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a teacher that no student has
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = (
@@ -74,9 +74,10 @@ def write_checkpoint(
 
     `card` is the model card, README.md; `prompts` are captions that an export proves and calibrates itself on.
     """
+    check_weights(parts_from)
     with atomic_folder(out, marker="model_index.json") as folder, quiet():
         for part in PARTS:
-            shutil.copytree(parts_from / part, folder / part)
+            _copy_part(parts_from / part, folder / part)
         write_vocabulary(folder / "tokenizer")
         index = read_json(parts_from / "model_index.json", CheckpointError)
         index |= {name: [None, None] for name in NOT_KEPT} | {"requires_safety_checker": False}
@@ -106,6 +107,15 @@ def init_checkpoint(out: Path, preset: Preset, teacher: Path | None, *, seed: in
         _write_small_parts(folder)
         _let_others_read(folder)
     return account
+
+
+def _copy_part(source: Path, target: Path) -> None:
+    """What a checkpoint loads from a part, and nothing that lies about there."""
+    for path in sorted(source.rglob("*")):
+        if path.suffix in SUFFIXES and path.is_file():
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, place)
 
 
 def _let_others_read(folder: Path) -> None:

@@ -1,25 +1,117 @@
 """The command line: one module a command; what is heavy is imported inside the command that needs it.
 
 Data goes to stdout, talk to stderr. Exit codes: 0 done, 1 the work failed (one line says what and what to do),
-2 wrong usage, 130 interrupted.
+2 wrong usage, 130 interrupted, 143 terminated. `--debug`, anywhere among the arguments, shows a failure's traceback.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sys
+import traceback
+from types import FrameType
 
-from kdc_edge.cli.app import app
-from kdc_edge.errors import KdcError
+__all__ = ["main"]
 
-__all__ = ["app", "main"]
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+WORDS = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
+
+
+class _Ends:
+    """The signals that end a command: each becomes an exception, so that what was half done is removed."""
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+        with contextlib.suppress(ValueError):  # not in the main thread, where nobody sends us signals
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(signal.SIGINT, self._interrupt)
+            signal.signal(signal.SIGTERM, self._terminate)
+
+    def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        self.code = INTERRUPTED
+        raise KeyboardInterrupt
+
+    def _terminate(self, _number: int, _frame: FrameType | None) -> None:
+        self.code = TERMINATED
+        raise SystemExit(TERMINATED)
+
+    def restore(self) -> None:
+        """To what ends a process silently: Python's own shutdown would print a traceback."""
+        with contextlib.suppress(ValueError):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, signal.SIG_DFL)
 
 
 def main() -> None:
+    """Run the command that was typed; whatever ends it becomes one line and an exit code."""
+    ends = _Ends()  # before the imports, which take their time
+    arguments, debug = _without_debug(sys.argv[1:])
     try:
-        app()
-    except KdcError as error:
-        print(f"kdc-edge: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("kdc-edge: interrupted", file=sys.stderr)
-        sys.exit(130)
+        code, line = _run(arguments), None
+    except BaseException as error:  # a signal may come as any error: an import that it cuts short fails as it likes
+        if debug:
+            traceback.print_exc()
+        code, line = _outcome(error)
+    if ends.code is not None:
+        code, line = ends.code, WORDS[ends.code]
+    if line is not None:
+        with contextlib.suppress(OSError, ValueError):  # nobody listens
+            print(f"kdc-edge: {line}", file=sys.stderr, flush=True)
+    ends.restore()
+    sys.exit(code)
+
+
+def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments for the command, and whether --debug was among them; what follows `--` is not looked at."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    kept = [argument for argument in arguments[:end] if argument != "--debug"]
+    return kept + arguments[end:], len(kept) < end
+
+
+def _run(arguments: list[str]) -> int:
+    """The exit code of a command that ends by itself."""
+    from kdc_edge.cli.app import app
+
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # in a test
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    code = app(arguments, prog_name="kdc-edge", standalone_mode=False)
+    sys.stdout.flush()
+    return code if isinstance(code, int) else 0
+
+
+def _outcome(error: BaseException) -> tuple[int, str | None]:
+    """The exit code, and the line to print, of what ended a command."""
+    from kdc_edge.errors import explain
+    from kdc_edge.text import message
+
+    cause = error.__context__ if isinstance(error, SystemExit) else error
+    if isinstance(cause, OSError):
+        _flush_or_drop()
+    if isinstance(cause, BrokenPipeError):
+        return 1, "the output was closed before all of it was written"
+    if isinstance(error, SystemExit):
+        return (error.code if isinstance(error.code, int) else int(error.code is not None)), None
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, WORDS[INTERRUPTED]
+    usage = getattr(error, "format_message", None)  # typer's, whatever it is built on
+    if usage is None:
+        return getattr(error, "exit_code", 1), message(explain(error))
+    command = getattr(getattr(error, "ctx", None), "command_path", "kdc-edge")
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+        return 2, None
+    return 2, message(f"{usage().rstrip('.')}: see {command} -h")
+
+
+def _flush_or_drop() -> None:
+    """Write what is in stdout's buffer; where that fails, let it go nowhere: Python would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -39,5 +39,6 @@ def _version(asked: bool) -> None:
 @app.callback()
 def root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    debug: bool = typer.Option(False, "--debug", help="Show a failure's traceback; with any command, at any place."),
 ) -> None:
-    del version
+    del version, debug  # main takes --debug out

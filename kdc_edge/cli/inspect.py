@@ -12,6 +12,9 @@ from typer import Argument
 
 from kdc_edge.cli.options import Json
 from kdc_edge.cli.project import all_bundles
+from kdc_edge.text import visible
+
+MAX_FACT_CHARS = 1000
 
 
 def verify(
@@ -21,7 +24,7 @@ def verify(
     from kdc_edge.bundle import Bundle
 
     for path in bundles or all_bundles():
-        typer.echo(f"{path}: {Bundle.open(path).verify()} files unchanged")
+        typer.echo(f"{visible(str(path))}: {Bundle.open(path).verify()} files unchanged")
 
 
 def info(
@@ -31,7 +34,7 @@ def info(
     """Describe a bundle or a checkpoint."""
     from kdc_edge.bundle import Bundle, kind_of
     from kdc_edge.diffusers_folder import read_model
-    from kdc_edge.text import megabytes
+    from kdc_edge.text import megabytes, printable
 
     if kind_of(folder) == "checkpoint":
         model = read_model(folder)
@@ -40,7 +43,7 @@ def info(
         bundle = Bundle.open(folder)
         manifest = bundle.manifest
         if as_json:
-            typer.echo(manifest.model_dump_json(indent=2))
+            typer.echo(json.dumps(manifest.model_dump(mode="json"), indent=2))
             return
         model = manifest.model
         facts = {"kind": f"bundle {manifest.name}", **model.model_dump(exclude={"scheduler"})}
@@ -56,7 +59,7 @@ def info(
         typer.echo(json.dumps(facts, indent=2))
         return
     for name, value in facts.items():
-        typer.echo(f"{name.replace('_', ' '):>20}  {value}")
+        typer.echo(f"{printable(name.replace('_', ' '), 40):>20}  {printable(str(value), MAX_FACT_CHARS)}")
 
 
 def formats(as_json: Json = False) -> None:

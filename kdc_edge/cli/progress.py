@@ -9,6 +9,8 @@ from types import TracebackType
 import rich.progress
 from rich.console import Console
 
+from kdc_edge.text import visible
+
 LINE_EVERY_SEC = 5.0
 
 
@@ -47,6 +49,6 @@ class ProgressBar:
 
     def say(self, text: str) -> None:
         if self._bar:
-            self._bar.console.print(text)
+            self._bar.console.print(visible(text), markup=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(visible(text), file=sys.stderr, flush=True)

@@ -13,6 +13,8 @@ from typing import Annotated
 import typer
 
 from kdc_edge.errors import InputError, require
+from kdc_edge.files import read_bounded
+from kdc_edge.text import visible
 
 SETTINGS = Path("kdc-edge.toml")
 RUNS = Path("runs")
@@ -23,21 +25,19 @@ MAX_SETTINGS_BYTES = 2**20
 
 def say(text: str) -> None:
     """Talk, as opposed to data: one line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def _load_settings(context: typer.Context, path: Path | None) -> Path | None:
     """Make the settings file's section the command's defaults; unknown keys are refused."""
-    if path is None and not SETTINGS.is_file():
+    if path is None and not SETTINGS.exists():
         return None
     path = path or SETTINGS
     try:
-        if path.stat().st_size > MAX_SETTINGS_BYTES:
-            raise InputError(f"{path} is larger than 1 MiB: not a settings file")
-        settings = tomllib.loads(path.read_text("utf-8"))
+        settings = tomllib.loads(read_bounded(path, MAX_SETTINGS_BYTES, InputError).decode())
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give --config the name of a TOML file") from None
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no TOML file: {error}") from None
     commands = getattr(context.parent.command, "commands", {}) if context.parent else {}
     for name, section in settings.items():

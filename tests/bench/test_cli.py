@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from kdc_edge.cli import app
+from kdc_edge.cli.app import app
 from kdc_edge.cli.prompt_quality import open_scorer
 from kdc_edge.errors import InputError
 from kdc_edge.train.garden.scenes import draw_scenes, render_many

@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from kdc_edge.text import decibels, invalid_field, last_line, markdown_table, megabytes, one_line, printable
+from kdc_edge.text import (
+    csv_cell,
+    decibels,
+    invalid_field,
+    last_line,
+    markdown_table,
+    megabytes,
+    message,
+    one_line,
+    printable,
+)
 
 
 @given(st.text(), st.integers(3, 400))
@@ -47,3 +57,17 @@ def test_units() -> None:
 
 def test_markdown_cells_keep_their_bars() -> None:
     assert markdown_table(("a", "b"), [(1, "x|y")], align="-r") == "| a | b |\n| --- | --: |\n| 1 | x\\|y |\n"
+
+
+@given(st.text(max_size=2000))
+def test_a_message_is_printable_and_bounded(text: str) -> None:
+    shown = message(f"{text}: export it again")
+    assert shown.isprintable()
+    assert len(shown) <= 480
+    assert shown.endswith(": export it again")
+
+
+@pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
+def test_a_cell_that_a_spreadsheet_would_compute_is_quoted(cell: str) -> None:
+    assert csv_cell(cell) == f"'{cell}"
+    assert [csv_cell(value) for value in ("onnx-fp16", -1.5, None)] == ["onnx-fp16", -1.5, None]

@@ -1,4 +1,4 @@
-"""Data through the `datasets` library: the hub or a local folder (`hf:ID[:split]`), tar files (`webdataset:GLOB`).
+"""Rows as a stream: `datasets` reads the hub or a folder (`hf:ID[:split]`), tars.py tar files (`webdataset:GLOB`).
 
 Rows are streamed, so the data may be larger than the disk; nothing but its latents is kept.
 """
@@ -17,9 +17,16 @@ from typing import Any
 from PIL import Image
 
 from kdc_edge.errors import InputError, require
+from kdc_edge.files import read_bounded
 from kdc_edge.text import one_line
 from kdc_edge.train.data.images import LeftOut, read_image
 from kdc_edge.train.data.source import Part, Sample, fill
+from kdc_edge.train.data.tars import TarRows
+
+TARS = "webdataset"
+FIRST_ROWS = 20  # that tell the columns, where nothing else does
+MAX_CARD_BYTES = 2**20
+MAX_HEAD_CHARS = 2**17
 
 CAPTION_COLUMNS = ("text", "caption", "txt", "prompt", "description", "label", "labels", "cls", "class", "json")
 
@@ -30,7 +37,7 @@ class StreamSource:
 
     name: str
     facts: str  # what its fingerprint is made of
-    loader: tuple[str, tuple[tuple[str, Any], ...]]  # path and keywords of datasets.load_dataset
+    loader: tuple[str, ...]  # the name that datasets.load_dataset takes; tar files where the name is TARS
     splits: tuple[str, ...]
     template: str | None
     mirrored = True
@@ -57,9 +64,12 @@ class StreamSource:
                 row = next(stream)
             except StopIteration:
                 return
-            except Exception as error:  # a tar cut short, a lost connection: what was read so far is kept
+            except Exception as error:  # a lost connection: what was read so far is kept
                 yield LeftOut(label, f"the stream breaks off: {one_line(error)}")
                 return
+            if isinstance(row, LeftOut):
+                yield row
+                continue
             try:
                 image = read_image(_content(row.get(image_column), label), size=size, name=label)
                 yield Sample(label, image, fill(self.template, "{name}", _text(row.get(caption_column), names, label)))
@@ -76,6 +86,7 @@ def open_hf(what: str, caption: str | None) -> StreamSource:
     name, _, split = what.rpartition(":") if ":" in what else (what, "", "")
     facts = name
     if Path(name).is_dir():
+        _check_card(Path(name) / "README.md")
         files = sorted(p for p in Path(name).rglob("*") if p.is_file())
         facts = json.dumps([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
     try:
@@ -86,28 +97,43 @@ def open_hf(what: str, caption: str | None) -> StreamSource:
         raise InputError(f"hf:{name} has no split {split!r}: choose from {', '.join(found)}")
     train = split or ("train" if "train" in found else found[0])
     test = next((s for s in ("test", "validation") if s in found and s != train), None)
-    source = StreamSource(name, facts, (name, ()), (train, test) if test else (train,), caption)
+    source = StreamSource(name, facts, (name,), (train, test) if test else (train,), caption)
     find_columns(name, _load(name, source.loader, train))
     return source
 
 
 def open_webdataset(what: str, caption: str | None) -> StreamSource:
     """Tar files by a glob pattern; in them `KEY.jpg` (or png, webp) beside `KEY.txt`, `KEY.cls` or `KEY.json`."""
-    require("datasets", extra="train", purpose="a data source webdataset:")
     files = sorted(glob.glob(what, recursive=True))  # noqa: PTH207 - the pattern may be absolute
     if not files:
         raise InputError(f"webdataset:{what} matches no file: quote the pattern, and check the folder")
     facts = json.dumps([(f, Path(f).stat().st_size, Path(f).stat().st_mtime_ns) for f in files])
-    loader = ("webdataset", (("data_files", {"train": files}),))
-    source = StreamSource(f"webdataset:{what}", facts, loader, ("train",), caption)
-    find_columns(source.name, _load(source.name, loader, "train"))
+    source = StreamSource(f"webdataset:{what}", facts, (TARS, *files), ("train",), caption)
+    find_columns(source.name, TarRows(source.loader[1:]))
     return source
 
 
-def _load(name: str, loader: tuple[str, tuple[tuple[str, Any], ...]], split: str) -> Any:
+def _check_card(path: Path) -> None:
+    """A data card's head is YAML, in which an alias may stand for a billion lines: refuse what no card needs."""
+    if not path.exists():
+        return
+    text = read_bounded(path, MAX_CARD_BYTES, InputError).decode("utf-8", "replace")
+    head = text.split("\n---", 1)[0].removeprefix("---") if text.startswith("---") else ""
+    yaml = require("yaml", extra="train", purpose="a data source hf:")
+    try:
+        aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(head, yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} has a head that is no YAML: {one_line(error)}") from None
+    if aliases or len(head) > MAX_HEAD_CHARS:
+        raise InputError(f"{path} has a head with aliases, or of more than {MAX_HEAD_CHARS} characters: shorten it")
+
+
+def _load(name: str, loader: tuple[str, ...], split: str) -> Any:
+    if loader[0] == TARS:
+        return TarRows(loader[1:])
     datasets = require("datasets", extra="train", purpose="this data source")
     try:
-        return datasets.load_dataset(loader[0], split=split, streaming=True, **dict(loader[1]))
+        return datasets.load_dataset(loader[0], split=split, streaming=True)
     except Exception as error:
         raise InputError(f"{name} cannot be opened: {one_line(error)}") from None
 
@@ -117,9 +143,12 @@ def find_columns(name: str, rows: Any) -> tuple[str, str]:
     datasets = require("datasets", extra="train", purpose="this data source")
     if rows.features is None:
         try:
-            first = next(iter(rows))
+            seen = [row for row in islice(rows, FIRST_ROWS) if isinstance(row, dict)]
         except Exception as error:
             raise InputError(f"{name} has no rows that can be read: {one_line(error)}") from None
+        if not seen:
+            raise InputError(f"{name} has no rows that can be read: are these tar files?")
+        first = {column: value for row in reversed(seen) for column, value in row.items()}
         columns = list(first)
         images = [c for c in columns if isinstance(first[c], Image.Image | bytes)]
     else:

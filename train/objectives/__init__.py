@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kdc_edge.errors import InputError
+from kdc_edge.errors import unknown_choice
 from kdc_edge.train.objective import Objective, Setup
 from kdc_edge.train.objectives.distillation import Distillation
+from kdc_edge.train.objectives.phased import Phased
 
 OBJECTIVES: dict[str, Callable[[Setup], Objective]] = {
     "distillation": Distillation,
+    "phased": Phased,
 }
 
 
-def make_objective(name: str, setup: Setup) -> Objective:
-    """The objective of this name for a run; raises InputError naming what there is."""
+def find_objective(name: str) -> Callable[[Setup], Objective]:
+    """The objective of this name; raises InputError, as for an unknown choice."""
     if name not in OBJECTIVES:
-        raise InputError(f"unknown objective {name!r}: choose from {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name](setup)
+        raise unknown_choice("--objective", name, tuple(OBJECTIVES))
+    return OBJECTIVES[name]

@@ -40,6 +40,14 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Sampling(_Record):
+    """How a few-step student is sampled: the defaults of generate, bench, eval and fit."""
+
+    scheduler: Text  # by the name that --scheduler takes
+    steps: int = Field(ge=1, le=1000)
+    guidance: float = Field(ge=0, le=100, allow_inf_nan=False)
+
+
 class Model(_Record):
     """What the artifact computes, in the numbers that a pipeline needs."""
 
@@ -51,6 +59,7 @@ class Model(_Record):
     vae_scale: int = Field(ge=1, le=64)  # pixels a latent, each way
     scaling_factor: float = Field(gt=0, allow_inf_nan=False)  # of the VAE's latents
     scheduler: dict[str, object]  # diffusers' scheduler_config.json
+    sampling: Sampling | None = None  # None: any scheduler, with guidance
 
     @property
     def image_size(self) -> int:

@@ -29,6 +29,7 @@ WEIGHTS = {
     "vae": "diffusion_pytorch_model.safetensors",
 }
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
+SAMPLING_FILE = "sampling.json"  # of a few-step student: kdc_edge.bundle.Sampling
 PROMPTS_FILE = "prompts.txt"  # captions that it was trained on, one a line: what to calibrate and prove it with
 PIPELINES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline", "StableDiffusionImg2ImgPipeline")
 # Settings of a U-Net that are null in every model that is used here, and what they make it.
@@ -139,6 +140,7 @@ def read_model(folder: Path) -> Model:
                 "vae_scale": 2 ** (len(stages) - 1) if isinstance(stages, list) else None,
                 "scaling_factor": vae["scaling_factor"],
                 "scheduler": {k: v for k, v in scheduler.items() if k == "_class_name" or not k.startswith("_")},
+                "sampling": read_json(path, CheckpointError) if (path := folder / SAMPLING_FILE).is_file() else None,
             }
         )
     except ValidationError as error:

@@ -253,6 +253,13 @@ class Pipeline:
         }
 
 
+def made_for(model: Model, request: Request) -> Request:
+    """The request with the scheduler, steps and guidance that the model was trained for, if it was for any."""
+    if (sampling := model.sampling) is None:
+        return request
+    return replace(request, sampler=sampling.scheduler, steps=sampling.steps, guidance=sampling.guidance)
+
+
 def guided(cond: Any, uncond: Any, guidance_scale: float) -> Any:
     """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) of two noise predictions, arrays or tensors."""
     return uncond + guidance_scale * (cond - uncond)

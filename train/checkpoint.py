@@ -16,7 +16,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from kdc_edge.diffusers_folder import PROMPTS_FILE, SUFFIXES, check_weights, read_model
+from kdc_edge.bundle import Model
+from kdc_edge.diffusers_folder import PROMPTS_FILE, SAMPLING_FILE, SUFFIXES, check_weights, read_model
 from kdc_edge.errors import CheckpointError, InputError, require
 from kdc_edge.files import atomic_folder, read_json, write_atomic
 from kdc_edge.presets import SCHEDULER, TEXT_ENCODERS, VAES, Preset
@@ -67,12 +68,14 @@ def write_checkpoint(
     unet: UNet2DConditionModel,
     *,
     parts_from: Path,
+    model: Model | None = None,
     card: str | None = None,
     prompts: Sequence[str] = (),
 ) -> None:
     """A diffusers folder with this U-Net; text encoder, tokenizer, VAE and scheduler come from `parts_from`.
 
-    `card` is the model card, README.md; `prompts` are captions that an export proves and calibrates itself on.
+    `model` brings a few-step student's scheduler and sampling. `card` is the model card, README.md; `prompts` are
+    captions that an export proves and calibrates itself on.
     """
     check_weights(parts_from)
     with atomic_folder(out, marker="model_index.json") as folder, quiet():
@@ -81,6 +84,11 @@ def write_checkpoint(
         write_vocabulary(folder / "tokenizer")
         index = read_json(parts_from / "model_index.json", CheckpointError)
         index |= {name: [None, None] for name in NOT_KEPT} | {"requires_safety_checker": False}
+        if model is not None and model.sampling is not None:
+            class_name = str(model.scheduler["_class_name"])
+            index["scheduler"] = ["diffusers", class_name]
+            write_atomic(folder / "scheduler" / "scheduler_config.json", json.dumps(model.scheduler, indent=2))
+            write_atomic(folder / SAMPLING_FILE, model.sampling.model_dump_json(indent=2))
         write_atomic(folder / "model_index.json", json.dumps(index, indent=2))
         unet.save_pretrained(folder / "unet")
         if card:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import read_json
@@ -31,12 +31,23 @@ class LossWeights(Settings):
 
 
 @dataclass(frozen=True)
+class FewSteps(Settings):
+    """The phased objective: N jumps without guidance. See train/objectives/phased.py."""
+
+    phases: int = setting(4, "Phases, which are the steps of sampling: 1, 2, 4, 5, 8 or 10.", "Few steps", ge=1)
+    guidance: float = setting(4.5, "Guidance scale that the student learns.", "Few steps", ge=1, le=100)
+    grid_points: int = setting(5, "Steps of the teacher in each phase.", "Few steps", ge=1, le=1000)
+    huber: float = setting(1e-3, "Width of the pseudo-Huber loss around zero.", "Few steps", gt=0)
+
+
+@dataclass(frozen=True)
 class TrainConfig(Settings):
     """A training run. `free` settings do not change the weights and may change when the run is resumed."""
 
     tasks: tuple[Task, ...]
     teacher: Path = setting(MISSING, "A diffusers folder, a hub id, or `garden`, the one that ships.", "Student")
     student: str = setting("garden-student", "A preset: see kdc-edge init -h.", "Student")
+    start: Path | None = setting(None, "Checkpoint whose U-Net the student starts from.", "Student")
     inherit: bool = setting(True, "Start from the teacher's weights.", "Student")
 
     samples: int | None = setting(None, "Images of each task; all by default, 2,000 of the garden.", "Data", ge=1)
@@ -54,7 +65,9 @@ class TrainConfig(Settings):
     ema_decay: float = setting(0.995, "Decay of the EMA of the weights, which is kept.", "Optimization", ge=0, lt=1)
     seed: int = setting(0, "Seed of all randomness.", "Optimization", ge=0, lt=2**63)
 
+    objective: str = setting("distillation", "distillation, or phased for few steps.", "Distillation")
     loss: LossWeights = LossWeights()
+    few_steps: FewSteps = FewSteps()
 
     replay: int = setting(500, "Samples kept of earlier tasks; 0 for no replay.", "Replay", ge=0)
     replay_mb: float | None = setting(None, "Megabytes kept of earlier tasks, instead of --replay.", "Replay", ge=0)
@@ -98,6 +111,20 @@ class TrainConfig(Settings):
             return cls.from_json(read_json(path, CheckpointError))
         except InputError as error:
             raise CheckpointError(f"{path} is no run's configuration: {error}") from None
+
+
+# Settings of a few-step stage by the preset's family, where none are given by hand. Garden: docs/experiments.md; sd1:
+# taken over from public recipes of consistency distillation, not measured here.
+FEW_STEP_STAGE: dict[str, dict[str, Any]] = {
+    "garden": {
+        "steps": 80, "learning_rate": 3e-4, "warmup": 20, "ema_decay": 0.98, "caption_dropout": 0.0, "huber": 0.03,
+        "grid_points": 5,
+    },
+    "sd1": {
+        "steps": 3000, "learning_rate": 1e-5, "warmup": 100, "ema_decay": 0.99, "caption_dropout": 0.0, "huber": 1e-3,
+        "grid_points": 10,
+    },
+}  # fmt: skip
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

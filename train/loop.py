@@ -26,6 +26,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from kdc_edge.bundle import Model
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError, KdcError
 from kdc_edge.files import read_json, refuse_foreign_folder, write_atomic
@@ -82,21 +83,18 @@ class Trainer:
         run: Path,
         *,
         resume: bool = False,
-        objective: str = "distillation",
         watch: Stopwatch | None = None,
         say: Say = lambda _: None,
     ) -> None:
         self.config, self.run_folder = config, run
         self.accelerator = make_accelerator(config, run)
         find_preset(config.student)
-        find_objective(objective)
         model = read_model(config.teacher)
         image_size(config, model)
+        find_objective(config.objective)
         self._claim_folder(resume)  # after what can be refused at once
         self.watch = watch or Stopwatch()
-        learning = prepare_learning(
-            config, model, self.accelerator, run, objective=objective, watch=self.watch, say=say
-        )
+        learning = prepare_learning(config, model, self.accelerator, run, watch=self.watch, say=say)
         self.teacher, self.student, self.objective = learning.teacher, learning.student, learning.objective
         metrics = ImageMetrics(config.metric_weights, self.accelerator.device)
         self.evaluator = Evaluator(self.teacher, metrics, config.eval_images, self.accelerator.autocast)
@@ -152,7 +150,8 @@ class Trainer:
                 if position.step % config.save_every == 0 and position.step < config.steps:
                     self.save()
             flipped = random_flip(latents, self.generator)
-            self.replay.add(latents.captions, flipped, task=task.name, generator=self.generator)
+            if task.name not in self.replay.tasks:  # a few-step stage begins with the samples of all its tasks
+                self.replay.add(latents.captions, flipped, task=task.name, generator=self.generator)
             scores = self.evaluate()
             position.metric = scores[task.name].metric
             position.matrix.append([s.quality for s in scores.values()])
@@ -239,7 +238,13 @@ class Trainer:
             unet = self.teacher.unet
             return {t.name: self.evaluator.score(unet, t, network=unet) for t in tasks}
         with self.student.averaged() as unet:
-            return {t.name: self.evaluator.score(unet, t, network=self.student.prepared) for t in tasks}
+            network, model = self.student.prepared, self.ships
+            return {t.name: self.evaluator.score(unet, t, network=network, model=model) for t in tasks}
+
+    @property
+    def ships(self) -> Model:
+        """The model that the checkpoint is: its scheduler, and how it is sampled."""
+        return self.objective.ships(self.teacher.model)
 
     def unet(self) -> UNet2DConditionModel:
         """A copy of the EMA student, which the checkpoint holds. Collective."""
@@ -249,7 +254,7 @@ class Trainer:
     def _draw_samples(self) -> None:
         total, size = self.position.total, self.teacher.size
         with self.student.averaged() as unet:
-            generator = self.teacher.generator(unet)
+            generator = self.teacher.generator(unet, self.ships)
             path = write_sample_sheet(self.run_folder, generator, self.config.tasks, total, size)
         self.tracker.log_image(path, total)
 
@@ -302,10 +307,12 @@ class Trainer:
             weights = self.student.full_weights()
 
             def write() -> None:
-                results = write_results(self.run_folder, self.config, self.position)
-                card = model_card(self.config, self.teacher.model, results)
+                results = write_results(self.run_folder, self.config, self.position, self.ships)
+                card = model_card(self.config, self.ships, results)
                 unet, out = self.student.copy(weights), self.run_folder / "checkpoint"
-                write_checkpoint(out, unet, parts_from=self.config.teacher, card=card, prompts=prompts)
+                write_checkpoint(
+                    out, unet, parts_from=self.config.teacher, model=self.ships, card=card, prompts=prompts
+                )
 
             on_main_process(self.accelerator, write)
         self.tracker.finish()

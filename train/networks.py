@@ -22,6 +22,7 @@ from kdc_edge.bundle import Model
 from kdc_edge.diffusers_folder import hash_checkpoint
 from kdc_edge.errors import InputError
 from kdc_edge.noise_schedule import NoiseSchedule
+from kdc_edge.pipeline import made_for
 from kdc_edge.presets import find_preset
 from kdc_edge.runtimes.torch import load_network
 from kdc_edge.train.config import TrainConfig
@@ -91,11 +92,12 @@ class Teacher:
         """Embed captions ahead of training; the main process keeps them on the disk."""
         self.embed.prepare(captions, writes=self._accelerator.is_main_process)
 
-    def generator(self, unet: UNet2DConditionModel) -> Generator:
-        """An image generator with this U-Net and the teacher's other networks."""
+    def generator(self, unet: UNet2DConditionModel, model: Model | None = None) -> Generator:
+        """An image generator with this U-Net and the teacher's other networks; `model` is the teacher's where None."""
+        model = model or self.model
         text_encoder, tokenizer = self.embed.text_encoder, self.embed.tokenizer
-        request = replace(EVALUATION, width=self.size, height=self.size)
-        return torch_generator(self.model, tokenizer, text_encoder, unet, self.vae, request)
+        request = made_for(model, replace(EVALUATION, width=self.size, height=self.size))
+        return torch_generator(model, tokenizer, text_encoder, unet, self.vae, request)
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,15 @@ class Learning:
 
 
 def prepare_learning(
-    config: TrainConfig, model: Model, accelerator: Accelerator, run: Path, *, objective: str = "distillation",
+    config: TrainConfig, model: Model, accelerator: Accelerator, run: Path, *,
     watch: Stopwatch, autocast: Callable[[], AbstractContextManager[object]] | None = None, say: Say = lambda _: None,
 ) -> Learning:  # fmt: skip
     """Load the networks and let the launch prepare them; `autocast` is the accelerator's where None."""
     teacher_unet = load_network(config.teacher, "unet")
     preset = find_preset(config.student)
     network, inherited = make_student(preset, teacher_unet, seed=config.seed, inherit_weights=config.inherit)
+    if config.start is not None:
+        inherited = start_from(network, config.start)
     teacher = Teacher(config, model, teacher_unet, accelerator, run, say=say)
 
     def frozen_student(weights: Mapping[str, Tensor]) -> UNet2DConditionModel:
@@ -126,10 +130,19 @@ def prepare_learning(
         frozen_student=frozen_student, device=accelerator.device, autocast=autocast or accelerator.autocast,
         watch=watch,
     )  # fmt: skip
-    made = find_objective(objective)(setup)  # its hooks come first, before the launch's
+    made = find_objective(config.objective)(setup)  # its hooks come first, before the launch's
     if config.compile:
         compile_blocks(teacher.unet)
     return Learning(teacher, Student(network, config, accelerator), made, inherited)
+
+
+def start_from(network: UNet2DConditionModel, checkpoint: Path) -> Account:
+    """Give a student the weights of a checkpoint's U-Net of the same shape; raises InputError for another shape."""
+    weights = load_network(checkpoint, "unet").state_dict()
+    if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in network.state_dict().items()}:
+        raise InputError(f"--start {checkpoint} has a U-Net of another shape than --student: name its own preset")
+    network.load_state_dict(weights)
+    return {name: name for name in weights}
 
 
 @dataclass(frozen=True)

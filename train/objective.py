@@ -25,6 +25,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from kdc_edge.bundle import Model
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.batch import Batch
@@ -79,6 +80,10 @@ class Objective(ABC):
         self.schedule = setup.schedule
         self.alphas_cumprod = torch.tensor(setup.schedule.alphas_cumprod, dtype=torch.float32).to(setup.device)
         self.previous_student: UNet2DConditionModel | None = None
+
+    def ships(self, model: Model) -> Model:
+        """The model that students of this objective are: the teacher's, unless scheduler or sampling change."""
+        return model
 
     @abstractmethod
     def __call__(self, student: nn.Module, batch: Batch, text: Tensor) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -88,25 +89,50 @@ def branch_run(source: Path, out: Path, config: TrainConfig) -> None:
     write_atomic(out / "config.json", json.dumps(config.as_json(), indent=2))
 
 
+def begin_stage(source: Path, out: Path, config: TrainConfig) -> TrainConfig:
+    """Prepare `out` for another objective over the tasks of the finished run `source`; then resume `out`.
+
+    The student starts from the run's EMA weights, the replay buffer comes along, R starts anew.
+    """
+    saved, _ = _finished(source)
+    _, tensors, replay = load_state(source)
+    weights = {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith("ema/")}
+    kept = {n: t for n, t in tensors.items() if n.startswith("student/")}  # also what no average is taken of
+    start = {n: weights.get(n.partition("/")[2], t).clone() for n, t in kept.items()}  # a file holds no tensor twice
+    start |= {f"ema/{n}": t for n, t in weights.items()}
+    start["generator"] = torch.Generator().manual_seed(config.seed).get_state()
+    joined = replace(config, tasks=saved.tasks, student=saved.student, teacher=saved.teacher)
+    refuse_foreign_folder(out, None)
+    out.mkdir(parents=True, exist_ok=True)
+    save_state(out, Position(), start, replay, keep=1)
+    write_atomic(out / "config.json", json.dumps(joined.as_json(), indent=2))
+    return joined
+
+
+def _finished(run: Path) -> tuple[TrainConfig, Path]:
+    """A finished run's configuration and newest state; raises CheckpointError for any other folder."""
+    states = list_states(run)
+    if not states:
+        raise CheckpointError(f"{run} is no run with saved states: name the folder of a run, such as runs/001")
+    saved = TrainConfig.load(run)
+    if load_state(run)[0].task < len(saved.tasks):
+        raise CheckpointError(f"{run} is not finished: kdc-edge train --resume --out {run} first")
+    return saved, states[0]
+
+
 def continue_run(source: Path, out: Path, config: TrainConfig) -> TrainConfig:
     """Prepare `out` to go on from the finished run `source` with the tasks of `config` after its own.
 
     The replay buffer, the weights, their moving average and R come along; resume `out` with the configuration that is
     given back. Raises CheckpointError for a run that is not finished, InputError for another student.
     """
-    states = list_states(source)
-    if not states:
-        raise CheckpointError(f"{source} is no run with saved states: name the folder of a run, such as runs/001")
-    position, _, _ = load_state(source)
-    saved = TrainConfig.load(source)
-    if position.task < len(saved.tasks):
-        raise CheckpointError(f"{source} is not finished: kdc-edge train --resume --out {source} first")
+    saved, state = _finished(source)
     if saved.student != config.student:
         raise InputError(f"--student {config.student} is not the run's {saved.student}: leave it as it was")
     joined = replace(config, tasks=(*saved.tasks, *config.tasks))
     refuse_foreign_folder(out, None)
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(states[0], out / "state" / states[0].name)
+    shutil.copytree(state, out / "state" / state.name)
     if (source / "metrics.jsonl").is_file():
         shutil.copy(source / "metrics.jsonl", out)
     write_atomic(out / "config.json", json.dumps(joined.as_json(), indent=2))

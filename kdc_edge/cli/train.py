@@ -17,6 +17,7 @@ from kdc_edge.errors import InputError
 from kdc_edge.train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from kdc_edge.train.data.tasks import Task
     from kdc_edge.train.loop import Trainer
 
 
@@ -43,7 +44,7 @@ def train(
     from kdc_edge.train.checkpoint import find_teacher
     from kdc_edge.train.data.tasks import parse_tasks
     from kdc_edge.train.loop import Trainer
-    from kdc_edge.train.runs import continue_run
+    from kdc_edge.train.runs import begin_stage, continue_run
 
     if resume and out is None and not LATEST.exists():
         raise InputError("there is no run to resume in runs/: start without --resume")
@@ -51,9 +52,9 @@ def train(
     if resume and (run / "config.json").is_file():  # a flag given by hand is refused later where it changes the run
         learnt: dict[str, Any] = {"tasks": parse_tasks(task or (), caption or ())} if "task" in given.typed else {}
         settings = given.change(given.kind.load(run), **learnt)
+    elif continue_from:
+        settings = _continued(given, continue_from, parse_tasks(task or (), caption or ()))
     else:
-        if task is None and continue_from:
-            raise InputError("--continue-from needs a --task NAME=SOURCE to add to the run")
         if task is None:
             task = ["flowers=garden:flowers", "butterflies=garden:butterflies"]
             say(f"no task given{'' if config else ' and no kdc-edge.toml here'}: taking the garden, {' '.join(task)}")
@@ -68,13 +69,37 @@ def train(
         _benchmark(settings, benchmark)
         return
     if continue_from:
-        settings, resume = continue_run(continue_from, run, settings), True
+        prepare = continue_run if task else begin_stage
+        settings, resume = prepare(continue_from, run, settings), True
     trainer = Trainer(settings, run, resume=resume, say=say)
     if trainer.view.is_main_process:
         _announce(trainer, run)
     _follow(trainer)
     if trainer.view.is_main_process:
         typer.echo(run / "checkpoint")
+
+
+def _continued(given: Given[TrainConfig], run: Path, tasks: tuple[Task, ...]) -> TrainConfig:
+    """The run's own settings, changed by what was given by hand and, for a few-step stage, by its table; said aloud.
+
+    With `tasks` the run learns more; without, another objective goes over its tasks.
+    """
+    from kdc_edge.presets import find_preset
+    from kdc_edge.settings import arguments, settings_of
+    from kdc_edge.train.config import FEW_STEP_STAGE
+
+    saved = given.kind.load(run)
+    settings = saved
+    stage = not tasks and given.values["objective"] == "phased"
+    if not tasks and not {"objective", "phases"} & given.typed:
+        raise InputError("--continue-from needs a --task NAME=SOURCE to add, or an --objective for another stage")
+    if stage:
+        settings = replace(settings, **arguments(settings, FEW_STEP_STAGE[find_preset(saved.student).family]))
+    settings = given.change(settings, **({"tasks": tasks} if tasks else {}))
+    for s in settings_of(given.kind):
+        if s.of(settings) != s.of(saved):
+            say(f"{s.option} {s.of(settings)} (the run had {s.of(saved)})")
+    return settings
 
 
 def _announce(trainer: Trainer, run: Path) -> None:

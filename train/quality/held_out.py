@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from kdc_edge.bundle import Model
 from kdc_edge.train.data.batch import Batch, add_noise
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.losses import mean_squared_error
@@ -30,14 +31,14 @@ class Evaluator:
     images: int  # of each task
     autocast: Callable[[], AbstractContextManager[object]]
 
-    def score(self, unet: UNet2DConditionModel, task: Task, *, network: nn.Module) -> Score:
+    def score(self, unet: UNet2DConditionModel, task: Task, *, network: nn.Module, model: Model | None = None) -> Score:
         """The quality of a U-Net's images on a task.
 
         Beyond the garden, with LPIPS to the teacher's images and the held-out loss. `network` is the U-Net as the
-        launch wraps it, for the loss. Collective.
+        launch wraps it, for the loss; `model` says how it is sampled, the teacher's model where None. Collective.
         """
         asked = ask(task, self.images, size=self.teacher.size)
-        images = self.teacher.generator(unet)(asked.prompts, seed=EVALUATION_NOISE)
+        images = self.teacher.generator(unet, model)(asked.prompts, seed=EVALUATION_NOISE)
         if asked.scenes:
             return score_images(images, asked, self.metrics)
         teacher_images = None

@@ -10,6 +10,7 @@ from typing import Any
 from kdc_edge import __version__
 from kdc_edge.bundle import Model
 from kdc_edge.files import write_atomic
+from kdc_edge.pipeline import made_for
 from kdc_edge.text import markdown_table
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.quality.evaluate import EVALUATION, average, backward_transfer, forgetting
@@ -46,7 +47,7 @@ Conditions: $conditions.
 """)
 
 
-def write_results(run: Path, config: TrainConfig, position: Position) -> dict[str, Any]:
+def write_results(run: Path, config: TrainConfig, position: Position, model: Model) -> dict[str, Any]:
     """R by the name of its metric, what follows from it, and every value measured after the last task."""
     results: dict[str, Any] = {
         "tasks": [t.name for t in config.tasks],
@@ -56,7 +57,7 @@ def write_results(run: Path, config: TrainConfig, position: Position) -> dict[st
         "backward_transfer": backward_transfer(position.matrix),
         "forgetting_max_minus_last": forgetting(position.matrix),
         "values": position.values,
-        "conditions": f"{config.eval_images} images a task, {EVALUATION.conditions}, averaged weights",
+        "conditions": f"{config.eval_images} images a task, {made_for(model, EVALUATION).conditions}, averaged weights",
     }
     write_atomic(run / "results.json", json.dumps(results, indent=2) + "\n")
     return results

@@ -1,0 +1,172 @@
+"""The phased objective: jumps against diffusers' DDIM, the grid, the loss on a network that is perfect already."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from kdc_edge.diffusers_folder import read_model
+from kdc_edge.errors import InputError
+from kdc_edge.image import psnr_db
+from kdc_edge.noise_schedule import NoiseSchedule
+from kdc_edge.pipeline import Request, made_for
+from kdc_edge.runtimes import open_pipeline
+from kdc_edge.train.config import FewSteps, TrainConfig
+from kdc_edge.train.loop import StepDone, Trainer
+from kdc_edge.train.objectives.phased import Grid, Jump, Phased, phase_ends, pseudo_huber
+from kdc_edge.train.runs import begin_stage
+from tests.train.test_loop import TASKS, config, weights
+
+CPU = torch.device("cpu")
+
+
+def ddim(prediction_type: str, phases: int) -> DDIMScheduler:
+    found = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type,
+        timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False,
+    )  # fmt: skip
+    found.set_timesteps(phases)
+    return found
+
+
+@pytest.mark.parametrize("phases", [1, 2, 4, 5, 8])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_jumps_between_phase_ends_are_diffusers_trailing_ddim(phases: int, prediction_type: str) -> None:
+    theirs = ddim(prediction_type, phases)
+    ends = phase_ends(phases)
+    assert theirs.timesteps.tolist() == ends[:0:-1]
+    jump = Jump(NoiseSchedule(prediction_type=prediction_type), CPU)
+    generator = torch.Generator().manual_seed(0)
+    for high, low in zip(ends[:0:-1], ends[-2::-1], strict=True):
+        x, prediction = torch.randn((2, 2, 4, 8, 8), generator=generator)
+        expected = theirs.step(prediction, high, x).prev_sample
+        torch.testing.assert_close(jump(x, prediction, torch.tensor([high] * 2), torch.tensor([low] * 2)), expected)
+
+
+def test_every_grid_point_is_drawn_as_often_and_leads_down_to_its_phases_end() -> None:
+    grid = Grid(phases=4, points=5)
+    assert grid.timesteps().tolist() == [-1, *range(49, 1000, 50)]
+    t, u, z = grid.place(torch.arange(1000))
+    assert torch.unique(t, return_counts=True)[1].tolist() == [50] * 20
+    assert (u < t).all()
+    assert (z <= u).all()
+    assert {(int(a), int(b)) for a, b in zip(t, z, strict=True) if a in (49, 249, 299, 999)} == {
+        (49, -1), (249, -1), (299, 249), (999, 749)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("phases", [0, 3, 7])
+def test_phases_that_ddim_would_step_past_are_refused(phases: int) -> None:
+    with pytest.raises(InputError, match=r"--phases .* use 1, 2, 4, 5, 8, 10"):
+        phase_ends(phases)
+
+
+def test_more_grid_points_than_timesteps_are_refused() -> None:
+    with pytest.raises(InputError, match="use fewer"):
+        Grid(phases=4, points=251)
+
+
+def test_the_loss_is_quadratic_near_zero_and_linear_far_away() -> None:
+    near, far, zero = torch.full((1, 2), 1e-4), torch.full((1, 2), 10.0), torch.zeros((1, 2))
+    assert pseudo_huber(near, zero, 0.03).item() == pytest.approx(1e-8 / 0.06, rel=1e-2)
+    assert pseudo_huber(far, zero, 0.03).item() == pytest.approx(10 - 0.03, rel=1e-3)
+    assert pseudo_huber(far, far, 0.03).item() == 0
+
+
+def few_steps(**changes: object) -> TrainConfig:
+    return config(objective="phased", few_steps=FewSteps(phases=2, grid_points=2, huber=0.03), **changes)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two tasks."""
+    run = tmp_path_factory.mktemp("runs") / "first"
+    for _ in Trainer(config(), run).run():
+        pass
+    return run
+
+
+@pytest.fixture(scope="module")
+def stage(first: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The few-step stage after it."""
+    run = tmp_path_factory.mktemp("runs") / "stage"
+    settings = begin_stage(first, run, few_steps())
+    for _ in Trainer(settings, run, resume=True).run():
+        pass
+    return run
+
+
+def test_a_stage_begins_with_the_runs_average_and_memory(first: Path, tmp_path: Path) -> None:
+    settings = begin_stage(first, tmp_path / "stage", few_steps())
+    assert [t.name for t in settings.tasks] == ["flowers", "butterflies"]
+    trainer = Trainer(settings, tmp_path / "stage", resume=True)
+    expected = weights(first)
+    assert all(torch.equal(t, expected[n]) for n, t in trainer.student.network.state_dict().items())
+    assert set(trainer.replay.tasks) == {"flowers", "butterflies"}
+    event = next(iter(trainer.run()))
+    assert isinstance(event, StepDone)
+    assert set(event.losses) == {"phased", "total"}
+    assert len(event.by_timestep) == 2  # a value a phase
+
+
+def test_the_checkpoint_says_how_it_is_sampled_and_diffusers_makes_its_images(stage: Path) -> None:
+    model = read_model(stage / "checkpoint")
+    request = made_for(model, Request("a red flower", seed=3))
+    assert (request.sampler, request.steps, request.guidance) == ("ddim", 2, 1.0)
+    assert "2 steps of DDIM, guidance 1" in json.loads((stage / "results.json").read_text())["conditions"]
+    ours = open_pipeline(stage / "checkpoint").generate(request)
+    pipe = StableDiffusionPipeline.from_pretrained(stage / "checkpoint", torch_dtype=torch.float32)
+    assert type(pipe.scheduler) is DDIMScheduler
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        "a red flower", num_inference_steps=2, guidance_scale=1.0, generator=torch.Generator().manual_seed(3),
+        output_type="np",
+    ).images[0]  # fmt: skip
+    assert psnr_db(ours, (theirs * 255).round().astype(np.uint8)) > 50
+
+
+def test_an_interrupted_stage_ends_with_the_same_weights(first: Path, stage: Path, tmp_path: Path) -> None:
+    settings = begin_stage(first, tmp_path / "again", few_steps())
+    trainer = Trainer(settings, tmp_path / "again", resume=True)
+    for event in trainer.run():
+        if isinstance(event, StepDone) and event.total == 4:
+            trainer.save()
+            break
+    for _ in Trainer(settings, tmp_path / "again", resume=True).run():
+        pass
+    expected = weights(stage)
+    assert all(torch.equal(t, expected[n]) for n, t in weights(tmp_path / "again").items())
+
+
+def test_gradients_reach_the_student_alone_and_a_previous_student_teaches_what_is_replayed(
+    first: Path, tmp_path: Path
+) -> None:
+    settings = begin_stage(first, tmp_path / "stage", few_steps())
+    trainer = Trainer(settings, tmp_path / "stage", resume=True)
+    objective, network = trainer.objective, trainer.student.network
+    assert isinstance(objective, Phased)
+    batch = trainer.draw_batch(trainer.teacher.latents(TASKS[0]))
+    assert batch.replayed.any()
+    text = trainer.teacher.embed(batch.captions)
+    loss = objective(network, batch, text)["total"]
+    loss.mean().backward()
+    assert all(p.grad is None for p in trainer.teacher.unet.parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+    objective.replay_from(network.state_dict())
+    taught = objective(network, batch, text)["total"]
+    # A student that is its own previous one makes the very jumps that it is asked for.
+    assert torch.allclose(taught[batch.replayed], torch.zeros(()), atol=1e-6)
+    assert torch.equal(taught[~batch.replayed], loss[~batch.replayed])
+
+
+def test_fewer_phases_continue_from_more(stage: Path, tmp_path: Path) -> None:
+    settings = begin_stage(stage, tmp_path / "one", replace(few_steps(), few_steps=FewSteps(phases=1, grid_points=2)))
+    for _ in Trainer(settings, tmp_path / "one", resume=True).run():
+        pass
+    assert made_for(read_model(tmp_path / "one" / "checkpoint"), Request("")).steps == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kdc_edge.cli import bench, devices, evaluate, export, fit, generate, init, inspect, quickstart, train
+from kdc_edge.cli import bench, devices, evaluate, export, fit, generate, init, inspect, quickstart, serve, train
 
 app = typer.Typer(
     name="kdc-edge",
@@ -19,6 +19,7 @@ app.command("train")(train.train)
 app.command("init")(init.init)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
 app.command("bench")(bench.bench)
 app.command("fit")(fit.fit)
 app.command("eval")(evaluate.evaluate)

@@ -1,0 +1,72 @@
+"""kdc-edge serve: a page and an HTTP interface in front of a resident bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from kdc_edge.cli.options import Device, Engine, Exact, LowMemory, Threads
+from kdc_edge.cli.project import Config, best_bundle, say
+
+
+def serve(
+    bundle: Annotated[
+        Path | None, Option(help="A bundle, or a checkpoint (through torch); the best in bundles/ when not given.")
+    ] = None,
+    host: Annotated[str, Option(help="Address to listen at; 0.0.0.0 for every network.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="Port; 0 for a free one.")] = 8000,
+    token: Annotated[
+        str | None, Option(envvar="KDC_EDGE_TOKEN", help="Token that every request must carry; none by default.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, Option(metavar="NAME", help="Another name by which clients may call this server; * for any.")
+    ] = None,
+    waiting: Annotated[int, Option(min=1, max=1000, help="Requests that may wait; more are refused with 503.")] = 8,
+    max_images: Annotated[int, Option(min=1, max=64, help="Images a request.")] = 4,
+    max_steps: Annotated[int, Option(min=1, max=1000, help="Steps an image.")] = 100,
+    engine: Engine = None,
+    device: Device = None,
+    threads: Threads = None,
+    low_memory: LowMemory = False,
+    exact: Exact = False,
+    config: Config = None,
+) -> None:
+    """Serve a page that draws while one types, and images in the shape of OpenAI's interface."""
+    del config
+    from kdc_edge.errors import InputError, require
+    from kdc_edge.runtimes import open_pipeline
+
+    uvicorn = require("uvicorn", extra="serve", purpose="kdc-edge serve")
+    require("starlette", extra="serve", purpose="kdc-edge serve")
+    from kdc_edge.serve.app import Limits, make_app
+    from kdc_edge.serve.worker import Worker
+
+    if host not in ("127.0.0.1", "localhost", "::1") and token is None:
+        say(f"--host {host} lets everyone on the network draw: give a --token to keep them out")
+    if bundle is None:
+        bundle = best_bundle()
+        say(f"no bundle given: {bundle}")
+    pipeline = open_pipeline(
+        bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, exact=exact
+    )
+    worker = Worker(pipeline, name=bundle.resolve().name, waiting=waiting)
+    names = frozenset(allow_host or ()) | ({"*"} if host == "0.0.0.0" and token else frozenset({host}))
+    app = make_app(worker, limits=Limits(images=max_images, steps=max_steps), token=token, hosts=names)
+    listening = uvicorn.Config(
+        app, host=host, port=port, log_level="warning", access_log=False, limit_concurrency=256,
+        timeout_keep_alive=10, h11_max_incomplete_event_size=64 * 1024, timeout_graceful_shutdown=5,
+    )  # fmt: skip
+    server = uvicorn.Server(listening)
+    try:
+        sock = listening.bind_socket()
+    except SystemExit:  # uvicorn's word for a port that cannot be had
+        raise InputError(f"--port {port} of {host} cannot be listened at: choose another, or 0 for a free one") from None
+    say(f"http://{host}:{sock.getsockname()[1]}/{f'#token={token}' if token else ''}  (Ctrl-C ends)")
+    try:
+        server.run(sockets=[sock])
+    finally:
+        worker.close()
+    raise typer.Exit(0)

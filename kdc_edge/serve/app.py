@@ -1,0 +1,303 @@
+"""The HTTP side: one page, images in the shape of OpenAI's images interface, progress as Server-Sent Events.
+
+    GET  /                         the page
+    POST /v1/images/generations    {"prompt": ..., "n": 1, "size": "512x512", "response_format": "b64_json"}
+                                   and diffusers' names: seed, num_inference_steps, guidance_scale, negative_prompt,
+                                   scheduler; "stream": true answers with events `step`, `image`, `done`, `error`
+    GET  /v1/models  /health  /metrics
+
+Everything from outside is bounded: bodies, prompts, images, steps, sizes, waiting jobs, and the time a client has to
+send its body. Browsers of other origins are refused, since a page anywhere could otherwise use the machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from kdc_edge import __version__
+from kdc_edge.errors import InputError
+from kdc_edge.image import encode_png, preview
+from kdc_edge.pipeline import Request as ImageRequest
+from kdc_edge.samplers import SAMPLERS
+from kdc_edge.serve.worker import Busy, Done, Event, Failed, Finished, Job, Step, Worker
+from kdc_edge.text import invalid_field, printable
+
+MAX_BODY_BYTES = 64 * 1024
+BODY_SEC = 10.0  # that a client has to send its body
+RETRY_SEC = 5
+MAX_PENDING_STEPS = 4  # events of steps that wait for a slow client; older ones are worth nothing
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest request that is accepted."""
+
+    images: int = 4
+    steps: int = 100
+    pixels: int = 1024 * 1024  # of one image
+
+
+class Body(BaseModel):
+    """A request for images, as OpenAI's interface and diffusers name its parts."""
+
+    model_config = ConfigDict(extra="ignore")  # clients send `model`, `user`, `quality` and the like
+
+    prompt: Annotated[str, Field(max_length=2000)]
+    n: Annotated[int, Field(ge=1)] = 1
+    size: Annotated[str, Field(pattern=r"^(auto|\d{1,5}x\d{1,5})$")] = "auto"
+    response_format: Literal["b64_json"] = "b64_json"
+    stream: bool = False
+    negative_prompt: Annotated[str, Field(max_length=2000)] = ""
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None  # a random one where None
+    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    scheduler: str | None = None
+
+    def requests(self, limits: Limits) -> list[ImageRequest]:
+        """One request an image, with seeds that count up. Raises InputError beyond the limits."""
+        if self.n > limits.images:
+            raise InputError(f"n is {self.n}: this server makes at most {limits.images} images a request")
+        steps = ImageRequest.steps if self.num_inference_steps is None else self.num_inference_steps
+        if steps > limits.steps:
+            raise InputError(f"num_inference_steps is {steps}: this server takes at most {limits.steps}")
+        width, height = (None, None) if self.size == "auto" else (int(side) for side in self.size.split("x"))
+        if width is not None and height is not None and width * height > limits.pixels:
+            raise InputError(f"size is {self.size}: this server makes at most {limits.pixels} pixels an image")
+        seed = secrets.randbelow(2**32) if self.seed is None else self.seed
+        if self.scheduler is not None and self.scheduler not in SAMPLERS:
+            raise InputError(f"scheduler is {self.scheduler!r:.40}: choose from {', '.join(SAMPLERS)}")
+        return [
+            ImageRequest(
+                self.prompt, self.negative_prompt, steps=steps, width=width, height=height, seed=(seed + i) % 2**64,
+                guidance=ImageRequest.guidance if self.guidance_scale is None else self.guidance_scale,
+                sampler=self.scheduler or ImageRequest.sampler,
+            )
+            for i in range(self.n)
+        ]  # fmt: skip
+
+
+def make_app(
+    worker: Worker, *, limits: Limits = Limits(), token: str | None = None, hosts: frozenset[str] = frozenset()
+) -> Starlette:
+    """The application. `token` is asked for as a bearer where given; `hosts` are names besides localhost's."""
+    server = _Server(worker, limits)
+    guard = _Guard(token, hosts)
+    routes = [
+        Route("/", guard.open(server.page)),
+        Route("/health", guard.open(server.health)),
+        Route("/metrics", guard(server.metrics)),
+        Route("/v1/models", guard(server.models)),
+        Route("/v1/images/generations", guard(server.generate), methods=["POST"]),
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+
+
+class _Guard:
+    """Who may ask: this machine's names, pages of the same origin, and holders of the token."""
+
+    LOCAL = frozenset({"localhost", "127.0.0.1", "::1", "testserver"})
+
+    def __init__(self, token: str | None, hosts: frozenset[str]) -> None:
+        self._token, self._hosts = token, self.LOCAL | hosts
+
+    def open(self, handler: Handler) -> Handler:
+        """For what holds no secret: no token is needed."""
+
+        async def guarded(request: Request) -> Response:
+            self._check_origin(request)
+            return await handler(request)
+
+        return guarded
+
+    def __call__(self, handler: Handler) -> Handler:
+        async def guarded(request: Request) -> Response:
+            self._check_origin(request)
+            given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+            if self._token is not None and not hmac.compare_digest(given, self._token.encode()):
+                raise HTTPException(401, "a token is needed: send Authorization: Bearer TOKEN")
+            return await handler(request)
+
+        return guarded
+
+    def _check_origin(self, request: Request) -> None:
+        """Refuse other hosts' names (DNS rebinding) and pages of other origins."""
+        host = request.headers.get("host", "")
+        name = urlsplit(f"//{host}").hostname or ""
+        if "*" not in self._hosts and name not in self._hosts:
+            raise HTTPException(421, f"this server is not {printable(name, 100)}: start it with --allow-host")
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            raise HTTPException(403, "pages of other origins may not use this server")
+
+
+class _Server:
+    """The handlers."""
+
+    def __init__(self, worker: Worker, limits: Limits) -> None:
+        self.worker, self.limits = worker, limits
+        self._page = files("kdc_edge.serve").joinpath("page.html").read_text("utf-8")
+
+    async def page(self, _request: Request) -> Response:
+        nonce = secrets.token_urlsafe(16)
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data: blob:;"
+            " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        facts = json.dumps(self._facts()).replace("<", "\\u003c")
+        page = self._page.replace("{{nonce}}", nonce).replace("{{facts}}", facts)
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Cache-Control": "no-store"})
+
+    def _facts(self) -> dict[str, object]:
+        model = self.worker.pipeline.model
+        unit = model.vae_scale * model.latent_unit
+        return {
+            "name": self.worker.name, "size": model.image_size, "unit": unit, "steps": ImageRequest.steps,
+            "guidance": ImageRequest.guidance, "maxSteps": self.limits.steps, "schedulers": list(SAMPLERS),
+            "scheduler": ImageRequest.sampler, "maxPixels": self.limits.pixels,
+        }  # fmt: skip
+
+    async def health(self, _request: Request) -> Response:
+        alive = self.worker.alive
+        return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
+
+    async def models(self, _request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [{"id": self.worker.name, "object": "model"}]})
+
+    async def metrics(self, _request: Request) -> Response:
+        c = self.worker.counts
+        rows = {
+            "images_total": c.images, "image_seconds_total": c.image_seconds, "jobs_failed_total": c.failed,
+            "jobs_cancelled_total": c.cancelled, "jobs_refused_total": c.refused,
+            "jobs_waiting": self.worker.waiting, "busy": int(self.worker.busy),
+        }  # fmt: skip
+        lines = [f'kdc_edge_info{{version="{__version__}"}} 1', *(f"kdc_edge_{n} {v}" for n, v in rows.items())]
+        return PlainTextResponse("\n".join(lines) + "\n")
+
+    async def generate(self, request: Request) -> Response:
+        try:
+            body = Body.model_validate_json(await _read(request))
+            requests = body.requests(self.limits)
+            events = _Events()
+            job = self.worker.submit(requests, events.emit)
+        except ValidationError as error:
+            raise HTTPException(422, invalid_field(error)) from None
+        except InputError as error:
+            raise HTTPException(422, str(error)) from None
+        except Busy as error:
+            raise HTTPException(503, str(error), headers={"Retry-After": str(RETRY_SEC)}) from None
+        if body.stream:
+            return StreamingResponse(self._stream(events, job), media_type="text/event-stream")
+        return await _collect(request, events, job)
+
+    async def _stream(self, events: _Events, job: Job) -> AsyncIterator[str]:
+        """Server-Sent Events until the job ends; a client that goes away cancels it."""
+        try:
+            async for event in events:
+                yield self._as_text(event)
+        finally:
+            job.cancel()
+
+    def _as_text(self, event: Event) -> str:
+        if isinstance(event, Step):
+            model = self.worker.pipeline.model
+            small = preview(event.latents / model.scaling_factor, model)[0]
+            return _sse("step", image=event.image, step=event.step, steps=event.steps, preview=_base64(encode_png(small)))
+        if isinstance(event, Done):
+            return _sse("image", image=event.image, b64_json=_base64(event.png), seed=event.seed, seconds=event.seconds)
+        return _sse("error", message=event.message) if isinstance(event, Failed) else _sse("done")
+
+
+class _Events:
+    """Events from the worker's thread for the event loop that made this; steps are dropped while a client is slow."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+
+    def emit(self, event: Event) -> None:
+        with_room = not isinstance(event, Step) or self._queue.qsize() < MAX_PENDING_STEPS
+        if with_room and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        """Up to the last event of the job."""
+        while True:
+            event = await self._queue.get()
+            yield event
+            if isinstance(event, Finished | Failed):
+                return
+
+
+async def _collect(request: Request, events: _Events, job: Job) -> Response:
+    """All images in one answer; a client that goes away cancels the job."""
+    images: list[dict[str, object]] = []
+
+    async def gather() -> str | None:
+        async for event in events:
+            if isinstance(event, Done):
+                images.append({"b64_json": _base64(event.png), "seed": event.seed})
+            elif isinstance(event, Failed):
+                return event.message
+        return None
+
+    gathering = asyncio.ensure_future(gather())
+    try:
+        while not (await asyncio.wait({gathering}, timeout=0.5))[0]:
+            if await request.is_disconnected():
+                return Response(status_code=499)
+    finally:
+        gathering.cancel()
+        job.cancel()
+    if (message := gathering.result()) is not None:
+        raise HTTPException(500, message)
+    return JSONResponse({"created": int(time.time()), "data": images})
+
+
+async def _read(request: Request) -> bytes:
+    """The body, bounded in size and time."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SEC):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes", {"Connection": "close"})
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not come within {BODY_SEC:g} s", {"Connection": "close"}) from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the client went away") from None
+    return bytes(body)
+
+
+async def _http_error(_request: Request, error: Exception) -> Response:
+    """Errors in the shape of OpenAI's interface."""
+    assert isinstance(error, HTTPException)
+    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+    content = {"error": {"message": printable(error.detail, 500), "type": kind}}
+    return JSONResponse(content, error.status_code, headers=error.headers)
+
+
+def _sse(event: str, **data: object) -> str:
+    return f"event: {event}\ndata: {json.dumps(data)}\n\n"
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from kdc_edge.bundle import CalibrationInfo
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.export.parity import Recorder
-from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.pipeline import Pipeline, Request, made_for
 from kdc_edge.prompts import own_prompts
 from kdc_edge.runtimes.base import COMPONENTS, LoadedComponents, LoadOptions, get_runtime
 from kdc_edge.tokenizer import Tokenizer
@@ -63,15 +63,17 @@ def calibrate(
     unet = Recorder(loaded["unet"])
     components = {name: unet if name == "unet" else loaded[name] for name in COMPONENTS if name != "vae_decoder"}
     pipeline = Pipeline(read_model(checkpoint), Tokenizer.from_folder(checkpoint / "tokenizer"), components)
+    base = made_for(pipeline.model, Request("", steps=STEPS, guidance=GUIDANCE))
+    samples_an_image = min(samples_an_image, base.steps)
     inputs: list[dict[str, np.ndarray]] = []
     order = [p for _ in range(-(-samples // len(prompts))) for p in rng.permutation(np.array(prompts, object))]
     for number, prompt in enumerate(order):
         wanted = min(samples_an_image, samples - len(inputs))
         if wanted == 0:
             break
-        kept = sorted(rng.choice(STEPS, wanted, replace=False))
+        kept = sorted(rng.choice(base.steps, wanted, replace=False))
         unet.calls.clear()
-        request = Request(str(prompt), steps=STEPS, guidance=GUIDANCE, seed=seed + number)
+        request = replace(base, prompt=str(prompt), seed=seed + number)
         for progress in pipeline.run(request):
             if progress.stage == "unet" and progress.step > kept[-1]:
                 break  # the later steps, and the decoder, are not needed
@@ -83,7 +85,7 @@ def calibrate(
         samples=len(inputs),
         seed=seed,
         sampler=request.sampler,
-        steps=STEPS,
-        guidance=GUIDANCE,
+        steps=request.steps,
+        guidance=request.guidance,
     )
     return Calibration(inputs, info)

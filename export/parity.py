@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from kdc_edge.components import COMPONENTS, Component
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError, KdcError
 from kdc_edge.formats import Format
-from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.pipeline import Pipeline, Request, made_for
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.base import LoadOptions, get_runtime, preferred_engine
 from kdc_edge.tokenizer import Tokenizer
@@ -65,7 +65,8 @@ def check_parity(checkpoint: Path, bundle: Path, row: Format, prompts: Sequence[
 
     The checks are returned, passed or not. Raises CheckpointError when PyTorch itself computes no numbers.
     """
-    requests = [Request(prompt, steps=STEPS, guidance=GUIDANCE, seed=i) for i, prompt in enumerate(prompts)]
+    base = made_for(read_model(checkpoint), Request("", steps=STEPS, guidance=GUIDANCE))
+    requests = [replace(base, prompt=prompt, seed=i) for i, prompt in enumerate(prompts)]
     reference = record(checkpoint, bundle / "tokenizer", requests)  # its networks are gone when this returns
     candidate = open_pipeline(bundle)
     checks = [

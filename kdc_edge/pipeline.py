@@ -24,7 +24,7 @@ from kdc_edge.components import COMPONENTS, Component, Shapes, SupportsPrepare, 
 from kdc_edge.errors import InputError, KdcError
 from kdc_edge.image import to_pixels
 from kdc_edge.noise import NormalStreams
-from kdc_edge.samplers import DEFAULT_SAMPLER, SAMPLERS, NoiseSchedule, make_sampler
+from kdc_edge.samplers import DEFAULT_SAMPLER, SAMPLERS, NoiseSchedule, make_sampler, sampler_for
 from kdc_edge.tokenizer import Tokenizer
 
 Stage = Literal["load", "compile", "tokenize", "text_encoder", "unet", "scheduler", "vae_decoder"]
@@ -251,6 +251,25 @@ class Pipeline:
             "unet": unet,
             "vae_decoder": [{"latent_sample": (n, *latent)} for n in sorted(decoded)],
         }
+
+
+def own_request(
+    model: Model, request: Request, *, sampler: str | None, steps: int | None, guidance: float | None
+) -> tuple[Request, str]:
+    """The request with the values given, else with those that the model asks for; and a note for the user.
+
+    A few-step student asks for all three; another model for its own scheduler. The note is "" where there is nothing
+    to say. Raises InputError for a scheduler config that no sampler can use.
+    """
+    note = ""
+    if model.sampling is not None:
+        if guidance is not None and guidance > 1 >= model.sampling.guidance:
+            note = f"guidance {guidance:g} is given to a student that was trained without: 1 is faster and truer to it"
+        request = made_for(model, request)
+    elif sampler is None:
+        sampler, note = sampler_for(model.scheduler)
+    given = {"sampler": sampler, "steps": steps, "guidance": guidance}
+    return replace(request, **{name: value for name, value in given.items() if value is not None}), note  # type: ignore[arg-type]
 
 
 def made_for(model: Model, request: Request) -> Request:

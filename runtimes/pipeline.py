@@ -12,7 +12,7 @@ call keeps its state to itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +26,7 @@ from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.formats import find_format
 from kdc_edge.image import preview
-from kdc_edge.pipeline import Request
+from kdc_edge.pipeline import Request, own_request
 from kdc_edge.runtimes.base import (
     ENGINES,
     Engine,
@@ -115,30 +115,30 @@ class Pipeline(path.Pipeline):
         prompt: str | Sequence[str],
         *,
         negative_prompt: str = Request.negative_prompt,
-        num_inference_steps: int = Request.steps,
-        guidance_scale: float = Request.guidance,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] = Request.seed,
-        scheduler: str = Request.sampler,
+        scheduler: str | None = None,
         width: int | None = None,
         height: int | None = None,
     ) -> Images:
         """Make images, in batches where memory allows. Raises InputError for what cannot be made.
 
-        Image i, counted over all prompts, has the seed `seed` + i; or give a list with one seed an image.
+        Steps, guidance and scheduler are the model's own where None: a few-step student's, or the checkpoint's
+        scheduler with 20 steps and guidance 7.5. Image i, counted over all prompts, has the seed `seed` + i; or give a
+        list with one seed an image.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if num_images_per_prompt < 1:
             raise InputError(f"num_images_per_prompt is {num_images_per_prompt}: use 1 or more")
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         seeds = spread_seeds(seed, len(prompts))
-        requests = [
-            Request(
-                p, negative_prompt, steps=num_inference_steps, guidance=guidance_scale, seed=s, sampler=scheduler,
-                width=width, height=height,
-            )
-            for p, s in zip(prompts, seeds, strict=True)
-        ]  # fmt: skip
+        request, _ = own_request(
+            self.model, Request("", negative_prompt, width=width, height=height), sampler=scheduler,
+            steps=num_inference_steps, guidance=guidance_scale,
+        )  # fmt: skip
+        requests = [replace(request, prompt=p, seed=s) for p, s in zip(prompts, seeds, strict=True)]
         made = [pixels for batch in self.batches(requests) for pixels in self.generate_batch(batch)]
         return Images([Image.fromarray(pixels) for pixels in made], seeds)
 
@@ -147,17 +147,17 @@ class Pipeline(path.Pipeline):
         prompt: str,
         *,
         negative_prompt: str = Request.negative_prompt,
-        num_inference_steps: int = Request.steps,
-        guidance_scale: float = Request.guidance,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         seed: int = Request.seed,
-        scheduler: str = Request.sampler,
+        scheduler: str | None = None,
         width: int | None = None,
         height: int | None = None,
     ) -> Iterator[Step]:
         """Make one image, yielding after each step; the last one has the image. Stop by closing the generator."""
-        request = Request(
-            prompt, negative_prompt, steps=num_inference_steps, guidance=guidance_scale, seed=seed, sampler=scheduler,
-            width=width, height=height,
+        request, _ = own_request(
+            self.model, Request(prompt, negative_prompt, seed=seed, width=width, height=height), sampler=scheduler,
+            steps=num_inference_steps, guidance=guidance_scale,
         )  # fmt: skip
         self.check(request)
         return self._stream(request)

@@ -16,7 +16,6 @@ from kdc_edge.cli.options import (
     Device,
     Engine,
     Exact,
-    Guidance,
     GuidanceInterval,
     GuidanceModeOption,
     LowMemory,
@@ -38,8 +37,10 @@ def generate(
     ] = None,
     prompts: Annotated[Path | None, Option(help="A text file with one prompt a line, instead of a prompt.")] = None,
     images: Annotated[int | None, Option(help="Images of each prompt; 1, or one a seed, when not given.")] = None,
-    steps: Annotated[int, Option(help="Steps of the sampler.")] = 20,
-    guidance: Guidance = 7.5,
+    steps: Annotated[int | None, Option(help="Steps of the sampler; 20, or those of a few-step student.")] = None,
+    guidance: Annotated[
+        float | None, Option(help="Guidance scale; 7.5, or a few-step student's. 1 for none, at half the cost.")
+    ] = None,
     guidance_mode: GuidanceModeOption = None,
     guidance_interval: GuidanceInterval = "0.0:1.0",
     seed: Annotated[
@@ -72,10 +73,9 @@ def generate(
     del config
     from kdc_edge.cli.progress import ProgressBar
     from kdc_edge.image import save_png
-    from kdc_edge.pipeline import describe
+    from kdc_edge.pipeline import describe, own_request
     from kdc_edge.prompts import read_prompts
     from kdc_edge.runtimes import open_pipeline
-    from kdc_edge.samplers import sampler_for
 
     if (prompt is None) == (prompts is None):
         raise typer.BadParameter("give a prompt, or --prompts with a file of them")
@@ -86,28 +86,27 @@ def generate(
         bundle = best_bundle()
         say(f"no bundle given: {bundle}, the smallest of good images that runs here")
     request = make_request(
-        "", negative_prompt=negative_prompt, steps=steps, guidance=guidance, guidance_mode=guidance_mode,
+        "", negative_prompt=negative_prompt, guidance_mode=guidance_mode,
         guidance_interval=guidance_interval, width=width, height=height, low_memory=low_memory,
     )  # fmt: skip
     pipeline = open_pipeline(
         bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, cache=cache, exact=exact,
         check=check,
     )  # fmt: skip
-    sampler, note = (scheduler, "") if scheduler else sampler_for(pipeline.model.scheduler)
+    request, note = own_request(pipeline.model, request, sampler=scheduler, steps=steps, guidance=guidance)
     if note:
         say(note)
-    request = replace(request, sampler=sampler)
     batches = pipeline.batches([replace(request, prompt=text, seed=number) for text, number in wanted])
     for text in texts:
         if cut := pipeline.tokenizer.overflow(text):
             say(f"the prompt is longer than the model reads: left out is {cut[:80]!r}")
     made = 0
-    with ProgressBar(steps * len(wanted)) as progress:
+    with ProgressBar(request.steps * len(wanted)) as progress:
         for batch in batches:
             which = "" if len(wanted) == 1 else f"image {made + len(batch)} of {len(wanted)}, "
             for done in pipeline.run(*batch):
                 if done.stage == "unet":
-                    finished = made * steps + len(batch) * steps * done.step // done.steps
+                    finished = request.steps * (made * done.steps + len(batch) * done.step) // done.steps
                     progress.step(finished, f"{which}timestep {done.timestep}")
                 if done.pixels is not None:
                     asked = batch[done.step - 1]

@@ -49,9 +49,7 @@ def serve(
     if bundle is None:
         bundle = best_bundle()
         say(f"no bundle given: {bundle}")
-    pipeline = open_pipeline(
-        bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, exact=exact
-    )
+    pipeline = open_pipeline(bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, exact=exact)
     worker = Worker(pipeline, name=bundle.resolve().name, waiting=waiting)
     names = frozenset(allow_host or ()) | ({"*"} if host == "0.0.0.0" and token else frozenset({host}))
     app = make_app(worker, limits=Limits(images=max_images, steps=max_steps), token=token, hosts=names)
@@ -63,7 +61,9 @@ def serve(
     try:
         sock = listening.bind_socket()
     except SystemExit:  # uvicorn's word for a port that cannot be had
-        raise InputError(f"--port {port} of {host} cannot be listened at: choose another, or 0 for a free one") from None
+        raise InputError(
+            f"--port {port} of {host} cannot be listened at: choose another, or 0 for a free one"
+        ) from None
     say(f"http://{host}:{sock.getsockname()[1]}/{f'#token={token}' if token else ''}  (Ctrl-C ends)")
     try:
         server.run(sockets=[sock])

@@ -19,7 +19,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -32,9 +32,11 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from kdc_edge import __version__
+from kdc_edge.bundle import Model
 from kdc_edge.errors import InputError
 from kdc_edge.image import encode_png, preview
 from kdc_edge.pipeline import Request as ImageRequest
+from kdc_edge.pipeline import own_request
 from kdc_edge.samplers import SAMPLERS
 from kdc_edge.serve.worker import Busy, Done, Event, Failed, Finished, Job, Step, Worker
 from kdc_edge.text import invalid_field, printable
@@ -71,12 +73,11 @@ class Body(BaseModel):
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     scheduler: str | None = None
 
-    def requests(self, limits: Limits) -> list[ImageRequest]:
+    def requests(self, model: Model, limits: Limits) -> list[ImageRequest]:
         """One request an image, with seeds that count up. Raises InputError beyond the limits."""
         if self.n > limits.images:
             raise InputError(f"n is {self.n}: this server makes at most {limits.images} images a request")
-        steps = ImageRequest.steps if self.num_inference_steps is None else self.num_inference_steps
-        if steps > limits.steps:
+        if (steps := self.num_inference_steps or 0) > limits.steps:
             raise InputError(f"num_inference_steps is {steps}: this server takes at most {limits.steps}")
         width, height = (None, None) if self.size == "auto" else (int(side) for side in self.size.split("x"))
         if width is not None and height is not None and width * height > limits.pixels:
@@ -84,14 +85,11 @@ class Body(BaseModel):
         seed = secrets.randbelow(2**32) if self.seed is None else self.seed
         if self.scheduler is not None and self.scheduler not in SAMPLERS:
             raise InputError(f"scheduler is {self.scheduler!r:.40}: choose from {', '.join(SAMPLERS)}")
-        return [
-            ImageRequest(
-                self.prompt, self.negative_prompt, steps=steps, width=width, height=height, seed=(seed + i) % 2**64,
-                guidance=ImageRequest.guidance if self.guidance_scale is None else self.guidance_scale,
-                sampler=self.scheduler or ImageRequest.sampler,
-            )
-            for i in range(self.n)
-        ]  # fmt: skip
+        request, _ = own_request(
+            model, ImageRequest(self.prompt, self.negative_prompt, width=width, height=height), sampler=self.scheduler,
+            steps=self.num_inference_steps, guidance=self.guidance_scale,
+        )  # fmt: skip
+        return [replace(request, seed=(seed + i) % 2**64) for i in range(self.n)]
 
 
 def make_app(
@@ -168,10 +166,11 @@ class _Server:
     def _facts(self) -> dict[str, object]:
         model = self.worker.pipeline.model
         unit = model.vae_scale * model.latent_unit
+        own, _ = own_request(model, ImageRequest(""), sampler=None, steps=None, guidance=None)
         return {
-            "name": self.worker.name, "size": model.image_size, "unit": unit, "steps": ImageRequest.steps,
-            "guidance": ImageRequest.guidance, "maxSteps": self.limits.steps, "schedulers": list(SAMPLERS),
-            "scheduler": ImageRequest.sampler, "maxPixels": self.limits.pixels,
+            "name": self.worker.name, "size": model.image_size, "unit": unit, "steps": own.steps,
+            "guidance": own.guidance, "maxSteps": self.limits.steps, "schedulers": list(SAMPLERS),
+            "scheduler": own.sampler, "maxPixels": self.limits.pixels,
         }  # fmt: skip
 
     async def health(self, _request: Request) -> Response:
@@ -194,7 +193,7 @@ class _Server:
     async def generate(self, request: Request) -> Response:
         try:
             body = Body.model_validate_json(await _read(request))
-            requests = body.requests(self.limits)
+            requests = body.requests(self.worker.pipeline.model, self.limits)
             events = _Events()
             job = self.worker.submit(requests, events.emit)
         except ValidationError as error:
@@ -218,8 +217,10 @@ class _Server:
     def _as_text(self, event: Event) -> str:
         if isinstance(event, Step):
             model = self.worker.pipeline.model
-            small = preview(event.latents / model.scaling_factor, model)[0]
-            return _sse("step", image=event.image, step=event.step, steps=event.steps, preview=_base64(encode_png(small)))
+            small = preview(event.latents / model.scaling_factor, model.vae_scale)[0]
+            return _sse(
+                "step", image=event.image, step=event.step, steps=event.steps, preview=_base64(encode_png(small))
+            )
         if isinstance(event, Done):
             return _sse("image", image=event.image, b64_json=_base64(event.png), seed=event.seed, seconds=event.seconds)
         return _sse("error", message=event.message) if isinstance(event, Failed) else _sse("done")

@@ -1,8 +1,8 @@
 """One thread makes images for one pipeline; jobs wait in a bounded queue, report events, and stop when asked.
 
-    worker = Worker(pipeline, waiting=8)
-    job = worker.submit([request], events.append)      # raises Busy where the queue is full
-    job.cancel()                                       # before the next step
+worker = Worker(pipeline, waiting=8)
+job = worker.submit([request], events.append)      # raises Busy where the queue is full
+job.cancel()                                       # before the next step
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Worker:
         self._thread.start()
 
     def submit(self, requests: Sequence[Request], emit: Callable[[Event], None]) -> Job:
-        """Put a job into the queue. Raises InputError for a request that cannot be made, Busy where the queue is full."""
+        """Queue a job. Raises InputError for a request that cannot be made, Busy where the queue is full."""
         for request in requests:
             self.pipeline.check(request)
         job = Job(requests, emit)
@@ -147,10 +147,8 @@ class Worker:
         for number, request in enumerate(job.requests):
             started = time.perf_counter()
             pixels = None
-            steps = self.pipeline.run(request)
-            for progress in steps:
+            for progress in self.pipeline.run(request):
                 if job.cancelled:
-                    steps.close()
                     self.counts.cancelled += 1
                     return
                 if (step := _as_step(progress, number)) is not None:
@@ -173,4 +171,6 @@ def _as_step(progress: Progress, number: int) -> Step | None:
 
 def raise_in_log(error: Exception) -> None:
     """Hand an unexpected exception to the thread's hook, which prints it."""
-    threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread())))
+    threading.excepthook(
+        threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread()))
+    )

@@ -93,5 +93,5 @@ def test_an_objective_registered_from_outside_trains_and_resumes(
 
 
 def test_an_unknown_objective_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--objective 'magic' is unknown.* from distillation, phased"):
+    with pytest.raises(InputError, match=r"--objective 'magic' is unknown.* from distillation, phased"):
         Trainer(config(objective="magic"), tmp_path / "run")

@@ -1,11 +1,11 @@
 """Settings: a configuration class declares each one once; flags, TOML keys, checks, files and tables are made from it.
 
     @dataclass(frozen=True)
-    class Training(Settings):
+    class TrainConfig(Settings):
         steps: int = setting(300, "Steps of each task.", "Optimization", ge=1)
 
-    Training(steps=0)                       # InputError: --steps 0 is too few: use 1 or more
-    [s.option for s in settings_of(Training)]
+    TrainConfig(steps=0, ...)               # InputError: --steps 0 is too few: use 1 or more
+    [s.option for s in settings_of(TrainConfig)]
 
 A field's metadata has pydantic's names, so that pydantic checks a saved document against the same declaration. It is
 imported for that alone: the command line declares its flags without it.

@@ -7,7 +7,7 @@
             return {"task": loss, "total": loss}                    # each (B,)
 
     OBJECTIVES["denoising"] = Denoising                             # train/objectives/__init__.py has the table
-    Trainer(config, run, objective="denoising")
+    Trainer(replace(config, objective="denoising"), run)
 
 An objective owns whatever else it needs: how timesteps are drawn, how its loss is told apart by timestep, and the
 networks it keeps between steps, which it saves and restores.

@@ -1,6 +1,6 @@
 """One thread makes images for one pipeline; jobs wait in a bounded queue, report events, and stop when asked.
 
-worker = Worker(pipeline, waiting=8)
+worker = Worker(pipeline, name="onnx-fp16", waiting=8)
 job = worker.submit([request], events.append)      # raises Busy where the queue is full
 job.cancel()                                       # before the next step
 """

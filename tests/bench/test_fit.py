@@ -296,7 +296,7 @@ def test_ctrl_c_keeps_the_rows_so_far_and_says_that_more_was_to_come(
     process.send_signal(signal.SIGINT)
     found, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.splitlines() == ["interrupted: the rows so far are kept"]
+    assert said.splitlines() == ["interrupted: the rows so far are kept", "kdc-edge: interrupted"]
     document = json.loads(found)
     assert [r["name"] for r in document["report"]["rows"]] == ["onnx-fp16"]
     assert (document["choice"], document["complete"]) == ("onnx-fp16", False)

@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from kdc_edge.bundle import Model
-from kdc_edge.cli import app as cli
+from kdc_edge.cli.app import app as cli
 from kdc_edge.cli.settings import flags
 from kdc_edge.cli.train import train
 from kdc_edge.diffusers_folder import read_model

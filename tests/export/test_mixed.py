@@ -140,7 +140,7 @@ def test_mixed_is_no_worse_than_plain(search: Search) -> None:
 def test_budgets_that_cannot_be(search: Search) -> None:
     with pytest.raises(InputError, match=r"--max-size 0\.001MB is below .* MB, the least at 1 bit a weight"):
         search.find(Budget(max_size_bytes=1000))
-    with pytest.raises(InputError, match=r"--min-psnr 99 is above .* dB, what 8 bits a weight reach"):
+    with pytest.raises(InputError, match=r"--min-psnr 99 is above .* dB, the PSNR of 8 bits per weight"):
         search.find(Budget(min_psnr_db=99.0))
     for both in ((None, None), (1, 1.0)):
         with pytest.raises(InputError, match="needs one budget: give --max-size 300MB or --min-psnr 30"):

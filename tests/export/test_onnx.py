@@ -149,8 +149,8 @@ def test_bad_requests_stop_before_the_work(checkpoint: Path, own_checkpoint: Pat
     with pytest.raises(InputError, match="holds other files"):
         export_checkpoint(ExportRequest(checkpoint, own_checkpoint, "onnx", "fp16"))
     config = own_checkpoint / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"thresholding": True}))
-    with pytest.raises(InputError, match="thresholding"):
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"trained_betas": [0.1, 0.2]}))
+    with pytest.raises(CheckpointError, match="trained_betas"):
         export_checkpoint(ExportRequest(own_checkpoint, out, "onnx", "fp16"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
 

@@ -54,11 +54,17 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
     """One to three places of the document replaced, removed, renamed, nested or doubled; now and then raw bytes."""
     if rng.random() < 0.2:
         return mutate_bytes(data, rng)
-    document = json.loads(data)
+    try:
+        return json.dumps(_mutated(json.loads(data), rng)).encode()
+    except RecursionError:  # deeper than can be walked or written, sooner under a test runner
+        return b"[" * 100_000
+
+
+def _mutated(document: Any, rng: random.Random) -> Any:
     for _ in range(rng.randint(1, 3)):
         node, last = _place(document, rng)
         if node is None:
-            return json.dumps(rng.choice(NASTY)).encode()
+            return rng.choice(NASTY)
         action = rng.randrange(5)
         if action == 0:
             node[last] = copy.deepcopy(rng.choice(NASTY))
@@ -72,10 +78,7 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
             break  # what is so deep cannot be walked again
         else:
             node[last] = [copy.deepcopy(node[last])] * rng.choice((2, 100))
-    try:
-        return json.dumps(document).encode()
-    except RecursionError:
-        return b"[" * 100_000
+    return document
 
 
 def _place(document: Any, rng: random.Random) -> tuple[Any, Any]:

@@ -21,7 +21,6 @@ import pytest
 
 from kdc_edge.bundle import MANIFEST, Bundle
 from kdc_edge.diffusers_folder import check_weights
-from kdc_edge.train.checkpoint import GARDEN_TEACHER
 
 ROOT = Path(__file__).parents[2]
 SEED = int(os.environ.get("KDC_EDGE_FUZZ_SEED", "16"))
@@ -56,6 +55,7 @@ class Server:
         self.process = subprocess.Popen(
             command, cwd=cwd, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # background jobs ignore it
         )  # fmt: skip
 
     def run(self, command: str, *, how: signal.Signals | None = None, after_sec: float = 0.0) -> int:
@@ -85,10 +85,10 @@ class Server:
         self.process.communicate()
 
 
-def kill_at_random(folder: Path, traced: Path, kills: int, seed: int) -> Counter[str]:
+def kill_at_random(folder: Path, checkpoint: Path, traced: Path, kills: int, seed: int) -> Counter[str]:
     """Kills of two kinds on an export that replaces and an `init`, counted by how the process ended."""
     rng, counts = random.Random(seed), Counter[str]()
-    export = f"export {GARDEN_TEACHER} --precision fp16 --out bundles/out"
+    export = f"export {checkpoint} --precision fp16 --out bundles/out"
     init = "init --preset garden-student --from garden --out students/out"
     with Server(folder, traced) as server:
         begin = time.monotonic()
@@ -128,11 +128,11 @@ def _look(folder: Path, command: str, *, there: bool, code: int, killed: bool) -
         assert json.loads(part.read_text())["parity"], "a manifest before its proof"
 
 
-def test_a_few_kills(bundle_fp32: Path, tmp_path: Path) -> None:
-    counts = kill_at_random(tmp_path, bundle_fp32, 4, SEED)
+def test_a_few_kills(checkpoint: Path, bundle_fp32: Path, tmp_path: Path) -> None:
+    counts = kill_at_random(tmp_path, checkpoint, bundle_fp32, 4, SEED)
     assert counts.total() == 4
 
 
 @pytest.mark.security
-def test_many_kills(bundle_fp32: Path, tmp_path: Path) -> None:
-    print(dict(sorted(kill_at_random(tmp_path, bundle_fp32, KILLS, SEED).items())))
+def test_many_kills(checkpoint: Path, bundle_fp32: Path, tmp_path: Path) -> None:
+    print(dict(sorted(kill_at_random(tmp_path, checkpoint, bundle_fp32, KILLS, SEED).items())))

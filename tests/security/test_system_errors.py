@@ -126,6 +126,7 @@ def ended(arguments: list[str], how: signal.Signals, after_sec: float, cwd: Path
     with subprocess.Popen(
         [sys.executable, "-c", MAIN, *arguments], cwd=cwd, env=ENVIRONMENT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # background jobs ignore it
     ) as running:  # fmt: skip
         assert running.stdout is not None
         assert running.stdout.readline() == "ready\n"
@@ -161,7 +162,11 @@ def test_a_signal_that_an_import_swallows_still_ends_the_command(
             raise ImportError("numpy failed to import") from None
 
     monkeypatch.setattr("kdc_edge.bundle.Bundle.open", swallow)
-    assert run("info", tmp_path, cwd=tmp_path, code=130).stderr == "kdc-edge: interrupted\n"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+    try:
+        assert run("info", tmp_path, cwd=tmp_path, code=130).stderr == "kdc-edge: interrupted\n"
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

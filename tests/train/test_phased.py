@@ -121,7 +121,7 @@ def test_the_checkpoint_says_how_it_is_sampled_and_diffusers_makes_its_images(st
     assert (request.sampler, request.steps, request.guidance) == ("ddim", 2, 1.0)
     assert "2 steps of DDIM, guidance 1" in json.loads((stage / "results.json").read_text())["conditions"]
     ours = open_pipeline(stage / "checkpoint").generate(request)
-    pipe = StableDiffusionPipeline.from_pretrained(stage / "checkpoint", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(stage / "checkpoint").to(torch.float32)
     assert type(pipe.scheduler) is DDIMScheduler
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(

@@ -29,6 +29,11 @@ class LossWeights(Settings):
     feature: float = setting(0.1, "Weight of the block-feature loss.", "Distillation", option="weight_feature", ge=0)
     temperature: float = setting(2.0, "Temperature T of the soft targets.", "Distillation", gt=0)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.task or self.output or self.soft or self.feature):
+            raise InputError("every loss has weight 0: give one of --weight-task, --weight-output, --weight-soft more")
+
 
 @dataclass(frozen=True)
 class FewSteps(Settings):
@@ -72,7 +77,7 @@ class TrainConfig(Settings):
     replay: int = setting(500, "Samples kept of earlier tasks; 0 for no replay.", "Replay", ge=0)
     replay_mb: float | None = setting(None, "Megabytes kept of earlier tasks, instead of --replay.", "Replay", ge=0)
     replay_policy: ReplayPolicy = setting("reservoir", "Uniform over all samples, or over tasks.", "Replay")
-    replay_ratio: float = setting(0.5, "Share of a batch that is replayed.", "Replay", ge=0, lt=1)
+    replay_ratio: float = setting(0.5, "Share of samples that are replayed, on average.", "Replay", ge=0, lt=1)
     replay_weight: float = setting(1.0, "Weight of a replayed sample's loss.", "Replay", ge=0)
     replay_teacher: Literal["teacher", "student"] = setting(
         "teacher", "Who teaches replayed samples: the teacher, or the EMA student from the previous task.", "Replay"

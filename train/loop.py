@@ -63,6 +63,8 @@ class StepDone:
     by_timestep: list[float | None]  # the objective's binned term, the least noisy bin first; None where none was drawn
     learning_rate: float
     samples_per_sec: float
+    replayed: float  # share of the batch
+    replay_mb: float  # size of the buffer
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,8 @@ class Trainer:
         self.position.total += 1
         event = StepDone(
             task.name, self.position.step, self.config.steps, self.position.total, losses, by_timestep, rate,
-            self.config.batch_size / (time.perf_counter() - started),
+            self.config.batch_size / (time.perf_counter() - started), batch.replayed.float().mean().item(),
+            self.replay.size_bytes / 1e6,
         )  # fmt: skip
         if self.accelerator.is_main_process:
             with (self.run_folder / "metrics.jsonl").open("a") as file:

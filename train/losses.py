@@ -49,18 +49,23 @@ def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -
 
 def distillation_loss(
     student_pred: Tensor,
-    teacher_pred: Tensor,
+    teacher_pred: Tensor | None,
     target: Tensor,
     student_features: Mapping[str, Tensor],
     teacher_features: Mapping[str, Tensor],
     weights: LossWeights,
 ) -> dict[str, Tensor]:
-    """Every term, unweighted, and their weighted `total`, each (B,); predictions and target are (B, C, h, w)."""
-    teacher_pred = teacher_pred.detach()
-    terms = {
-        "task": mean_squared_error(student_pred, target),
-        "output": mean_squared_error(student_pred, teacher_pred),
-        "soft": soft_target_loss(student_pred, teacher_pred, weights.temperature),
-        "feature": feature_loss(student_features, {n: f.detach().float() for n, f in teacher_features.items()}),
-    }
+    """Each term whose weight is not 0, unweighted, and their weighted `total`, each (B,).
+
+    Predictions and target are (B, C, h, w); without the teacher's there are no output-level and soft terms.
+    """
+    terms = {}
+    if weights.task:
+        terms["task"] = mean_squared_error(student_pred, target)
+    if teacher_pred is not None and weights.output:
+        terms["output"] = mean_squared_error(student_pred, teacher_pred.detach())
+    if teacher_pred is not None and weights.soft:
+        terms["soft"] = soft_target_loss(student_pred, teacher_pred.detach(), weights.temperature)
+    if weights.feature:
+        terms["feature"] = feature_loss(student_features, {n: f.detach().float() for n, f in teacher_features.items()})
     return terms | {"total": torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum(0)}

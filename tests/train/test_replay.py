@@ -11,7 +11,10 @@ import torch
 
 from kdc_edge.errors import CheckpointError
 from kdc_edge.train.config import ReplayPolicy
+from kdc_edge.train.data.batch import draw_batch
+from kdc_edge.train.data.cache import Latents
 from kdc_edge.train.replay import ReplayBuffer
+from tests.train.test_loop import config
 
 
 def offer(buffer: ReplayBuffer, numbers: range, task: str, generator: torch.Generator) -> None:
@@ -139,3 +142,27 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"no buffer")
     with pytest.raises(CheckpointError, match=r"replay\.safetensors is no replay buffer"):
         ReplayBuffer.load(path)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "ratio"), [(1, 0.5), (1, 0.6), (4, 0.1), (4, 0.9), (3, 0.5), (4, 0.5), (10, 0.3), (4, 0.0)]
+)
+def test_the_replayed_share_is_right_on_average(batch_size: int, ratio: float) -> None:
+    """600 steps; the mean is within 5 standard deviations, and exact where the share is a whole number of samples."""
+    buffer, generator = ReplayBuffer(6), torch.Generator().manual_seed(0)
+    offer(buffer, range(6), "a", generator)
+    latents = Latents([(torch.zeros(5, 1, 4, 2, 2), torch.zeros(5, 1, 4, 2, 2))], ["new"] * 5)
+    settings = config(batch_size=batch_size, replay_ratio=ratio)
+
+    def timesteps(count: int, _: torch.Generator) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.long)
+
+    counts = []
+    for _ in range(600):
+        batch = draw_batch(settings, latents, buffer, timesteps=timesteps, generator=generator)
+        assert len(batch) == len(batch.sample) == len(batch.noise) == batch_size
+        assert [c != "new" for c in batch.captions] == batch.replayed.tolist()
+        counts.append(int(batch.replayed.sum()))
+    share, part = batch_size * ratio, batch_size * ratio % 1
+    assert max(counts) - min(counts) <= 1
+    assert abs(sum(counts) / 600 - share) <= 5 * (part * (1 - part) / 600) ** 0.5 + 1e-9

@@ -49,11 +49,11 @@ class Batch:
 def draw_batch(
     config: TrainConfig, latents: Latents, replay: ReplayBuffer, *, timesteps: DrawTimesteps, generator: torch.Generator
 ) -> Batch:
-    """The global batch of a step: new samples and, once there are any, `replay_ratio` replayed ones, with their noise.
+    """The global batch of a step: new samples and, once there are any, a share of replayed ones, with their noise.
 
     Every process draws the same one. The order of draws is part of exact resume.
     """
-    old = round(config.batch_size * config.replay_ratio) if len(replay) else 0
+    old = _replayed_count(config, generator) if len(replay) else 0
     new = torch.randint(len(latents), (config.batch_size - old,), generator=generator)
     mean, std = random_flip(latents, generator)(new)
     captions = [latents.captions[i] for i in new.tolist()]
@@ -70,6 +70,15 @@ def draw_batch(
         replayed=torch.arange(config.batch_size) >= config.batch_size - old,
         captions=["" if d else c for c, d in zip(captions, dropped.tolist(), strict=True)],
     )
+
+
+def _replayed_count(config: TrainConfig, generator: torch.Generator) -> int:
+    """Replayed samples of a step: `batch_size * replay_ratio`, rounded up or down at random so that its mean is right."""
+    share = round(config.batch_size * config.replay_ratio, 9)  # 100 * 0.07 is a little more than 7
+    whole = int(share)
+    if share == whole:  # nothing is drawn
+        return whole
+    return whole + int(torch.rand((), generator=generator, dtype=torch.float64) < share - whole)
 
 
 def random_flip(latents: Latents, generator: torch.Generator) -> Take:

@@ -71,6 +71,9 @@ class Latents:
 
     def take(self, numbers: Tensor, flipped: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and std (B, C, h, w) fp16 of these samples (B,), mirrored where `flipped` (B,) says so."""
+        if not len(numbers):
+            mean, std = self.shards[0]
+            return mean[:0, 0], std[:0, 0]
         shard = torch.searchsorted(self.starts, numbers, right=True) - 1
         row = numbers - self.starts[shard]
         flip = torch.zeros_like(row) if flipped is None else flipped.long()

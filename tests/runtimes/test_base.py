@@ -176,7 +176,7 @@ def test_checkpoints_that_torch_cannot_read(own_checkpoint: Path, checkpoint: Pa
     with pytest.raises(CheckpointError, match=r"lacks 1 weights of UNet2DConditionModel, such as conv_in\.weight"):
         runtime.load(own_checkpoint, "unet")
     weights.write_bytes(b"\x00" * 100)
-    with pytest.raises(CheckpointError, match="cannot be read as UNet2DConditionModel"):
+    with pytest.raises(CheckpointError, match="is no safetensors file"):
         runtime.load(own_checkpoint, "unet")
     shutil.rmtree(own_checkpoint / "unet")
     with pytest.raises(CheckpointError, match="incomplete"):

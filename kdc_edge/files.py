@@ -42,6 +42,8 @@ def sha256(path: Path) -> str:
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file beside its place, flush it to the disk, and rename it in."""
     data = content.encode() if isinstance(content, str) else content
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     with os.fdopen(_lock(part, wait=True, flags=os.O_RDWR | os.O_CREAT), "wb") as file:

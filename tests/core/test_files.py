@@ -22,6 +22,12 @@ def test_write_atomic_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None
     assert left_over(tmp_path / "new") == ["a.txt"]
 
 
+def test_write_atomic_names_a_folder_in_its_place(tmp_path: Path) -> None:
+    for path in (tmp_path, Path()):
+        with pytest.raises(IsADirectoryError):
+            write_atomic(path, "x")
+
+
 def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_atomic(tmp_path / "a.txt", "old")
 

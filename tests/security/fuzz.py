@@ -67,8 +67,9 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
         elif action == 2 and isinstance(node, dict):
             node[str(rng.choice(NASTY))] = node.pop(last)
         elif action == 3:
-            for _ in range(rng.choice((1, 50, 900))):
+            for _ in range(rng.choice((1, 50, 5000))):
                 node[last] = [node[last]]
+            break  # what is so deep cannot be walked again
         else:
             node[last] = [copy.deepcopy(node[last])] * rng.choice((2, 100))
     try:

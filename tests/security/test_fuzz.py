@@ -69,7 +69,7 @@ def options(_: bytes, rng: random.Random) -> bytes:
         "--bundle", "--steps", "--guidance", "--seed", "--scheduler", "--width", "--device", "--engine", "--out",
         "--threads", "--target", "--precision", "--calibration-samples", "--max-size", "--preset", "--from", "--config",
         "--json", "-h", "--", "--guidance-interval", "--cache", "--static", "--unet-batch", "--task", "--teacher",
-        "--student", "--debug", "--version",
+        "--student", "--version",
     )  # fmt: skip
     words = [*command, "nowhere"]
     for _ in range(rng.randint(0, 4)):

@@ -101,7 +101,7 @@ def kill_at_random(folder: Path, traced: Path, kills: int, seed: int) -> Counter
             command = rng.choice((export, export, init))
             how = rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
             if rng.random() < 0.3:  # no old one to stay
-                shutil.rmtree(folder / command.split()[-1])
+                shutil.rmtree(folder / command.split()[-1], ignore_errors=True)
             there = (folder / command.split()[-1]).exists()
             code = server.run(command, how=how, after_sec=rng.uniform(0.02, seconds[command]))
             counts[f"{command.split()[0]} {how.name}: ended with {code}"] += 1

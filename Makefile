@@ -1,14 +1,18 @@
 # make setup   create .venv and install everything that building and testing need (pip, Python 3.11 or newer)
 # make demo    the whole path on the garden: train, export, prove, bench; the report is demo/report.html
 # make test    the fast tests       make interop  our bundles in other programs       make check   lint, types, floors: what CI runs
+# make docs    the documentation as a site, in site/
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test interop check format clean
+.PHONY: setup demo test interop check docs format clean
 
 setup: .venv/ready
 
 .venv/ready: pyproject.toml
+	@python=$(BIN)/python; test -x $$python || python="$(PYTHON)"; \
+	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "setup: kdc-edge needs Python 3.11 or newer, and $$python is $$($$python --version 2>/dev/null || echo not there): run make setup PYTHON=python3.12, without an old .venv" >&2; exit 1; }
 	@echo "setup: creating .venv and installing kdc-edge with its development tools (several GB with PyTorch)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -40,12 +44,15 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy benchmarks
+	$(BIN)/mypy benchmarks examples
 	$(BIN)/lint-imports
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-interop demo build *.egg-info
+	rm -rf .venv .venv-interop demo site build *.egg-info

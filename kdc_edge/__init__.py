@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 from kdc_edge.telemetry import switch_off
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Bundle", "KdcError", "Pipeline", "Request", "__version__", "open_pipeline"]
 
 _MODULES = {

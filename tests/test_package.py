@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import kdc_edge
+
 ROOT = Path(__file__).parent.parent
 ROOMS = {
     "kdc_edge": "kdc_edge",
@@ -72,6 +74,30 @@ def test_every_module_and_asset_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
 
 def test_nothing_generic_lands_in_site_packages(wheel: zipfile.ZipFile) -> None:
     assert {name.split("/")[0].split("-")[0] for name in wheel.namelist()} == {"kdc_edge"}
+
+
+def test_the_wheel_has_the_packages_version(wheel: zipfile.ZipFile) -> None:
+    assert f"kdc_edge-{kdc_edge.__version__}.dist-info/METADATA" in wheel.namelist()
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_make_setup_refuses_an_old_python_before_it_installs(tmp_path: Path, old: bool) -> None:
+    """A stand-in interpreter: an old one fails the check, a new one gets as far as making the environment."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$1" in\n--version) echo Python 3.9.2;;\n-c) exit {int(old)};;\n*) exit 7;;\nesac\n'
+    )
+    python.chmod(0o755)
+    for name in ("Makefile", "pyproject.toml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    done = subprocess.run(
+        ["make", "setup", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert ("setup: kdc-edge needs Python 3.11 or newer" in done.stderr) == old
+    assert ("Python 3.9.2" in done.stderr) == old
+    assert ("creating .venv" in done.stdout) != old
+    assert not (tmp_path / ".venv").exists()
 
 
 def test_help_imports_neither_engine_nor_numpy() -> None:

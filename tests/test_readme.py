@@ -80,10 +80,3 @@ def test_the_other_commands_are_targets_of_the_makefile() -> None:
 
 def test_the_table_of_formats_is_the_codes() -> None:
     assert formats_table() in README
-
-
-def test_linked_files_exist() -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links
-    for link in links:
-        assert (ROOT / link).is_file(), link

@@ -73,7 +73,7 @@ def draw_batch(
 
 
 def _replayed_count(config: TrainConfig, generator: torch.Generator) -> int:
-    """Replayed samples of a step: `batch_size * replay_ratio`, rounded up or down at random so that its mean is right."""
+    """Replayed samples of a step: `batch_size * replay_ratio`, rounded at random so that the mean is right."""
     share = round(config.batch_size * config.replay_ratio, 9)  # 100 * 0.07 is a little more than 7
     whole = int(share)
     if share == whole:  # nothing is drawn

@@ -40,6 +40,7 @@ from kdc_edge.train.distributed import any_process, make_accelerator, on_main_pr
 from kdc_edge.train.networks import image_size, prepare_learning, view_run
 from kdc_edge.train.objective import Stopwatch
 from kdc_edge.train.objectives import find_objective
+from kdc_edge.train.quality import evaluation_set
 from kdc_edge.train.quality.evaluate import Score
 from kdc_edge.train.quality.held_out import Evaluator
 from kdc_edge.train.quality.metrics import ImageMetrics
@@ -99,7 +100,9 @@ class Trainer:
         learning = prepare_learning(config, model, self.accelerator, run, watch=self.watch, say=say)
         self.teacher, self.student, self.objective = learning.teacher, learning.student, learning.objective
         metrics = ImageMetrics(config.metric_weights, self.accelerator.device)
-        self.evaluator = Evaluator(self.teacher, metrics, config.eval_images, self.accelerator.autocast)
+        self.evaluator = Evaluator(
+            self.teacher, metrics, config.eval_images, self.accelerator, run / evaluation_set.FOLDER
+        )
         self.view = view_run(config, learning, self.accelerator, metrics)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.replay = self._new_buffer()
@@ -158,6 +161,8 @@ class Trainer:
             position.metric = scores[task.name].metric
             position.matrix.append([s.quality for s in scores.values()])
             position.values.append([s.values for s in scores.values()])
+            position.settings[task.name] = {option: value for _, option, value in config.table()}
+            position.prompts[task.name] = self._prompts(latents)
             position.task, position.step = position.task + 1, 0
             self.save()
             yield TaskDone(task.name, scores)
@@ -255,10 +260,11 @@ class Trainer:
             return self.student.copy(self.student.full_weights())
 
     def _draw_samples(self) -> None:
-        total, size = self.position.total, self.teacher.size
+        total = self.position.total
+        prompts = [self.evaluator.evaluation_set(task).asked.prompts for task in self.config.tasks]
         with self.student.averaged() as unet:
             generator = self.teacher.generator(unet, self.ships)
-            path = write_sample_sheet(self.run_folder, generator, self.config.tasks, total, size)
+            path = write_sample_sheet(self.run_folder, generator, prompts, total)
         self.tracker.log_image(path, total)
 
     # --- saving ---
@@ -296,22 +302,20 @@ class Trainer:
         if path.is_file():
             write_atomic(path, "".join(path.read_text().splitlines(keepends=True)[: self.position.total]))
 
-    def _prompts(self) -> list[str]:
-        """Some captions of every task, for an export to calibrate itself on."""
-        found = []
-        for task in self.config.tasks:
-            captions = sorted(set(self.teacher.latents(task).captions))
-            found += random.Random(self.config.seed).sample(captions, min(PROMPTS_A_TASK, len(captions)))
-        return found
+    def _prompts(self, latents: Latents) -> list[str]:
+        """Some captions of a task, for an export to calibrate itself on."""
+        captions = sorted(set(latents.captions))
+        return random.Random(self.config.seed).sample(captions, min(PROMPTS_A_TASK, len(captions)))
 
     def _finish(self) -> None:
-        prompts = self._prompts()
+        kept = self.position.prompts  # an older state has none
+        prompts = [p for t in self.config.tasks for p in kept.get(t.name) or self._prompts(self.teacher.latents(t))]
         with self.student.averaged():
             weights = self.student.full_weights()
 
             def write() -> None:
                 results = write_results(self.run_folder, self.config, self.position, self.ships)
-                card = model_card(self.config, self.ships, results)
+                card = model_card(self.config, self.ships, results, self.position.settings)
                 unet, out = self.student.copy(weights), self.run_folder / "checkpoint"
                 write_checkpoint(
                     out, unet, parts_from=self.config.teacher, model=self.ships, card=card, prompts=prompts

@@ -68,7 +68,7 @@ class Teacher:
         self._cache = config.cache or run / "cache"
         text_encoder = load_network(config.teacher, "text_encoder").to(self.device)
         self.embed = TextEmbedder.of_teacher(config.teacher, text_encoder, self._cache)
-        self._vae_sha256 = hash_checkpoint(config.teacher / "vae")
+        self.vae_sha256 = hash_checkpoint(config.teacher / "vae")
         self._latents: dict[str, Latents] = {}
 
     def latents(self, task: Task) -> Latents:
@@ -84,7 +84,7 @@ class Teacher:
 
     def _open_latents(self, task: Task, part: Part, samples: int | None, seed: int, say: Say) -> Latents:
         return cache_latents(
-            task, self.vae, self._cache, vae_sha256=self._vae_sha256, size=self.size, samples=samples, seed=seed,
+            task, self.vae, self._cache, vae_sha256=self.vae_sha256, size=self.size, samples=samples, seed=seed,
             part=part, say=say, write_once=partial(on_main_process, self._accelerator),
         )  # fmt: skip
 

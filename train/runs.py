@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from torch import Tensor
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import atomic_folder, read_json, refuse_foreign_folder, write_atomic
 from kdc_edge.train.config import TrainConfig
+from kdc_edge.train.data.cache import Write, write_here
+from kdc_edge.train.quality import evaluation_set
 from kdc_edge.train.replay import ReplayBuffer
 
 
@@ -37,6 +40,8 @@ class Position:
     metric: str = ""  # what R[i][j] is; higher is better
     matrix: list[list[float | None]] = field(default_factory=list)  # R[i][j]; None where task j was not known yet
     values: list[list[dict[str, float] | None]] = field(default_factory=list)  # everything measured, in the same places
+    settings: dict[str, dict[str, str]] = field(default_factory=dict)  # of each finished task: flag -> value
+    prompts: dict[str, list[str]] = field(default_factory=dict)  # of each finished task: captions for an export
 
 
 def save_state(run: Path, position: Position, tensors: dict[str, Tensor], replay: ReplayBuffer, *, keep: int) -> None:
@@ -89,10 +94,13 @@ def branch_run(source: Path, out: Path, config: TrainConfig) -> None:
     write_atomic(out / "config.json", json.dumps(config.as_json(), indent=2))
 
 
-def begin_stage(source: Path, out: Path, config: TrainConfig) -> TrainConfig:
+def begin_stage(
+    source: Path, out: Path, config: TrainConfig, *, write_once: Callable[[Write], None] = write_here
+) -> TrainConfig:
     """Prepare `out` for another objective over the tasks of the finished run `source`; then resume `out`.
 
-    The student starts from the run's EMA weights, the replay buffer comes along, R starts anew.
+    The student starts from the run's EMA weights, the replay buffer comes along, R starts anew. Of several processes
+    one writes: see `cache_latents`.
     """
     saved, _ = _finished(source)
     _, tensors, replay = load_state(source)
@@ -102,11 +110,22 @@ def begin_stage(source: Path, out: Path, config: TrainConfig) -> TrainConfig:
     start |= {f"ema/{n}": t for n, t in weights.items()}
     start["generator"] = torch.Generator().manual_seed(config.seed).get_state()
     joined = replace(config, tasks=saved.tasks, student=saved.student, teacher=saved.teacher)
-    refuse_foreign_folder(out, None)
-    out.mkdir(parents=True, exist_ok=True)
-    save_state(out, Position(), start, replay, keep=1)
-    write_atomic(out / "config.json", json.dumps(joined.as_json(), indent=2))
+
+    def write() -> None:
+        refuse_foreign_folder(out, None)
+        out.mkdir(parents=True, exist_ok=True)
+        _take_along(source, out)
+        save_state(out, Position(), start, replay, keep=1)
+        write_atomic(out / "config.json", json.dumps(joined.as_json(), indent=2))
+
+    write_once(write)
     return joined
+
+
+def _take_along(source: Path, out: Path) -> None:
+    """Copy what the tasks of a run are evaluated on."""
+    if (source / evaluation_set.FOLDER).is_dir():
+        shutil.copytree(source / evaluation_set.FOLDER, out / evaluation_set.FOLDER)
 
 
 def _finished(run: Path) -> tuple[TrainConfig, Path]:
@@ -120,20 +139,28 @@ def _finished(run: Path) -> tuple[TrainConfig, Path]:
     return saved, states[0]
 
 
-def continue_run(source: Path, out: Path, config: TrainConfig) -> TrainConfig:
+def continue_run(
+    source: Path, out: Path, config: TrainConfig, *, write_once: Callable[[Write], None] = write_here
+) -> TrainConfig:
     """Prepare `out` to go on from the finished run `source` with the tasks of `config` after its own.
 
-    The replay buffer, the weights, their moving average and R come along; resume `out` with the configuration that is
-    given back. Raises CheckpointError for a run that is not finished, InputError for another student.
+    The replay buffer, the weights, their moving average, R and what it is measured on come along: nothing else is
+    needed of the earlier tasks. Resume `out` with the configuration that is given back. Of several processes one
+    writes: see `cache_latents`. Raises CheckpointError for a run that is not finished, InputError for another student.
     """
     saved, state = _finished(source)
     if saved.student != config.student:
         raise InputError(f"--student {config.student} is not the run's {saved.student}: leave it as it was")
     joined = replace(config, tasks=(*saved.tasks, *config.tasks))
-    refuse_foreign_folder(out, None)
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(state, out / "state" / state.name)
-    if (source / "metrics.jsonl").is_file():
-        shutil.copy(source / "metrics.jsonl", out)
-    write_atomic(out / "config.json", json.dumps(joined.as_json(), indent=2))
+
+    def write() -> None:
+        refuse_foreign_folder(out, None)
+        out.mkdir(parents=True, exist_ok=True)
+        _take_along(source, out)
+        shutil.copytree(state, out / "state" / state.name)
+        if (source / "metrics.jsonl").is_file():
+            shutil.copy(source / "metrics.jsonl", out)
+        write_atomic(out / "config.json", json.dumps(joined.as_json(), indent=2))
+
+    write_once(write)
     return joined

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,13 +44,16 @@ def train(
     need_training("kdc-edge train")
     from kdc_edge.train.checkpoint import find_teacher
     from kdc_edge.train.data.tasks import parse_tasks
+    from kdc_edge.train.distributed import make_accelerator, on_main_process
     from kdc_edge.train.loop import Trainer
     from kdc_edge.train.runs import begin_stage, continue_run
 
     if resume and out is None and not LATEST.exists():
         raise InputError("there is no run to resume in runs/: start without --resume")
     run = out or (LATEST.resolve() if resume else new_run())
-    if resume and (run / "config.json").is_file():  # a flag given by hand is refused later where it changes the run
+    if resume and not (run / "config.json").is_file():
+        raise InputError(f"{run} holds no run to resume, it has no config.json: start without --resume")
+    if resume:  # a flag given by hand is refused later where it changes the run
         learnt: dict[str, Any] = {"tasks": parse_tasks(task or (), caption or ())} if "task" in given.typed else {}
         settings = given.change(given.kind.load(run), **learnt)
     elif continue_from:
@@ -70,7 +74,8 @@ def train(
         return
     if continue_from:
         prepare = continue_run if task else begin_stage
-        settings, resume = prepare(continue_from, run, settings), True
+        write_once = partial(on_main_process, make_accelerator(settings, run))
+        settings, resume = prepare(continue_from, run, settings, write_once=write_once), True
     trainer = Trainer(settings, run, resume=resume, say=say)
     if trainer.view.is_main_process:
         _announce(trainer, run)

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.train.data.batch import Batch
+from kdc_edge.train.data.tasks import parse_task
 from kdc_edge.train.loop import StepDone, Trainer
 from kdc_edge.train.runs import continue_run, list_states
 from tests.train.test_loop import TASKS, config, weights
+from tests.train.test_sources import class_folders
 
 
 def finish(trainer: Trainer) -> list[StepDone]:
@@ -116,3 +119,38 @@ def test_a_budget_in_megabytes_is_the_buffers(tmp_path: Path) -> None:
     assert 15_000 < trainer.replay.size_bytes <= 20_000
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert np.shape([json.loads(line)["by_timestep"] for line in lines]) == (3, 4)
+
+
+def test_a_run_is_continued_without_the_data_of_its_tasks(tmp_path: Path) -> None:
+    """R and the weights are those of the run that still had it; even a sheet of samples needs none."""
+    photos = class_folders(tmp_path / "photos")
+    small = config(tasks=(parse_task(f"photos=imagefolder:{photos}"),), steps=1)
+    finish(Trainer(small, tmp_path / "first"))
+    more = config(tasks=TASKS[:1], steps=1, learning_rate=2e-3, sample_every=1)
+    finish(Trainer(continue_run(tmp_path / "first", tmp_path / "with", more), tmp_path / "with", resume=True))
+    shutil.rmtree(photos)
+    shutil.rmtree(tmp_path / "first" / "cache")
+    finish(Trainer(continue_run(tmp_path / "first", tmp_path / "without", more), tmp_path / "without", resume=True))
+    results, expected = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("without", "with"))
+    assert results == expected
+    assert results["values"][1][0]["loss"] > 0
+    found = weights(tmp_path / "without")
+    assert all(torch.equal(t, found[name]) for name, t in weights(tmp_path / "with").items())
+    checkpoint = tmp_path / "without" / "checkpoint"
+    assert "red rose" in (checkpoint / "prompts.txt").read_text()
+    card = (checkpoint / "README.md").read_text()
+    assert "| Optimization | `--learning-rate` | 0.002 |" in card
+    assert "Earlier tasks were trained with other settings:" in card
+    assert "| photos | `--learning-rate` | 0.001 |" in card
+    assert "| photos | `--steps`" not in card
+
+
+def test_resuming_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    """Instead of training the garden in it."""
+    from kdc_edge.cli.app import app
+
+    (tmp_path / "run").mkdir()
+    found = CliRunner().invoke(app, ["train", "--resume", "--out", str(tmp_path / "run"), "--dry-run"])
+    assert isinstance(found.exception, InputError)
+    assert "holds no run to resume" in str(found.exception)
+    assert list((tmp_path / "run").iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,16 @@ except KdcError as error:
     run.with_name(f"said-{os.environ['RANK']}").write_text(str(error))
 """
 
+# The command line, in the run that is given and its continuation.
+CONTINUED = """
+import sys
+from pathlib import Path
+from kdc_edge.cli.app import app
+run = Path(sys.argv[1])
+app(["train", "--device", "cpu", "--continue-from", str(run.parent / "first"), "--task", "fish=garden:fish",
+     "--steps", "1", "--out", str(run)], standalone_mode=False)
+"""
+
 
 def settings(**changes: object):  # type: ignore[no-untyped-def]
     return config(**({"tasks": TASKS[:1], "steps": 3, "batch_size": 4, "save_every": 2, "device": "cpu"} | changes))
@@ -114,6 +125,14 @@ def test_a_failure_of_the_main_process_ends_the_one_that_waits_for_it(tmp_path: 
     main, waiting = ((tmp_path / f"said-{rank}").read_text() for rank in (0, 1))
     assert main.startswith("photos: none of 1 images in ")
     assert waiting == f"the main process failed: {main}"
+
+
+def test_two_processes_continue_one_run(alone: Path, tmp_path: Path) -> None:
+    """One of them prepares the folder."""
+    shutil.copytree(alone, tmp_path / "first")
+    run_in_two_processes(CONTINUED, tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [len(row) for row in results["prompt_accuracy"]] == [1, 2]
 
 
 def run_in_two_processes(program: str, folder: Path) -> None:

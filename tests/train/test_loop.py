@@ -64,9 +64,7 @@ def test_a_run_leaves_a_checkpoint_scores_and_a_log(whole_run: Path) -> None:
     assert set(records[0]["losses"]) == {"task", "output", "soft", "feature", "total"}
     assert [r["replayed"] for r in records] == [0, 0, 0, 0.5, 0.5, 0.5]
     assert records[0]["replay_mb"] == 0
-    assert records[-1]["replay_mb"] == pytest.approx(
-        6 * 2 * 2 * 4 * 16 * 16 / 1e6, rel=0.1
-    )  # latents; captions are small
+    assert records[-1]["replay_mb"] == pytest.approx(6 * 2 * 2 * 4 * 16 * 16 / 1e6, rel=0.1)  # latents
     prompts = (whole_run / "checkpoint" / "prompts.txt").read_text().splitlines()
     assert len(prompts) == len(set(prompts)) > 2
     assert any("flower" in p for p in prompts)

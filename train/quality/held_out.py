@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch import nn
 
 from kdc_edge.bundle import Model
 from kdc_edge.train.data.batch import Batch, add_noise
+from kdc_edge.train.data.cache import Latents
 from kdc_edge.train.data.tasks import Task
+from kdc_edge.train.distributed import any_process, on_main_process
 from kdc_edge.train.losses import mean_squared_error
 from kdc_edge.train.networks import Teacher
 from kdc_edge.train.quality.evaluate import Score, ask, score_images
+from kdc_edge.train.quality.evaluation_set import EvaluationSet, is_kept, key_of
 from kdc_edge.train.quality.metrics import ImageMetrics
 
 EVALUATION_NOISE = 7  # the seed of every evaluation's noise
@@ -29,7 +32,20 @@ class Evaluator:
     teacher: Teacher
     metrics: ImageMetrics
     images: int  # of each task
-    autocast: Callable[[], AbstractContextManager[object]]
+    accelerator: Accelerator
+    folder: Path  # of evaluation sets
+
+    def evaluation_set(self, task: Task) -> EvaluationSet:
+        """What the task is evaluated on: kept in the folder, where it is made the first time. Collective."""
+        if task.source.startswith("garden:"):
+            return EvaluationSet(ask(task, self.images, size=self.teacher.size))
+        path = self.folder / f"{task.name}.safetensors"
+        key = key_of(task, size=self.teacher.size, vae_sha256=self.teacher.vae_sha256)
+        if any_process(self.accelerator, not is_kept(path, key)):
+            asked = ask(task, self.images, size=self.teacher.size)
+            made = EvaluationSet(asked, self.teacher.test_latents(task, self.images))
+            on_main_process(self.accelerator, lambda: made.save(path, key))
+        return EvaluationSet.load(path)
 
     def score(self, unet: UNet2DConditionModel, task: Task, *, network: nn.Module, model: Model | None = None) -> Score:
         """The quality of a U-Net's images on a task.
@@ -37,22 +53,22 @@ class Evaluator:
         Beyond the garden, with LPIPS to the teacher's images and the held-out loss. `network` is the U-Net as the
         launch wraps it, for the loss; `model` says how it is sampled, the teacher's model where None. Collective.
         """
-        asked = ask(task, self.images, size=self.teacher.size)
+        found = self.evaluation_set(task)
+        asked = found.asked
         images = self.teacher.generator(unet, model)(asked.prompts, seed=EVALUATION_NOISE)
-        if asked.scenes:
+        if found.latents is None:
             return score_images(images, asked, self.metrics)
         teacher_images = None
         if self.metrics.has_lpips:
             teacher_images = self.teacher.generator(self.teacher.unet)(asked.prompts, seed=EVALUATION_NOISE)
-        loss = self._held_out_loss(network, task)
+        loss = self._held_out_loss(network, found.latents)
         return score_images(images, asked, self.metrics, paired=teacher_images, loss=loss)
 
     @torch.no_grad()
-    def _held_out_loss(self, network: nn.Module, task: Task) -> float:
-        """The denoising loss on the task's test part (or training part, where it has no other), noise fixed."""
+    def _held_out_loss(self, network: nn.Module, latents: Latents) -> float:
+        """The denoising loss on a task's test part (or training part, where it has no other), noise fixed."""
         device, schedule = self.teacher.device, self.teacher.schedule
         alphas_cumprod = torch.tensor(schedule.alphas_cumprod, dtype=torch.float32).to(device)
-        latents = self.teacher.test_latents(task, self.images)
         generator, losses = torch.Generator().manual_seed(EVALUATION_NOISE), []
         spread = schedule.num_train_timesteps // TIMESTEPS
         for i, caption in enumerate(latents.captions):
@@ -62,7 +78,7 @@ class Evaluator:
             batch = Batch(mean.float(), noise, timestep, timestep < 0, [caption] * TIMESTEPS).to(device)
             text = self.teacher.embed(batch.captions)
             noisy, target = add_noise(batch, alphas_cumprod, prediction_type=schedule.prediction_type)
-            with self.autocast():
+            with self.accelerator.autocast():
                 pred = network(noisy, batch.timestep, text).sample
             losses.append(mean_squared_error(pred.float(), target).mean().item())
         return sum(losses) / len(losses)

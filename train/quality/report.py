@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -33,7 +34,7 @@ A `$student` U-Net distilled from `$teacher` by kdc-edge $version
 
 $tasks
 
-$settings
+$settings$earlier
 ## Measured
 
 R, `$metric` of each task (column) after training each task (row); higher is better.
@@ -63,8 +64,13 @@ def write_results(run: Path, config: TrainConfig, position: Position, model: Mod
     return results
 
 
-def model_card(config: TrainConfig, model: Model, results: dict[str, Any]) -> str:
-    """README.md of a checkpoint: a YAML header that the hub reads, tasks, settings and results."""
+def model_card(
+    config: TrainConfig, model: Model, results: dict[str, Any], settings: Mapping[str, Mapping[str, str]] | None = None
+) -> str:
+    """README.md of a checkpoint: a YAML header that the hub reads, tasks, settings and results.
+
+    `settings` are the flags of each task, by its name: those of earlier tasks that differ are listed.
+    """
     names, matrix = results["tasks"], results[results["metric"]]
     rows = [
         [name, *map(_number, row), *[""] * (len(names) - len(row))] for name, row in zip(names, matrix, strict=True)
@@ -86,12 +92,27 @@ def model_card(config: TrainConfig, model: Model, results: dict[str, Any]) -> st
         prediction=model.scheduler.get("prediction_type", "epsilon"),
         tasks="\n".join(f"{i}. {t.name}: `{t.source}`" for i, t in enumerate(config.tasks, 1)),
         settings=markdown_table(("group", "setting", "value"), config.table()),
+        earlier=_earlier_settings(config, settings or {}),
         metric=results["metric"],
         matrix=markdown_table(("after", *names), rows),
         transfer="".join(f"- {name}: {_number(value)}\n" for name, value in transfer.items() if value is not None),
         last=markdown_table(("task", "values"), last),
         conditions=results["conditions"],
     )
+
+
+def _earlier_settings(config: TrainConfig, settings: Mapping[str, Mapping[str, str]]) -> str:
+    """The settings that tasks were trained with, where they are not the last task's; empty where there are none."""
+    now = {option: value for _, option, value in config.table()}
+    rows = [
+        (task, option, then.get(option, "not set"))
+        for task, then in settings.items()
+        for option in now | dict(then)
+        if then.get(option) != now.get(option)
+    ]
+    if not rows:
+        return ""
+    return f"\nEarlier tasks were trained with other settings:\n\n{markdown_table(('task', 'setting', 'value'), rows)}"
 
 
 def _number(value: float | None) -> str:

@@ -1,0 +1,76 @@
+"""What a task is evaluated on, kept in the run: later evaluations need none of the task's data.
+
+    RUN/evaluation/flowers.safetensors      prompts, reference images, latents held out of training with their captions
+
+The garden is drawn anew instead. A continued run takes the files along, so that every row of R asks the same.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from kdc_edge.errors import CheckpointError
+from kdc_edge.files import write_atomic
+from kdc_edge.train.data.cache import Latents
+from kdc_edge.train.data.tasks import Task
+from kdc_edge.train.quality.evaluate import Asked
+
+FOLDER = "evaluation"
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Prompts and reference images of a task, and held-out latents; none of the garden."""
+
+    asked: Asked
+    latents: Latents | None = None
+
+    def save(self, path: Path, key: str) -> None:
+        """Write it whole; `key` tells sets of one task apart."""
+        assert self.latents is not None
+        assert self.asked.references is not None
+        texts = {
+            "key": key,
+            "kind": self.asked.kind,
+            "prompts": json.dumps(self.asked.prompts),
+            "captions": json.dumps(self.latents.captions),
+        }
+        tensors = {
+            "references": torch.from_numpy(self.asked.references),
+            "mean": torch.cat([mean[:, :1] for mean, _ in self.latents.shards]),
+            "std": torch.cat([std[:, :1] for _, std in self.latents.shards]),
+        }
+        write_atomic(path, save({n: t.contiguous() for n, t in tensors.items()}, metadata=texts))
+
+    @classmethod
+    def load(cls, path: Path) -> EvaluationSet:
+        """Read a kept one; raises CheckpointError for a damaged one."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                texts = file.metadata()
+                asked = Asked(
+                    tuple(json.loads(texts["prompts"])), (), file.get_tensor("references").numpy(), texts["kind"]
+                )
+                shard = (file.get_tensor("mean"), file.get_tensor("std"))
+                return cls(asked, Latents([shard], json.loads(texts["captions"])))
+        except Exception as error:
+            raise CheckpointError(f"{path} is damaged: {error}; remove it, it is made again from the data") from None
+
+
+def key_of(task: Task, *, size: int, vae_sha256: str) -> str:
+    """Of what a kept set depends on, but for the data itself, which may be gone."""
+    return json.dumps([task.source, task.caption, size, vae_sha256])
+
+
+def is_kept(path: Path, key: str) -> bool:
+    """Is there a whole set of this key?"""
+    if not path.is_file():
+        return False
+    with safe_open(path, framework="pt") as file:
+        return bool(file.metadata()["key"] == key)

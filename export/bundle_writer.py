@@ -33,7 +33,7 @@ from kdc_edge.bundle import (
     list_files,
     write_manifest,
 )
-from kdc_edge.diffusers_folder import hash_checkpoint, read_model
+from kdc_edge.diffusers_folder import TINY_VAE, hash_checkpoint, read_model
 from kdc_edge.errors import BundleError, CheckpointError, ParityError
 from kdc_edge.export.components import ExportComponent, describe, load_component
 from kdc_edge.export.parity import IMAGES, check_parity
@@ -41,6 +41,7 @@ from kdc_edge.files import atomic_folder, inside, read_json
 from kdc_edge.formats import Format
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.prompts import own_prompts
+from kdc_edge.runtimes.small_decoder import load_decoder
 from kdc_edge.tokenizer import write_vocabulary
 
 Write = Callable[[ExportComponent, Path], list[str]]
@@ -73,19 +74,24 @@ def write_bundle(
     prompts: Sequence[str] | None = None,
     calibration: CalibrationInfo | None = None,
     recipe: Recipe | None = None,
+    decoder: Path | None = None,
     command: str | None = None,
 ) -> Bundle:
     """Fill a folder beside `out`, prove it, rename it in. Raises a KdcError, and `out` stays as it was.
 
+    `decoder` is the folder of a small decoder that takes the place of the checkpoint's.
     `interface` says what goes into a component and comes out of it where a target has names of its own.
     """
     model = read_model(checkpoint)
     NoiseSchedule.from_config(model.scheduler)  # refuses a schedule that no sampler has, before the work
+    if decoder is not None:
+        load_decoder(decoder, model)  # and a decoder that does not fit
     with atomic_folder(out, marker=MANIFEST) as folder:
         copy_configs(checkpoint, folder)
         copy_tokenizer(checkpoint / "tokenizer", folder / "tokenizer")
         components: dict[ComponentName, ComponentInfo] = {
-            name: _write_component(checkpoint, name, folder, write, interface) for name in SOURCES
+            name: _write_component(load_component(checkpoint, name, decoder), folder, write, interface)
+            for name in SOURCES
         }
         own_checks = (finish(folder) if finish else None) or ()
         manifest = Manifest(
@@ -99,6 +105,8 @@ def write_bundle(
             provenance=Provenance(
                 checkpoint=checkpoint.resolve().name,
                 checkpoint_sha256=hash_checkpoint(checkpoint),
+                decoder=decoder and decoder.resolve().name,
+                decoder_sha256=decoder and hash_checkpoint(decoder),
                 packages=_versions(),
                 command=command,
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -106,7 +114,8 @@ def write_bundle(
         )
         write_manifest(folder, manifest)
         if verify:
-            parity = check_parity(checkpoint, folder, row, prompts or spread(own_prompts(checkpoint), IMAGES))
+            prompts = prompts or spread(own_prompts(checkpoint), IMAGES)
+            parity = check_parity(checkpoint, folder, row, prompts, decoder)
             parity = parity.model_copy(update={"checks": [*parity.checks, *own_checks]})
             _demand(parity, row)
             write_manifest(folder, manifest.model_copy(update={"parity": parity}))
@@ -119,27 +128,27 @@ def spread(prompts: Sequence[str], count: int) -> list[str]:
 
 
 def _write_component(
-    checkpoint: Path,
-    name: ComponentName,
-    folder: Path,
-    write: Write,
-    interface: Callable[[ExportComponent], Interface],
+    part: ExportComponent, folder: Path, write: Write, interface: Callable[[ExportComponent], Interface]
 ) -> ComponentInfo:
     """One component from file to file; its weights are in memory only while this runs."""
-    part = load_component(checkpoint, name)
     inputs, outputs = interface(part)
-    files = write(part, folder / name)
-    return ComponentInfo(files=[f"{name}/{file}" for file in files], inputs=inputs, outputs=outputs)
+    files = [f"{part.name}/{file}" for file in write(part, folder / part.name)]
+    return ComponentInfo(files=files, class_name=part.class_name, inputs=inputs, outputs=outputs)
 
 
 def copy_configs(checkpoint: Path, folder: Path) -> None:
-    """model_index.json, the scheduler's and each component's config, as optimum's pipelines read them."""
-    index = read_json(checkpoint / "model_index.json", CheckpointError)
+    """model_index.json, the scheduler's and each component's config, as optimum's pipelines read them.
+
+    Every decoder has AutoencoderKL's interface, and openvino_genai wants to read that name; the manifest has the class.
+    """
+    index = read_json(checkpoint / "model_index.json", CheckpointError) | {"vae": ["diffusers", "AutoencoderKL"]}
     _write_json(folder / "model_index.json", index | {k: [None, None] for k in NOT_EXPORTED if k in index})
     paths = [(f"{source}/config.json", f"{name}/config.json") for name, source in SOURCES.items()]
     for source, target in [*paths, ("scheduler/scheduler_config.json", "scheduler/scheduler_config.json")]:
         config = read_json(checkpoint / source, CheckpointError)
         config.pop("_name_or_path", None)  # a path of this machine
+        if config.get("_class_name") == TINY_VAE:
+            config["_class_name"] = "AutoencoderKL"
         _write_json(folder / target, config)
 
 

@@ -9,25 +9,46 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from kdc_edge.bundle import MODEL_INDEX, Model
-from kdc_edge.errors import CheckpointError
+from kdc_edge.errors import CheckpointError, require
 from kdc_edge.files import read_json, sha256
 from kdc_edge.presets import recognise
-from kdc_edge.text import invalid_field
+from kdc_edge.text import invalid_field, one_line
 
 WEIGHTS = {
     "text_encoder": "model.safetensors",
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
 }
+TINY_VAE = "AutoencoderTiny"  # the other class that a `vae` may have
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
 PROMPTS_FILE = "prompts.txt"  # captions that it was trained on, one a line: what to calibrate and prove it with
 MAX_HEADER_BYTES = 100 * 2**20
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def is_hub_id(name: str) -> bool:
+    """Is this `owner/name`, and no folder or place for one?"""
+    return not Path(name).exists() and HUB_ID.fullmatch(name) is not None and not Path(name).parent.exists()
+
+
+def fetch(hub_id: str, patterns: Sequence[str], *, leave: Sequence[str] = ()) -> Path:
+    """The hub's folder in the local cache; the network is used unless HF_HUB_OFFLINE is set. Raises CheckpointError."""
+    hub = require("huggingface_hub", extra="train", purpose="a hub id")
+    try:
+        return Path(hub.snapshot_download(hub_id, allow_patterns=list(patterns), ignore_patterns=list(leave)))
+    except Exception as error:  # offline, no such id, no permission, no space: the library has a dozen kinds
+        words = one_line(error)
+        raise CheckpointError(
+            f"{hub_id} is neither a folder nor can it be had from the hub: {words:.200};"
+            " check the name, the network and HF_HUB_OFFLINE"
+        ) from None
 
 
 def check_weights(folder: Path) -> None:

@@ -79,11 +79,13 @@ def export_coreml(
     prompts: Sequence[str] | None = None,
     calibration_prompts: Sequence[str] | None = None,
     calibration_samples: int | None = None,
+    decoder: Path | None = None,
     command: str | None = None,
     tell: Tell | None = None,
 ) -> Bundle:
     """Write a bundle to `out`, proved against PyTorch on `prompts` before it takes its place there.
 
+    `decoder`, the folder of an AutoencoderTiny, takes the place of the checkpoint's decoder.
     `mixed` searches on calibration inputs from `calibration_prompts`, and `tell` gets a line now and then.
     Raises CheckpointError, ParityError or InputError; `out` is then what it was before.
     """
@@ -109,6 +111,7 @@ def export_coreml(
         prompts=prompts,
         calibration=calibration.info if calibration else None,
         recipe=recipe,
+        decoder=decoder,
         command=command,
     )
 

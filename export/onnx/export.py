@@ -61,11 +61,13 @@ def export_onnx(
     prompts: Sequence[str] | None = None,
     calibration_prompts: Sequence[str] | None = None,
     calibration_samples: int | None = None,
+    decoder: Path | None = None,
     command: str | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
     """Write a bundle to `out`, proved against PyTorch on `prompts` before it takes its place there.
 
+    `decoder`, the folder of an AutoencoderTiny, takes the place of the checkpoint's decoder.
     Raises CheckpointError, ParityError or InputError; `out` is then what it was before.
     """
     row = find_format("onnx", precision)
@@ -108,6 +110,7 @@ def export_onnx(
         verify=verify,
         prompts=prompts,
         calibration=calibration.info if calibration else None,
+        decoder=decoder,
         command=command,
     )
 

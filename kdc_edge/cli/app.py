@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import typer
 
-from kdc_edge.cli import bench, devices, evaluate, export, fit, generate, init, inspect, quickstart, train
+from kdc_edge.cli import (
+    bench,
+    devices,
+    evaluate,
+    export,
+    fit,
+    generate,
+    init,
+    inspect,
+    quickstart,
+    train,
+    train_decoder,
+)
 
 app = typer.Typer(
     name="kdc-edge",
@@ -16,6 +28,7 @@ app = typer.Typer(
 )
 app.command("quickstart")(quickstart.quickstart)
 app.command("train")(train.train)
+app.command("train-decoder")(train_decoder.train_decoder)
 app.command("init")(init.init)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)

@@ -26,6 +26,10 @@ def export(
         Path | None, Option(metavar="FILE", help="Prompts, one a line, for int8; the training captions by default.")
     ] = None,
     calibration_samples: Annotated[int | None, Option(help="U-Net calls recorded for int8; 64 by default.")] = None,
+    decoder: Annotated[
+        str | None,
+        Option(metavar="DIR", help="A small decoder instead of the VAE's: an AutoencoderTiny's folder, or a hub id."),
+    ] = None,
     verify: Annotated[bool, Option("--verify/--no-verify", help="Prove it against PyTorch first.")] = True,
     unet_batch: Annotated[int | None, Option(help="Core ML: samples a U-Net pass, 2 (with guidance) or 1.")] = None,
     deployment_target: Annotated[
@@ -78,6 +82,10 @@ def export(
     need_export("kdc-edge export")
     out = out or BUNDLES / row.name
     common: dict[str, Any] = {"precision": row.precision, "verify": verify, "command": command_line()}
+    if decoder is not None:
+        from kdc_edge.runtimes.small_decoder import find_decoder_folder
+
+        common["decoder"] = find_decoder_folder(decoder)
     calibration = _calibration(row, calibration_prompts, calibration_samples)
     if target == "openvino":
         from kdc_edge.export.openvino import export_openvino

@@ -16,7 +16,7 @@ from typing import Any
 
 from diffusers import AutoencoderTiny, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import DecoderTiny
+from diffusers.models.autoencoders.vae import DecoderOutput, DecoderTiny
 from torch import Tensor, nn
 
 from kdc_edge.bundle import Model
@@ -53,6 +53,10 @@ class ThinDecoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers h
         for i, (before, after) in zip(behind, pairwise(channels), strict=True):
             if before != after:
                 layers[i] = nn.Conv2d(before, after, 3, padding=1, bias=False)
+
+    def decode(self, latents: Tensor) -> DecoderOutput:
+        """As AutoencoderTiny's: latents as the U-Net makes them."""
+        return DecoderOutput(sample=self.decoder(latents))
 
 
 CLASSES: dict[str, Any] = {"AutoencoderTiny": AutoencoderTiny, "ThinDecoder": ThinDecoder}

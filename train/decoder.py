@@ -65,7 +65,7 @@ class DecoderConfig:
     seed: int = 0
     device: str = "auto"
     save_every: int = 100  # steps
-    eval_images: int = 64  # of each task, at the end
+    eval_images: int = 32  # of each task, at the end
     metric_weights: Path | None = None  # folder with LPIPS's weight file
     cache: Path | None = None  # of latents; in the output's folder where None
 
@@ -268,7 +268,7 @@ class DecoderTrainer:
             if asked.scenes:
                 generate = open_generator(self.config.checkpoint, steps=12, guidance=4.0)
                 by_big = generate(asked.prompts, seed=7)
-                by_small = replace(generate, vae=self.network)(asked.prompts, seed=7)
+                by_small = replace(generate, vae=self.network.to(generate.unet.device))(asked.prompts, seed=7)
                 accuracy[task.name] = {
                     "vae": score_images(by_big, asked, None).values["prompt_accuracy"],
                     "small": score_images(by_small, asked, None).values["prompt_accuracy"],

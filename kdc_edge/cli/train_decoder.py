@@ -43,7 +43,7 @@ def train_decoder(
     device: Annotated[str, Option(help="auto, cpu, cuda, mps.")] = "auto",
     seed: Annotated[int, Option(help="Of everything random.")] = 0,
     save_every: Annotated[int, Option(help="Steps between saved states.")] = 100,
-    eval_images: Annotated[int, Option(help="Images of each task that are measured at the end.")] = 64,
+    eval_images: Annotated[int, Option(help="Images of each task that are measured at the end.")] = 32,
     cache: Annotated[Path | None, Option(help="Folder of encoded latents; the run's, or the output's own.")] = None,
     out: Annotated[Path | None, Option(help="The output's folder; runs/decoder-PRESET when not given.")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on with --out.")] = False,

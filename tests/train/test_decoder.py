@@ -84,7 +84,7 @@ def test_a_thin_decoder_comes_back_and_diffusers_class_refuses_it(tmp_path: Path
     assert decoder.class_name == "ThinDecoder"
     latents = torch.randn(2, 4, 2, 2)
     found = decoder.decode(latents / model.scaling_factor)[0]
-    torch.testing.assert_close(found, network.decoder(latents), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, network.decode(latents).sample, rtol=1e-4, atol=1e-5)
 
 
 def test_a_training_leaves_a_folder_that_diffusers_reads_a_sheet_and_results(trained: Path) -> None:

@@ -31,7 +31,7 @@ from kdc_edge.bundle import (
     unproved,
     write_manifest,
 )
-from kdc_edge.diffusers_folder import hash_checkpoint, read_model
+from kdc_edge.diffusers_folder import TINY_VAE, hash_checkpoint, read_model
 from kdc_edge.errors import BundleError, CheckpointError, ParityError
 from kdc_edge.export.calibration import Calibration, calibrate
 from kdc_edge.export.components import ExportComponent, describe, load_component
@@ -82,7 +82,8 @@ def write_bundle(
         copy_configs(checkpoint, folder)
         copy_tokenizer(checkpoint / "tokenizer", folder / "tokenizer")
         components: dict[ComponentName, ComponentInfo] = {
-            name: _write_component(checkpoint, name, folder, write, interface) for name in SOURCES
+            name: _write_component(load_component(checkpoint, name, request.decoder), folder, write, interface)
+            for name in SOURCES
         }
         own_checks = (finish(folder) if finish else None) or ()
         manifest = Manifest(
@@ -96,6 +97,8 @@ def write_bundle(
             provenance=Provenance(
                 checkpoint=checkpoint.resolve().name,
                 checkpoint_sha256=hash_checkpoint(checkpoint),
+                decoder=request.decoder and request.decoder.resolve().name,
+                decoder_sha256=request.decoder and hash_checkpoint(request.decoder),
                 packages=package_versions(PACKAGES),
                 command=request.command,
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -103,9 +106,8 @@ def write_bundle(
         )
         if request.verify:
             with unproved(folder, manifest):
-                parity = check_parity(
-                    checkpoint, folder, row, request.prompts or spread(own_prompts(checkpoint), IMAGES)
-                )
+                prompts = request.prompts or spread(own_prompts(checkpoint), IMAGES)
+                parity = check_parity(checkpoint, folder, row, prompts, request.decoder)
             parity = parity.model_copy(update={"checks": [*parity.checks, *own_checks]})
             _demand(parity, row)
             manifest = manifest.model_copy(update={"parity": parity})
@@ -126,27 +128,27 @@ def spread(prompts: Sequence[str], count: int) -> list[str]:
 
 
 def _write_component(
-    checkpoint: Path,
-    name: ComponentName,
-    folder: Path,
-    write: Write,
-    interface: Callable[[ExportComponent], Interface],
+    part: ExportComponent, folder: Path, write: Write, interface: Callable[[ExportComponent], Interface]
 ) -> ComponentInfo:
     """One component from file to file; its weights are in memory only while this runs."""
-    part = load_component(checkpoint, name)
     inputs, outputs = interface(part)
-    files = write(part, folder / name)
-    return ComponentInfo(files=[f"{name}/{file}" for file in files], inputs=inputs, outputs=outputs)
+    files = [f"{part.name}/{file}" for file in write(part, folder / part.name)]
+    return ComponentInfo(files=files, class_name=part.class_name, inputs=inputs, outputs=outputs)
 
 
 def copy_configs(checkpoint: Path, folder: Path) -> None:
-    """model_index.json, the scheduler's and each component's config, as optimum's pipelines read them."""
-    index = read_json(checkpoint / "model_index.json", CheckpointError)
+    """model_index.json, the scheduler's and each component's config, as optimum's pipelines read them.
+
+    Every decoder has AutoencoderKL's interface, and openvino_genai wants to read that name; the manifest has the class.
+    """
+    index = read_json(checkpoint / "model_index.json", CheckpointError) | {"vae": ["diffusers", "AutoencoderKL"]}
     _write_json(folder / "model_index.json", index | {k: [None, None] for k in NOT_EXPORTED if k in index})
     paths = [(f"{source}/config.json", f"{name}/config.json") for name, source in SOURCES.items()]
     for source, target in [*paths, ("scheduler/scheduler_config.json", "scheduler/scheduler_config.json")]:
         config = read_json(checkpoint / source, CheckpointError)
         config.pop("_name_or_path", None)  # a path of this machine
+        if config.get("_class_name") == TINY_VAE:
+            config["_class_name"] = "AutoencoderKL"
         _write_json(folder / target, config)
 
 

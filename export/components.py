@@ -26,8 +26,10 @@ from optimum.utils.normalized_config import NormalizedConfig
 from torch import Tensor, nn
 
 from kdc_edge.bundle import Tensor as TensorInfo
+from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError
 from kdc_edge.files import read_json
+from kdc_edge.runtimes.small_decoder import load_decoder
 from kdc_edge.runtimes.torch import load_network
 
 Shapes = Mapping[str, tuple[int | str, ...]]
@@ -209,6 +211,7 @@ class ExportComponent:
     name: str
     module: nn.Module  # takes the config's inputs in their order
     config: ComponentConfig
+    class_name: str  # of the network
 
 
 _KINDS = {
@@ -218,15 +221,23 @@ _KINDS = {
 }
 
 
-def load_component(checkpoint: Path, name: str) -> ExportComponent:
-    """One component, fp32 on the CPU. Raises CheckpointError. Drop it before the next one is loaded."""
+def load_component(checkpoint: Path, name: str, decoder: Path | None = None) -> ExportComponent:
+    """One component, fp32 on the CPU; `decoder` takes the place of the checkpoint's. Raises CheckpointError.
+
+    Drop it before the next one is loaded.
+    """
     text = read_json(checkpoint / "text_encoder" / "config.json", CheckpointError)
     module_class, config_class = _KINDS[name]
-    network = load_network(checkpoint, name)
+    network: Any
+    if decoder is not None and name == "vae_decoder":
+        network = load_decoder(decoder, read_model(checkpoint))
+    else:
+        network = load_network(checkpoint, name)
+    class_name = getattr(network, "class_name", type(network).__name__)
     tokens = text.get("max_position_embeddings", 77)
     if not isinstance(tokens, int):
         raise CheckpointError(f"{checkpoint} cannot be used: max_position_embeddings is {tokens!r:.80}")
-    return ExportComponent(name, module_class(network).eval(), config_class(network.config, tokens))
+    return ExportComponent(name, module_class(network).eval(), config_class(network.config, tokens), class_name)
 
 
 def describe(shapes: Shapes) -> dict[str, TensorInfo]:

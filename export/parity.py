@@ -29,6 +29,8 @@ from kdc_edge.formats import Format
 from kdc_edge.pipeline import Pipeline, Request, made_for
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.base import LoadOptions, get_runtime, preferred_engine
+from kdc_edge.runtimes.small_decoder import load_decoder
+from kdc_edge.runtimes.torch import TorchComponent
 from kdc_edge.tokenizer import Tokenizer
 
 IMAGES = 2  # each one costs STEPS U-Net calls on both sides
@@ -60,14 +62,17 @@ class Reference:
     images: list[np.ndarray]  # uint8 (H, W, 3), one a prompt
 
 
-def check_parity(checkpoint: Path, bundle: Path, row: Format, prompts: Sequence[str]) -> Parity:
+def check_parity(
+    checkpoint: Path, bundle: Path, row: Format, prompts: Sequence[str], decoder: Path | None = None
+) -> Parity:
     """Compare the bundle with its checkpoint: one check a component, one for the images.
 
+    `decoder` is the small decoder that the bundle has in place of the checkpoint's.
     The checks are returned, passed or not. Raises CheckpointError when PyTorch itself computes no numbers.
     """
     base = made_for(read_model(checkpoint), Request("", steps=STEPS, guidance=GUIDANCE))
     requests = [replace(base, prompt=prompt, seed=i) for i, prompt in enumerate(prompts)]
-    reference = record(checkpoint, bundle / "tokenizer", requests)  # its networks are gone when this returns
+    reference = record(checkpoint, bundle / "tokenizer", requests, decoder)  # its networks are gone when this returns
     candidate = open_pipeline(bundle)
     checks = [
         compare(name, reference.calls[name], candidate.components[name], row.min_component_psnr_db)
@@ -78,18 +83,22 @@ def check_parity(checkpoint: Path, bundle: Path, row: Format, prompts: Sequence[
     torch_version, engine = get_runtime("torch").version, get_runtime(preferred_engine(row).name)
     size = candidate.model.image_size
     return Parity(
-        reference=f"the checkpoint in PyTorch {torch_version}, fp32, on the CPU",
+        reference=f"the checkpoint{' with the small decoder' if decoder else ''} in PyTorch {torch_version}, fp32, on"
+        " the CPU",
         conditions=f"{engine.name} {engine.version}, {len(requests)} prompts, {size}x{size}, {STEPS} steps"
         f" of {requests[0].sampler}, guidance {GUIDANCE:g}, worst case",
         checks=checks,
     )
 
 
-def record(checkpoint: Path, tokenizer: Path, requests: Iterable[Request]) -> Reference:
+def record(checkpoint: Path, tokenizer: Path, requests: Iterable[Request], decoder: Path | None = None) -> Reference:
     """Generate the images with PyTorch and record each component's inputs and outputs."""
     runtime = get_runtime("torch")
     recorders = {c: Recorder(runtime.load(checkpoint, c, LoadOptions(device="CPU"))) for c in COMPONENTS}
-    pipeline = Pipeline(read_model(checkpoint), Tokenizer.from_folder(tokenizer), recorders)
+    model = read_model(checkpoint)
+    if decoder is not None:
+        recorders["vae_decoder"] = Recorder(TorchComponent("vae_decoder", load_decoder(decoder, model)))
+    pipeline = Pipeline(model, Tokenizer.from_folder(tokenizer), recorders)
     try:
         images = [pipeline.generate(request) for request in requests]
     except KdcError as error:

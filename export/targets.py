@@ -34,6 +34,7 @@ class ExportRequest:
     prompts: Sequence[str] | None = None  # for that comparison; None: the training captions
     calibration_prompts: Sequence[str] | None = None  # None: the training captions
     calibration_samples: int | None = None  # U-Net calls; None: the target's default
+    decoder: Path | None = None  # folder of a small decoder that replaces the checkpoint's
     command: str | None = None  # for the record
     tell: Callable[[str], None] = lambda _: None  # gets progress and decisions, a line each
 
@@ -143,5 +144,10 @@ def export_checkpoint(request: ExportRequest, options: object = None) -> Bundle:
     `request.out` is then as it was.
     """
     target = TARGETS[request.format.target]
+    if request.decoder is not None:  # refused before calibration and search, which may take hours
+        from kdc_edge.diffusers_folder import read_model
+        from kdc_edge.runtimes.small_decoder import load_decoder
+
+        load_decoder(request.decoder, read_model(request.checkpoint))
     export = importlib.import_module(target.module).export
     return cast("Bundle", export(request, target.options() if options is None else options))

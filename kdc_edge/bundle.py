@@ -75,6 +75,7 @@ class ComponentInfo(_Record):
     """One exported network. `files[0]` is the one that the engine opens."""
 
     files: list[Text] = Field(min_length=1)
+    class_name: Text | None = None  # of the network, in diffusers, transformers or here: AutoencoderKL
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
 
@@ -134,6 +135,8 @@ class Recipe(_Record):
 class Provenance(_Record):
     checkpoint: Text  # name of the source folder
     checkpoint_sha256: Sha256
+    decoder: Text | None = None  # name of the small decoder's folder, where one took the place of the checkpoint's
+    decoder_sha256: Sha256 | None = None
     packages: dict[str, Text]
     command: Text | None = None
     created: Text

@@ -39,6 +39,12 @@ VAE: Settings = {  # AutoencoderKL
     "latents_mean": None, "latents_std": None, "force_upcast": True, "use_quant_conv": True,
     "use_post_quant_conv": True, "mid_block_add_attention": True,
 }  # fmt: skip
+AUTOENCODER_TINY: Settings = {
+    "in_channels": 3, "out_channels": 3, "encoder_block_out_channels": [64, 64, 64, 64],
+    "decoder_block_out_channels": [64, 64, 64, 64], "act_fn": "relu", "upsample_fn": "nearest", "latent_channels": 4,
+    "upsampling_scaling_factor": 2, "num_encoder_blocks": [1, 3, 3, 3], "num_decoder_blocks": [3, 3, 3, 1],
+    "latent_magnitude": 3, "latent_shift": 0.5, "force_upcast": False, "scaling_factor": 1.0, "shift_factor": 0.0,
+}  # fmt: skip
 TEXT_ENCODER: Settings = {  # transformers' CLIPTextConfig
     "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "projection_dim": 512,
     "num_hidden_layers": 12, "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu",

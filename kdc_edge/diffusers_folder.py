@@ -10,14 +10,14 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from kdc_edge.bundle import MODEL_INDEX, Model
-from kdc_edge.diffusers_defaults import TEXT_ENCODER, UNET, VAE, Settings
-from kdc_edge.errors import CheckpointError, InputError
+from kdc_edge.diffusers_defaults import AUTOENCODER_TINY, TEXT_ENCODER, UNET, VAE, Settings
+from kdc_edge.errors import CheckpointError, InputError, require
 from kdc_edge.files import read_json, sha256
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.presets import recognise
@@ -28,6 +28,7 @@ WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
 }
+TINY_VAE = "AutoencoderTiny"  # the other class that a `vae` may have
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
 SAMPLING_FILE = "sampling.json"  # of a few-step student: kdc_edge.bundle.Sampling
 PROMPTS_FILE = "prompts.txt"  # captions that it was trained on, one a line: what to calibrate and prove it with
@@ -52,6 +53,24 @@ BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def is_hub_id(name: str) -> bool:
+    """Is this `owner/name`, and no folder or place for one?"""
+    return not Path(name).exists() and HUB_ID.fullmatch(name) is not None and not Path(name).parent.exists()
+
+
+def fetch(hub_id: str, patterns: Sequence[str], *, ignored: Sequence[str] = ()) -> Path:
+    """The hub's folder in the local cache; the network is used unless HF_HUB_OFFLINE is set. Raises CheckpointError."""
+    hub = require("huggingface_hub", extra="train", purpose="a hub id")
+    try:
+        return Path(hub.snapshot_download(hub_id, allow_patterns=list(patterns), ignore_patterns=list(ignored)))
+    except Exception as error:  # offline, no such id, no permission, no space: the library has a dozen kinds
+        raise CheckpointError(
+            f"{hub_id} is neither a folder nor can it be had from the hub: {one_line(error):.200};"
+            " check the name, the network and HF_HUB_OFFLINE"
+        ) from None
 
 
 def check_weights(folder: Path) -> None:
@@ -61,7 +80,9 @@ def check_weights(folder: Path) -> None:
     if not (folder / MODEL_INDEX).is_file():
         _refuse_pickle(folder)
         raise CheckpointError(f"{folder} is no checkpoint: {MODEL_INDEX} is missing")
-    _refuse_links_out(folder)
+    parts = [folder / part for part in PARTS]
+    inside = [p for part in parts for p in part.rglob("*")]
+    refuse_links_out(folder, [folder / MODEL_INDEX, folder / PROMPTS_FILE, *parts, *inside])
     for network, name in WEIGHTS.items():
         files = weight_files(folder / network)
         if not files:
@@ -86,12 +107,11 @@ def weight_files(network: Path) -> list[Path]:
     return sorted(found)
 
 
-def _refuse_links_out(folder: Path) -> None:
+def refuse_links_out(folder: Path, paths: Iterable[Path]) -> None:
     """Nothing that is read or copied lies elsewhere; the hub's cache keeps a snapshot's files as its `blobs`."""
     root = folder.resolve()
     homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    parts = [folder / part for part in PARTS]
-    for path in [folder / MODEL_INDEX, folder / PROMPTS_FILE, *parts, *(p for part in parts for p in part.rglob("*"))]:
+    for path in paths:
         if path.name == ADAPTER:
             raise CheckpointError(f"{path} takes weights from elsewhere: merge the adapter and save the network again")
         try:
@@ -118,9 +138,9 @@ def read_model(folder: Path) -> Model:
     if (folder / MODEL_INDEX).is_file():
         _check_class(folder / MODEL_INDEX, read_json(folder / MODEL_INDEX, CheckpointError), PIPELINES)
     check_weights(folder)
-    unet = _read_config(folder / "unet" / "config.json", "UNet2DConditionModel", UNET)
-    vae = _read_config(folder / "vae" / "config.json", "AutoencoderKL", VAE)
-    text = _read_config(folder / "text_encoder" / "config.json", None, TEXT_ENCODER)
+    unet = _read_config(folder / "unet" / "config.json", UNet2DConditionModel=UNET)
+    vae = _read_config(folder / "vae" / "config.json", AutoencoderKL=VAE, AutoencoderTiny=AUTOENCODER_TINY)
+    text = _read_config(folder / "text_encoder" / "config.json", CLIPTextModel=TEXT_ENCODER)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", CheckpointError)
     for problem in _obstacles(unet, vae, text):
         raise CheckpointError(f"{folder} cannot be used: {problem}")
@@ -128,7 +148,8 @@ def read_model(folder: Path) -> Model:
         NoiseSchedule.from_config(scheduler)
     except InputError as error:
         raise CheckpointError(f"{folder} cannot be used: {error}") from None
-    stages, unet_stages = vae["block_out_channels"], unet["block_out_channels"]
+    stages = vae.get("decoder_block_out_channels", vae.get("block_out_channels"))  # AutoencoderTiny's, AutoencoderKL's
+    unet_stages = unet["block_out_channels"]
     try:
         return Model.model_validate(
             {
@@ -147,21 +168,20 @@ def read_model(folder: Path) -> Model:
         raise CheckpointError(f"{folder} cannot be used: {invalid_field(error)}") from None
 
 
-def _read_config(path: Path, class_name: str | None, defaults: Settings) -> Settings:
-    """A network's config.json, complete with the defaults of its class."""
+def _read_config(path: Path, **classes: Settings) -> Settings:
+    """A network's config.json, complete with the defaults of its class; the first one where it names none."""
     found = read_json(path, CheckpointError)
-    if class_name:
-        _check_class(path, found, (class_name,))
-    return {**defaults, **found}
+    return {**classes[_check_class(path, found, tuple(classes))], **found}
 
 
-def _check_class(path: Path, config: Mapping[str, object], known: Sequence[str]) -> None:
+def _check_class(path: Path, config: Mapping[str, object], known: Sequence[str]) -> str:
     name = config.get("_class_name", known[0])
     if name not in known:
         raise CheckpointError(
             f"{path} is of the class {name!r:.80}, which cannot be used here: take a checkpoint of Stable Diffusion"
             f" 1.x or 2.x, whose class is {known[0]}"
         )
+    return str(name)
 
 
 def _obstacles(unet: Settings, vae: Settings, text: Settings) -> Iterator[str]:

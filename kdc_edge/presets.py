@@ -90,6 +90,41 @@ SCHEDULER: Config = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class DecoderPreset:
+    """A small decoder's shape, one entry a stage, the latents' stage first. Each but the last doubles the sides."""
+
+    name: str
+    description: str
+    channels: tuple[int, ...]
+    blocks: tuple[int, ...]
+    parameters: int  # with 4 latent channels
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels a latent, each way."""
+        return int(2 ** (len(self.channels) - 1))
+
+
+DECODERS: tuple[DecoderPreset, ...] = (
+    DecoderPreset("taesd", "TAESD's shape", (64, 64, 64, 64), (3, 3, 3, 1), 1_222_531),
+    DecoderPreset("thin", "TAESD's shape, thinner where the image is large", (64, 64, 48, 32), (3, 3, 2, 1), 898_723),
+    DecoderPreset("garden-decoder", "TAESD's shape in small, for the garden", (32, 32, 32), (3, 2, 1), 186_947),
+)
+
+
+def find_decoder(name: str | None, vae_scale: int) -> DecoderPreset:
+    """A decoder preset by name, or the first that fits; raises InputError where it does not fit the latents."""
+    fitting = [preset for preset in DECODERS if preset.vae_scale == vae_scale]
+    for preset in fitting:
+        if name in (None, preset.name):
+            return preset
+    if not fitting:
+        raise InputError(f"no decoder preset makes {vae_scale} pixels a latent each way, as this checkpoint's VAE does")
+    found = "does not fit this checkpoint" if name in {d.name for d in DECODERS} else "is unknown"
+    raise InputError(f"--preset {name!r} {found}: choose from {', '.join(p.name for p in fitting)}")
+
+
 def find_preset(name: str) -> Preset:
     """A preset by name; raises InputError naming the choices."""
     for preset in PRESETS:

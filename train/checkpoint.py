@@ -7,7 +7,6 @@ init_checkpoint(Path("student"), find_preset("kdc-482m"), teacher, seed=0)
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +16,12 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from kdc_edge.bundle import Model
-from kdc_edge.diffusers_folder import PROMPTS_FILE, SAMPLING_FILE, SUFFIXES, check_weights, read_model
-from kdc_edge.errors import CheckpointError, InputError, require
+from kdc_edge.diffusers_folder import PROMPTS_FILE, SAMPLING_FILE, SUFFIXES, check_weights, fetch, is_hub_id, read_model
+from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import atomic_folder, read_json, write_atomic
 from kdc_edge.presets import SCHEDULER, TEXT_ENCODERS, VAES, Preset
 from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.torch import load_network
-from kdc_edge.text import one_line
 from kdc_edge.tokenizer import CLIP_FOLDER, write_vocabulary
 from kdc_edge.train.student import Account, make_student
 
@@ -31,7 +29,6 @@ GARDEN_TEACHER = Path(__file__).parent / "assets" / "garden-teacher"
 
 PARTS = ("text_encoder", "tokenizer", "vae", "scheduler")  # that a student takes from its teacher
 NOT_KEPT = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a teacher that no student has
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = (
     "model_index.json",
     "tokenizer/*",
@@ -44,23 +41,10 @@ HUB_LEFT = ("*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.fp16.*", "*.non_ema.*"
 def find_teacher(name: str) -> Path:
     """`garden` is the teacher that ships; else a diffusers folder, or a hub id. Raises CheckpointError."""
     folder = GARDEN_TEACHER if name == "garden" else Path(name)
-    if not folder.exists() and HUB_ID.fullmatch(name) and not folder.parent.exists():
-        folder = _fetch(name)
+    if name != "garden" and is_hub_id(name):
+        folder = fetch(name, HUB_FILES, ignored=HUB_LEFT)
     read_model(folder)  # refuses a teacher that cannot be used, before any work
     return folder
-
-
-def _fetch(hub_id: str) -> Path:
-    """The hub's folder in the local cache; the network is used unless HF_HUB_OFFLINE is set."""
-    hub = require("huggingface_hub", extra="train", purpose="a teacher by hub id")
-    try:
-        return Path(hub.snapshot_download(hub_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT))
-    except Exception as error:  # offline, no such id, no permission, no space: the library has a dozen kinds
-        words = one_line(error)
-        raise CheckpointError(
-            f"{hub_id} is neither a folder nor can it be had from the hub: {words:.200};"
-            " check the name, the network and HF_HUB_OFFLINE"
-        ) from None
 
 
 def write_checkpoint(

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import read_json
+from kdc_edge.presets import DECODERS
 from kdc_edge.settings import Settings, setting, settings_of
 from kdc_edge.train.data.tasks import Task
 
@@ -46,10 +47,23 @@ class FewSteps(Settings):
 
 
 @dataclass(frozen=True)
-class TrainConfig(Settings):
-    """A training run. `free` settings do not change the weights and may change when the run is resumed."""
+class TaskConfig(Settings):
+    """A training on tasks. `free` settings do not change the weights and may change when it is resumed."""
 
     tasks: tuple[Task, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tasks:
+            raise InputError("there is nothing to learn: give at least one --task NAME=SOURCE")
+        if len({t.name for t in self.tasks}) < len(self.tasks):
+            raise InputError("two tasks have the same name: every --task needs its own")
+
+
+@dataclass(frozen=True)
+class TrainConfig(TaskConfig):
+    """A training run of a student."""
+
     teacher: Path = setting(MISSING, "A diffusers folder, a hub id, or `garden`, the one that ships.", "Student")
     student: str = setting("garden-student", "A preset: see kdc-edge init -h.", "Student")
     start: Path | None = setting(None, "Checkpoint whose U-Net the student starts from.", "Student")
@@ -101,13 +115,6 @@ class TrainConfig(Settings):
         "tensorboard", "Tracker of losses and sample sheets.", "Run", free=True
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.tasks:
-            raise InputError("there is nothing to learn: give at least one --task NAME=SOURCE")
-        if len({t.name for t in self.tasks}) < len(self.tasks):
-            raise InputError("two tasks have the same name: every --task needs its own")
-
     @classmethod
     def load(cls, run: Path) -> Self:
         """The configuration that a run was started with; raises CheckpointError where there is none."""
@@ -116,6 +123,34 @@ class TrainConfig(Settings):
             return cls.from_json(read_json(path, CheckpointError))
         except InputError as error:
             raise CheckpointError(f"{path} is no run's configuration: {error}") from None
+
+
+@dataclass(frozen=True)
+class DecoderConfig(TaskConfig):
+    """The distillation of a checkpoint's VAE decoder into a small one."""
+
+    checkpoint: Path  # --from
+    preset: str | None = setting(
+        None, f"{', '.join(p.name for p in DECODERS)}; by default the first that fits the VAE.", "Decoder"
+    )
+    samples: int | None = setting(None, "Images of each task; all by default, 2,000 of the garden.", "Data", ge=1)
+    cache: Path | None = setting(
+        None, "Folder of encoded latents; the checkpoint's run's by default.", "Data", free=True
+    )
+
+    steps: int = setting(1000, "Training steps.", "Optimization", ge=1)
+    batch_size: int = setting(16, "Images a step.", "Optimization", ge=1)
+    learning_rate: float = setting(1e-3, "Peak learning rate; 1e-4 to 2e-3 is usual.", "Optimization", gt=0, lt=1)
+    perceptual: float = setting(
+        0.1, "Weight of the perceptual loss: the judge's features on the garden, else LPIPS.", "Optimization", ge=0
+    )
+    seed: int = setting(0, "Seed of all randomness.", "Optimization", ge=0, lt=2**63)
+
+    eval_images: int = setting(32, "Images of each task, at the end.", "Evaluation", free=True, ge=2)
+    metric_weights: Path | None = setting(None, "Folder of LPIPS weights.", "Evaluation")
+
+    device: str = setting("auto", "auto, cpu, cuda or mps.", "Performance", free=True)
+    save_every: int = setting(100, "Steps between saved states.", "Run", free=True, ge=1)
 
 
 # Settings of a few-step stage by the preset's family, where none are given by hand. Garden: docs/experiments.md; sd1:
@@ -132,22 +167,25 @@ FEW_STEP_STAGE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up over a tenth of a task, then a cosine down to a twentieth of the peak (or none).
+def learning_rate(config: TrainConfig | DecoderConfig, step: int) -> float:
+    """Linear warm-up, then a cosine down to a part of the peak (or none).
 
+    The warm-up is a tenth of a task and the part a twentieth; for a decoder a twentieth of the steps and a hundredth.
     A function of the step alone: a resumed run needs no scheduler's state. diffusers' cosine falls to zero, which
     wastes a short task's last steps.
     """
-    warmup = max(1, config.steps // 10) if config.warmup is None else config.warmup
+    if isinstance(config, DecoderConfig):
+        warmup, last = max(1, config.steps // 20), 0.01
+    else:
+        warmup = max(1, config.steps // 10) if config.warmup is None else config.warmup
+        last = 1.0 if config.schedule == "constant" else 0.05
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    if config.schedule == "constant":
-        return config.learning_rate
     progress = (step - warmup) / max(1, config.steps - warmup)
-    return config.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+    return config.learning_rate * (last + (1 - last) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def check_same(config: TrainConfig, saved: dict[str, object]) -> None:
+def check_same(config: TaskConfig, saved: dict[str, object]) -> None:
     """Refuse to resume with another configuration than the run was started with."""
     before = config.from_json(saved)
     pairs = [(s.option, s.of(config), s.of(before)) for s in settings_of(type(config)) if not s.free]

@@ -106,6 +106,8 @@ def _smooth(rng: np.random.Generator, shape: list[int]) -> np.ndarray:
 
 def _vae_encoder(checkpoint: Path, model: Model) -> AppleNetwork:
     network = load_network(checkpoint, "vae_decoder")  # the same file holds both halves
+    if not hasattr(network, "quant_conv"):
+        raise CheckpointError(f"{checkpoint / 'vae'} is no AutoencoderKL, whose encoder --swift exports: leave it out")
     latents = [1, model.latent_channels, model.latent_size, model.latent_size]
     side = model.image_size
     return AppleNetwork(

@@ -12,6 +12,9 @@ its arithmetic, in the decoder 3 % of the weights for 15 %; docs/benchmarks/onnx
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
@@ -53,6 +56,10 @@ def _convolution(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
 def split_upsampling(module: nn.Module) -> None:
     """Replace every upsampling layer of diffusers' in the module that can be written this way."""
     for parent in list(module.modules()):
+        if isinstance(parent, nn.Sequential):  # a small decoder
+            for i, (layer, conv) in enumerate(pairwise(list(parent))):
+                if _doubles(layer) and _is_3x3(conv):
+                    parent[i], parent[i + 1] = nn.Identity(), SubpixelUpsample(conv)
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Upsample2D) and _is_usual(layer):
                 setattr(parent, name, SubpixelUpsample(layer.conv))
@@ -62,10 +69,15 @@ def _is_usual(layer: Upsample2D) -> bool:
     """Nearest pixels, then a 3x3 convolution, as in every SD 1.x and 2.x network."""
     conv = getattr(layer, "conv", None)
     return (
-        layer.use_conv
-        and not layer.use_conv_transpose
-        and layer.interpolate
-        and layer.norm is None
-        and isinstance(conv, nn.Conv2d)
-        and (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
+        layer.use_conv and not layer.use_conv_transpose and layer.interpolate and layer.norm is None and _is_3x3(conv)
+    )
+
+
+def _doubles(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Upsample) and layer.mode == "nearest" and layer.scale_factor == 2
+
+
+def _is_3x3(conv: object) -> TypeGuard[nn.Conv2d]:
+    return isinstance(conv, nn.Conv2d) and (
+        (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((3, 3), (1, 1), (1, 1), 1)
     )

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import typer
 
-from kdc_edge.cli import bench, devices, evaluate, export, fit, generate, init, inspect, quickstart, serve, train
+from kdc_edge.cli import (
+    bench,
+    devices,
+    evaluate,
+    export,
+    fit,
+    generate,
+    init,
+    inspect,
+    quickstart,
+    serve,
+    train,
+    train_decoder,
+)
 
 app = typer.Typer(
     name="kdc-edge",
@@ -16,6 +29,7 @@ app = typer.Typer(
 )
 app.command("quickstart")(quickstart.quickstart)
 app.command("train")(train.train)
+app.command("train-decoder")(train_decoder.train_decoder)
 app.command("init")(init.init)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)

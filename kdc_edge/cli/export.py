@@ -56,6 +56,10 @@ def export(
     calibration_samples: Annotated[
         int | None, Option(help="int8, mixed: U-Net calls to calibrate on. Default: 64; mixed 12.")
     ] = None,
+    decoder: Annotated[
+        str | None,
+        Option(metavar="DIR", help="Small decoder instead of the VAE's: a folder of AutoencoderTiny, or a hub id."),
+    ] = None,
     verify: Annotated[bool, Option("--verify/--no-verify", help="Compare the result with PyTorch.")] = True,
     config: Config = None,
     **options: Any,
@@ -72,11 +76,13 @@ def export(
     _refuse_other_targets(target, given)
     need_export("kdc-edge export")
     from kdc_edge.prompts import read_prompts
+    from kdc_edge.runtimes.small_decoder import find_decoder_folder
 
     request = ExportRequest(
         source, out or BUNDLES / row.name, row.target, row.precision, verify=verify, command=command_line(), tell=say,
         calibration_prompts=None if calibration_prompts is None else read_prompts(calibration_prompts),
         calibration_samples=calibration_samples,
+        decoder=None if decoder is None else find_decoder_folder(decoder),
     )  # fmt: skip
     bundle = export_checkpoint(request, TARGETS[row.target].options(**given))
     if bundle.manifest.parity is None:

@@ -47,9 +47,9 @@ def info(
             return
         model = manifest.model
         facts = {"kind": f"bundle {manifest.name}", **model.model_dump(exclude={"scheduler"})}
-        facts |= {
-            n: ", ".join(f"{i} {t.dtype}{t.shape}" for i, t in c.inputs.items()) for n, c in manifest.components.items()
-        }
+        for part, component in manifest.components.items():
+            inputs = ", ".join(f"{n} {t.dtype}{t.shape}" for n, t in component.inputs.items())
+            facts[part] = f"{component.class_name or 'network'} of {inputs}"
         facts["size"] = megabytes(bundle.size_bytes)
         for check in manifest.parity.checks if manifest.parity else ():
             facts[f"parity {check.what}"] = check.text

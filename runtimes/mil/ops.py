@@ -419,6 +419,7 @@ KERNELS: dict[str, Kernel] = MOVES | {
     "reduce_mean": _reduction(np.mean),
     "reduce_sum": _reduction(np.sum),
     "reduce_sum_square": _reduction(_sum_square),
+    "relu": _unary(lambda x: np.maximum(x, 0)),
     "rsqrt": rsqrt,
     "scaled_dot_product_attention": scaled_dot_product_attention,
     "sigmoid": _unary(_sigmoid),

@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import CLIPTextConfig
 
-from kdc_edge.diffusers_defaults import SCHEDULERS, TEXT_ENCODER, UNET, VAE
+from kdc_edge.diffusers_defaults import AUTOENCODER_TINY, SCHEDULERS, TEXT_ENCODER, UNET, VAE
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError
 from kdc_edge.pipeline import Pipeline, Request
@@ -66,6 +66,7 @@ def test_a_schedulers_defaults_are_those_of_diffusers(name: str) -> None:
 def test_the_networks_defaults_are_those_of_diffusers_and_transformers() -> None:
     assert signature(diffusers.UNet2DConditionModel) == UNET
     assert signature(diffusers.AutoencoderKL) == VAE
+    assert signature(diffusers.AutoencoderTiny) == AUTOENCODER_TINY
     theirs = CLIPTextConfig().to_dict()
     assert {key: theirs[key] for key in TEXT_ENCODER} == TEXT_ENCODER
 
@@ -218,7 +219,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("unet/config.json", {"sample_size": [16, 24]}, r"sample_size = \[16, 24\], which is no square"),
     ("unet/config.json", {"sample_size": None}, "latent_size"),
     ("unet/config.json", {"_class_name": "UNetMotionModel"}, "class 'UNetMotionModel'"),
-    ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "class 'AutoencoderTiny'"),
+    ("vae/config.json", {"_class_name": "VQModel"}, "class 'VQModel'"),
     ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "class 'StableDiffusionXLPipeline'"),
     ("model_index.json", {"_class_name": "FluxPipeline"}, "class 'FluxPipeline'"),
     ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow matching"),

@@ -127,7 +127,7 @@ def test_norms(seed: int, shape: list[int], data: st.DataObject) -> None:
 
 
 UNARY = {
-    "cos": torch.cos, "exp": torch.exp, "sigmoid": torch.sigmoid, "silu": F.silu, "sin": torch.sin,
+    "cos": torch.cos, "exp": torch.exp, "relu": torch.relu, "sigmoid": torch.sigmoid, "silu": F.silu, "sin": torch.sin,
     "square": torch.square, "tanh": torch.tanh, "gelu": F.gelu,
 }  # fmt: skip
 BINARY = {

@@ -94,7 +94,10 @@ def cache_key(task: Task, *, vae_sha256: str, size: int, samples: int | None, se
 def encode_images(vae: AutoencoderKL, images: np.ndarray) -> tuple[Tensor, Tensor]:
     """uint8 (N, H, W, 3) -> posterior mean and std (N, C, h, w) fp16, times the scaling factor."""
     batch = torch.from_numpy(images).permute(0, 3, 1, 2)
-    posterior = vae.encode(batch.to(vae.device, vae.dtype) / 127.5 - 1).latent_dist
+    found = vae.encode(batch.to(vae.device, vae.dtype) / 127.5 - 1)
+    if not hasattr(found, "latent_dist"):
+        raise CheckpointError(f"the VAE is an {type(vae).__name__}, and training needs an AutoencoderKL's encoder")
+    posterior = found.latent_dist
     scale = vae.config.scaling_factor
     return (posterior.mean * scale).half().cpu(), (posterior.std * scale).half().cpu()
 

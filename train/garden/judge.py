@@ -48,6 +48,17 @@ class Judge(nn.Module):
         features = self.trunk(images)
         return {name: answer(features) for name, answer in self.answers.items()}
 
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """The trunk's activations (N, c, h, w) of images (N, 3, H, W) in [-1, 1], one a stage, with a gradient."""
+        found = []
+        for number, layer in enumerate(self.trunk):
+            if isinstance(layer, nn.Flatten):
+                break
+            images = layer(images)
+            if number % 6 == 5:  # a stage is two convolutions with their norms and activations
+                found.append(images)
+        return found
+
     @torch.inference_mode()
     def read(self, images: np.ndarray) -> dict[str, list[str]]:
         """The attributes seen in uint8 images (N, 64, 64, 3)."""

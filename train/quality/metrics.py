@@ -159,12 +159,16 @@ class ImageMetrics:
             cosines.append(torch.nn.functional.cosine_similarity(seen.image_embeds, seen.text_embeds))
         return float(100 * torch.cat(cosines).clamp(min=0).mean())
 
+    @property
+    def lpips_network(self) -> Any:
+        """Image pairs (N, 3, H, W) in [-1, 1] -> LPIPS (N, 1, 1, 1), with a gradient; its weights are frozen."""
+        lpips = require("torchmetrics.functional.image.lpips", extra="eval", purpose="LPIPS")
+        return _alexnet_lpips(lpips, self._find(ALEXNET)).requires_grad_(False)
+
     @torch.inference_mode()
     def lpips(self, images: np.ndarray, others: np.ndarray) -> float:
         """LPIPS of image pairs by AlexNet, the mean (Zhang et al., arXiv 1801.03924)."""
-        path = self._find(ALEXNET)
-        lpips = require("torchmetrics.functional.image.lpips", extra="eval", purpose="LPIPS")
-        network = _alexnet_lpips(lpips, path)
+        network = self.lpips_network
         a, b = (
             torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (images, others)
         )

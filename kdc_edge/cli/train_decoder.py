@@ -17,7 +17,7 @@ from kdc_edge.errors import InputError
 from kdc_edge.train.config import DecoderConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from kdc_edge.train.decoder import DecoderTrainer
+    from kdc_edge.train.tools.decoder import DecoderTrainer
 
 GARDEN = ("flowers=garden:flowers", "butterflies=garden:butterflies", "fish=garden:fish")
 
@@ -42,7 +42,7 @@ def train_decoder(
     from kdc_edge.presets import find_decoder
     from kdc_edge.train.checkpoint import find_teacher
     from kdc_edge.train.data.tasks import parse_tasks
-    from kdc_edge.train.decoder import DecoderTrainer
+    from kdc_edge.train.tools.decoder import DecoderTrainer
 
     folder = find_teacher(checkpoint)
     run = folder.parent if (folder.parent / "config.json").is_file() else None

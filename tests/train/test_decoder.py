@@ -22,8 +22,8 @@ from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import DecoderConfig, learning_rate
 from kdc_edge.train.data.cache import encode_images
 from kdc_edge.train.data.tasks import Task
-from kdc_edge.train.decoder import DecoderTrainer
 from kdc_edge.train.garden.judge import load_judge
+from kdc_edge.train.tools.decoder import DecoderTrainer
 from tests.cli.test_commands import complaint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

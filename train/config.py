@@ -18,6 +18,9 @@ from kdc_edge.settings import Settings, setting, settings_of
 from kdc_edge.train.data.tasks import Task
 
 ReplayPolicy = Literal["reservoir", "balanced"]
+Quality = Literal[
+    "auto", "prompt_accuracy", "kid", "clip_score", "loss", "lpips", "exact", "judge_frechet", "judge_kernel", "fid"
+]
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,9 @@ class TrainConfig(TaskConfig):
 
     eval_images: int = setting(32, "Images of each task, after each task.", "Evaluation", ge=2)
     metric_weights: Path | None = setting(None, "Folder of FID, LPIPS and CLIP weights.", "Evaluation", free=True)
+    quality: Quality = setting(
+        "auto", "Metric of R in the summary; auto takes what the run has, or the first it can.", "Evaluation", free=True
+    )
     sample_every: int = setting(0, "Steps between sheets of samples; 0 for none.", "Evaluation", free=True, ge=0)
 
     device: str = setting("auto", "auto, cpu, cuda or mps.", "Performance", free=True)

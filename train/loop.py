@@ -41,8 +41,8 @@ from kdc_edge.train.networks import image_size, prepare_learning, view_run
 from kdc_edge.train.objective import Stopwatch
 from kdc_edge.train.objectives import find_objective
 from kdc_edge.train.quality import evaluation_set
-from kdc_edge.train.quality.evaluate import Score
-from kdc_edge.train.quality.held_out import Evaluator
+from kdc_edge.train.quality.evaluate import Score, choose_metric, quality_matrix, signed
+from kdc_edge.train.quality.held_out import Evaluator, check_quality
 from kdc_edge.train.quality.metrics import ImageMetrics
 from kdc_edge.train.quality.report import model_card, write_results
 from kdc_edge.train.quality.sheet import write_sample_sheet
@@ -95,20 +95,25 @@ class Trainer:
         model = read_model(config.teacher)
         image_size(config, model)
         find_objective(config.objective)
+        metrics = ImageMetrics(config.metric_weights, self.accelerator.device)
+        if config.quality != "auto":
+            check_quality(config.quality, config, metrics)
         self._claim_folder(resume)  # after what can be refused at once
         self.watch = watch or Stopwatch()
         learning = prepare_learning(config, model, self.accelerator, run, watch=self.watch, say=say)
         self.teacher, self.student, self.objective = learning.teacher, learning.student, learning.objective
-        metrics = ImageMetrics(config.metric_weights, self.accelerator.device)
         self.evaluator = Evaluator(
-            self.teacher, metrics, config.eval_images, self.accelerator, run / evaluation_set.FOLDER
-        )
+            self.teacher, metrics, config.eval_images, self.accelerator, run / evaluation_set.FOLDER,
+            garden_loss=any(not task.source.startswith("garden:") for task in config.tasks),
+        )  # fmt: skip
         self.view = view_run(config, learning, self.accelerator, metrics)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.replay = self._new_buffer()
         self.position = Position()
         if resume:
             self._restore()
+            if config.quality == "auto" and self.position.metric and self.position.task < len(config.tasks):
+                check_quality(self.position.metric.lstrip("-"), config, metrics)
         self.tracker = Tracker(self.accelerator, config, run, since=self.position.total)
 
     def _new_buffer(self) -> ReplayBuffer:
@@ -158,9 +163,11 @@ class Trainer:
             if task.name not in self.replay.tasks:  # a few-step stage begins with the samples of all its tasks
                 self.replay.add(latents.captions, flipped, task=task.name, generator=self.generator)
             scores = self.evaluate()
-            position.metric = scores[task.name].metric
-            position.matrix.append([s.quality for s in scores.values()])
             position.values.append([s.values for s in scores.values()])
+            if config.quality != "auto":
+                position.metric = signed(config.quality)
+            position.metric = position.metric or choose_metric(position.values[-1])  # one for all of the run
+            position.matrix = quality_matrix(position.values, position.metric)
             position.settings[task.name] = {option: value for _, option, value in config.table()}
             position.prompts[task.name] = self._prompts(latents)
             position.task, position.step = position.task + 1, 0

@@ -16,6 +16,7 @@ from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.train.data.batch import Batch
 from kdc_edge.train.data.tasks import parse_task
 from kdc_edge.train.loop import StepDone, Trainer
+from kdc_edge.train.quality.metrics import ImageMetrics
 from kdc_edge.train.runs import continue_run, list_states
 from tests.train.test_loop import TASKS, config, weights
 from tests.train.test_sources import class_folders
@@ -154,3 +155,28 @@ def test_resuming_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     assert isinstance(found.exception, InputError)
     assert "holds no run to resume" in str(found.exception)
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_run_keeps_its_metric_where_more_can_be_measured_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started without weight files and continued with them; --quality names another one."""
+    photos = class_folders(tmp_path / "photos")
+    one, two = (parse_task(f"{name}=imagefolder:{photos}") for name in ("one", "two"))
+    finish(Trainer(config(tasks=(one,), steps=1), tmp_path / "first"))
+    monkeypatch.setattr(ImageMetrics, "measure", lambda *_: {"kid": 0.125})
+    monkeypatch.setattr(ImageMetrics, "measurable", lambda *_: {"kid"})
+    results = {}
+    for quality in ("auto", "kid"):
+        out = tmp_path / quality
+        joined = continue_run(tmp_path / "first", out, config(tasks=(two,), steps=1, quality=quality))
+        finish(Trainer(joined, out, resume=True))
+        results[quality] = json.loads((out / "results.json").read_text())
+    assert results["auto"]["metric"] == "-loss"
+    losses = results["auto"]["-loss"]
+    assert results["auto"]["backward_transfer"] == pytest.approx(losses[1][0] - losses[0][0])
+    assert results["auto"]["matrices"] == {"-loss": losses, "-kid": [[None], [-0.125, -0.125]]}
+    assert results["auto"]["networks"].keys() == {"kid"}
+    assert results["kid"]["metric"] == "-kid"
+    assert results["kid"]["backward_transfer"] is None
+    assert results["kid"]["average"] == -0.125

@@ -9,7 +9,7 @@ import types
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,10 +19,18 @@ from safetensors.torch import load_file
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
-from kdc_edge.train.config import TrainConfig, learning_rate
+from kdc_edge.train.config import Quality, TrainConfig, learning_rate
 from kdc_edge.train.data.tasks import Task, parse_task
 from kdc_edge.train.loop import StepDone, TaskDone, Trainer
-from kdc_edge.train.quality.evaluate import average, backward_transfer, forgetting
+from kdc_edge.train.quality.evaluate import (
+    QUALITIES,
+    average,
+    backward_transfer,
+    choose_metric,
+    forgetting,
+    quality_matrix,
+    signed_forgetting,
+)
 from kdc_edge.train.runs import branch_run
 
 TASKS = (Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies"))
@@ -59,6 +67,8 @@ def test_a_run_leaves_a_checkpoint_scores_and_a_log(whole_run: Path) -> None:
     assert read_model(whole_run / "checkpoint").preset == "garden-student"
     results = json.loads((whole_run / "results.json").read_text())
     assert np.shape(results["prompt_accuracy"]) == (2, 2)
+    assert list(results["matrices"]) == ["prompt_accuracy", "exact", "-judge_frechet", "-judge_kernel"]
+    assert results["matrices"]["prompt_accuracy"] == results["prompt_accuracy"]
     records = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
     assert [r["total"] for r in records] == [1, 2, 3, 4, 5, 6]
     assert set(records[0]["losses"]) == {"task", "output", "soft", "feature", "total"}
@@ -203,4 +213,24 @@ def test_forgetting_by_hand() -> None:
     assert average(r) == pytest.approx((0.5 + 0.85 + 0.9) / 3)
     assert backward_transfer(r) == pytest.approx(((0.5 - 0.9) + (0.85 - 0.8)) / 2)
     assert forgetting(r) == pytest.approx(((0.9 - 0.5) + (0.85 - 0.85)) / 2)
+    assert signed_forgetting(r) == pytest.approx(((0.9 - 0.5) + (0.8 - 0.85)) / 2)
     assert forgetting([[0.9]]) is None
+    assert signed_forgetting([[0.9]]) is None
+    assert backward_transfer([[None, 0.5], [None, 0.7]]) is None  # not measured on the first task
+
+
+def test_r_is_made_of_what_all_tasks_have() -> None:
+    rows = [[{"loss": 0.5}, {"loss": 0.25, "kid": 0.125}], [None, {"kid": 0.5}]]
+    assert choose_metric(rows[0]) == "-loss"
+    assert choose_metric(rows[1]) == "-kid"
+    assert quality_matrix(rows, "-loss") == [[-0.5, -0.25], [None, None]]
+    assert quality_matrix(rows, "-kid") == [[None, -0.125], [None, -0.5]]
+
+
+def test_a_quality_that_cannot_be_measured_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--quality loss cannot be measured on these tasks: use exact, judge_frechet"):
+        Trainer(config(quality="loss"), tmp_path / "run")
+
+
+def test_the_choices_of_quality_are_the_metrics() -> None:
+    assert get_args(Quality) == ("auto", *(name for name, _ in QUALITIES))

@@ -10,7 +10,7 @@ give other numbers. Higher is better: distances count negatively.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -41,8 +41,11 @@ from kdc_edge.train.quality.metrics import ImageMetrics, frechet_distance, kerne
 EVALUATION = Request("", steps=12, guidance=4.0, sampler="dpm++2m")  # how images are made, unless somebody asks
 EVALUATION_SEED = 2024
 DECODER_BATCH = 4  # images
-# The first of these that was measured is R[i][j]; the sign makes higher better.
-QUALITIES = (("prompt_accuracy", 1), ("kid", -1), ("clip_score", 1), ("loss", -1), ("lpips", -1))
+# The first of these that was measured on all tasks is R[i][j]; the sign makes higher better.
+QUALITIES = (
+    ("prompt_accuracy", 1), ("kid", -1), ("clip_score", 1), ("loss", -1), ("lpips", -1), ("exact", 1),
+    ("judge_frechet", -1), ("judge_kernel", -1), ("fid", -1),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,7 @@ class Score:
     @property
     def metric(self) -> str:
         """The name of what `quality` is, e.g. `prompt_accuracy` or `-kid`."""
-        name, sign = self._chosen
-        return name if sign > 0 else f"-{name}"
+        return signed(self._chosen[0])
 
     @property
     def quality(self) -> float:
@@ -203,6 +205,27 @@ def _to_garden_size(images: np.ndarray) -> np.ndarray:
 
 
 Matrix = Sequence[Sequence[float | None]]
+Values = Mapping[str, float] | None  # what was measured on a task; None where the task was not known yet
+
+
+def signed(name: str) -> str:
+    """A metric's name as R's: `-kid` where lower is better."""
+    return name if dict(QUALITIES)[name] > 0 else f"-{name}"
+
+
+def choose_metric(row: Sequence[Values]) -> str:
+    """The metric that R is made of, of what was measured on each task: the first on all, else the first on any."""
+    for enough in (all, any):
+        for name, _ in QUALITIES:
+            if enough(name in (values or {}) for values in row):
+                return signed(name)
+    raise ValueError("nothing was measured")
+
+
+def quality_matrix(values: Sequence[Sequence[Values]], metric: str) -> list[list[float | None]]:
+    """R of one metric, e.g. `-kid`; None where it was not measured."""
+    name, sign = metric.lstrip("-"), -1 if metric.startswith("-") else 1
+    return [[sign * found[name] if found and name in found else None for found in row] for row in values]
 
 
 def average(matrix: Matrix) -> float:
@@ -213,13 +236,25 @@ def average(matrix: Matrix) -> float:
 def backward_transfer(matrix: Matrix) -> float | None:
     """mean_{j<T-1} (R[T-1][j] - R[j][j]): what later tasks gave to earlier ones; None for a single task."""
     r = _array(matrix)
-    return float(np.mean(r[-1, :-1] - np.diag(r)[:-1])) if len(r) > 1 else None
+    return _mean((r[-1] - np.diag(r))[:-1])
 
 
 def forgetting(matrix: Matrix) -> float | None:
     """mean_{j<T-1} (max_i R[i][j] - R[T-1][j]), maximum minus last; None for a single task."""
     r = _array(matrix)
-    return float(np.mean((np.nanmax(r, axis=0) - r[-1])[:-1])) if len(r) > 1 else None
+    return _mean((np.fmax.reduce(r, axis=0) - r[-1])[:-1])
+
+
+def signed_forgetting(matrix: Matrix) -> float | None:
+    """mean_{j<T-1} (max_{i<T-1} R[i][j] - R[T-1][j]): negative where the last task made earlier ones better."""
+    r = _array(matrix)
+    return _mean((np.fmax.reduce(r[:-1], axis=0) - r[-1])[:-1]) if len(r) > 1 else None
+
+
+def _mean(differences: np.ndarray) -> float | None:
+    """Over the tasks on which both were measured; None where there are none."""
+    known = differences[~np.isnan(differences)]
+    return float(np.mean(known)) if len(known) else None
 
 
 def _array(matrix: Matrix) -> np.ndarray:

@@ -26,7 +26,7 @@ FOLDER = "evaluation"
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Prompts and reference images of a task, and held-out latents; none of the garden."""
+    """Prompts and reference images of a task, and latents held out of training where its loss is measured."""
 
     asked: Asked
     latents: Latents | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from kdc_edge.bundle import Model
+from kdc_edge.errors import InputError
+from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.batch import Batch, add_noise
 from kdc_edge.train.data.cache import Latents
 from kdc_edge.train.data.tasks import Task
@@ -22,7 +25,23 @@ from kdc_edge.train.quality.evaluation_set import EvaluationSet, is_kept, key_of
 from kdc_edge.train.quality.metrics import ImageMetrics
 
 EVALUATION_NOISE = 7  # the seed of every evaluation's noise
+GARDEN_METRICS = frozenset({"prompt_accuracy", "exact", "judge_frechet", "judge_kernel"})
 TIMESTEPS = 4  # the middles of as many equal parts, for the held-out loss
+
+
+def measurable(tasks: Sequence[Task], metrics: ImageMetrics, images: int) -> set[str]:
+    """The names of what is measured on any of these tasks, with so many images each."""
+    garden = [task.source.startswith("garden:") for task in tasks]
+    found = GARDEN_METRICS if any(garden) else frozenset()
+    return set(found) if all(garden) else found | {"loss"} | metrics.measurable(images)
+
+
+def check_quality(name: str, config: TrainConfig, metrics: ImageMetrics) -> None:
+    """Refuse a metric for R, asked for or the run's own, that will not be measured: InputError."""
+    known = measurable(config.tasks, metrics, config.eval_images)
+    if name not in known:
+        lacking = "" if known <= GARDEN_METRICS else f"; {'; '.join(metrics.missing())}"
+        raise InputError(f"--quality {name} cannot be measured on these tasks: use {', '.join(sorted(known))}{lacking}")
 
 
 @dataclass(frozen=True)
@@ -34,11 +53,13 @@ class Evaluator:
     images: int  # of each task
     accelerator: Accelerator
     folder: Path  # of evaluation sets
+    garden_loss: bool = False  # measure the held-out loss of the garden too: what it has in common with other data
 
     def evaluation_set(self, task: Task) -> EvaluationSet:
         """What the task is evaluated on: kept in the folder, where it is made the first time. Collective."""
         if task.source.startswith("garden:"):
-            return EvaluationSet(ask(task, self.images, size=self.teacher.size))
+            latents = self.teacher.test_latents(task, self.images) if self.garden_loss else None
+            return EvaluationSet(ask(task, self.images, size=self.teacher.size), latents)
         path = self.folder / f"{task.name}.safetensors"
         key = key_of(task, size=self.teacher.size, vae_sha256=self.teacher.vae_sha256)
         if any_process(self.accelerator, not is_kept(path, key)):
@@ -59,7 +80,7 @@ class Evaluator:
         if found.latents is None:
             return score_images(images, asked, self.metrics)
         teacher_images = None
-        if self.metrics.has_lpips:
+        if self.metrics.has_lpips and not asked.scenes:
             teacher_images = self.teacher.generator(self.teacher.unet)(asked.prompts, seed=EVALUATION_NOISE)
         loss = self._held_out_loss(network, found.latents)
         return score_images(images, asked, self.metrics, paired=teacher_images, loss=loss)

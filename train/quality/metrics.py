@@ -24,6 +24,12 @@ from kdc_edge.quiet import quiet
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 ALEXNET = "alexnet-owt-7be5be79.pth"
 CLIP = "openai/clip-vit-base-patch16"
+NETWORKS = {  # whose features a metric is made of
+    "fid": f"Inception v3 ({INCEPTION})",
+    "kid": f"Inception v3 ({INCEPTION})",
+    "clip_score": CLIP,
+    "lpips": f"AlexNet ({ALEXNET})",
+}
 MIN_FID_IMAGES = 64  # fewer say nothing: KID is for small sets
 
 
@@ -91,6 +97,15 @@ class ImageMetrics:
             found["clip_score"] = self.clip_score(images, prompts)
         if paired is not None and self._find(ALEXNET):
             found["lpips"] = self.lpips(images, paired)
+        return found
+
+    def measurable(self, images: int) -> set[str]:
+        """The names of what `measure` finds of so many images."""
+        found = {"clip_score"} if self.has_clip else set()
+        if self.has_lpips:
+            found.add("lpips")
+        if self._find(INCEPTION) is not None:
+            found |= {"kid", "fid"} if images >= MIN_FID_IMAGES else {"kid"}
         return found
 
     @property

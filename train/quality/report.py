@@ -14,7 +14,17 @@ from kdc_edge.files import write_atomic
 from kdc_edge.pipeline import made_for
 from kdc_edge.text import markdown_table
 from kdc_edge.train.config import TrainConfig
-from kdc_edge.train.quality.evaluate import EVALUATION, average, backward_transfer, forgetting
+from kdc_edge.train.quality.evaluate import (
+    EVALUATION,
+    QUALITIES,
+    average,
+    backward_transfer,
+    forgetting,
+    quality_matrix,
+    signed,
+    signed_forgetting,
+)
+from kdc_edge.train.quality.metrics import NETWORKS
 from kdc_edge.train.runs import Position
 
 CARD = Template("""\
@@ -49,7 +59,11 @@ Conditions: $conditions.
 
 
 def write_results(run: Path, config: TrainConfig, position: Position, model: Model) -> dict[str, Any]:
-    """R by the name of its metric, what follows from it, and every value measured after the last task."""
+    """R by the name of its metric, what follows from it, R of every other metric, and every value measured."""
+    measured = {name for row in position.values for found in row for name in found or {}}
+    matrices = {
+        signed(name): quality_matrix(position.values, signed(name)) for name, _ in QUALITIES if name in measured
+    }
     results: dict[str, Any] = {
         "tasks": [t.name for t in config.tasks],
         "metric": position.metric,
@@ -57,6 +71,9 @@ def write_results(run: Path, config: TrainConfig, position: Position, model: Mod
         "average": average(position.matrix),
         "backward_transfer": backward_transfer(position.matrix),
         "forgetting_max_minus_last": forgetting(position.matrix),
+        "forgetting_signed": signed_forgetting(position.matrix),
+        "matrices": matrices,
+        "networks": {name: network for name, network in NETWORKS.items() if name in measured},
         "values": position.values,
         "conditions": f"{config.eval_images} images a task, {made_for(model, EVALUATION).conditions}, averaged weights",
     }
@@ -83,6 +100,7 @@ def model_card(
         "average": results["average"],
         "backward transfer": results["backward_transfer"],
         "forgetting (maximum minus last)": results["forgetting_max_minus_last"],
+        "signed forgetting (maximum before the last task minus last)": results.get("forgetting_signed"),
     }
     return CARD.substitute(
         base_model=json.dumps(config.teacher.name),

@@ -33,7 +33,7 @@ def measurable(tasks: Sequence[Task], metrics: ImageMetrics, images: int) -> set
     """The names of what is measured on any of these tasks, with so many images each."""
     garden = [task.source.startswith("garden:") for task in tasks]
     found = GARDEN_METRICS if any(garden) else frozenset()
-    return set(found) if all(garden) else found | {"loss"} | metrics.measurable(images)
+    return set(found) if all(garden) else {*found, "loss", *metrics.measurable(images)}
 
 
 def check_quality(name: str, config: TrainConfig, metrics: ImageMetrics) -> None:

@@ -246,7 +246,7 @@ def _mappings(path: Path) -> Iterator[tuple[int, int]]:
     if not sys.platform.startswith("linux"):
         return
     name = str(path.resolve())
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
         fields = line.split(maxsplit=5)
         if len(fields) == 6 and fields[5] == name and "w" not in fields[1]:
             begin, end = (int(address, 16) for address in fields[0].split("-"))

@@ -7,6 +7,7 @@ in a session (`traced_once`), whichever worker or test comes to it first.
 from __future__ import annotations
 
 import hashlib
+import locale
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -60,6 +61,12 @@ def make_checkpoint(folder: Path) -> Path:
     ).save_pretrained(folder)
     shutil.copytree(TOKENIZER, folder / "tokenizer", dirs_exist_ok=True)  # transformers 5 saves no vocab.json
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _locale() -> None:
+    """The environment's locale: something in a run of all tests resets the C library's, which text is decoded by."""
+    locale.setlocale(locale.LC_ALL, "")
 
 
 @pytest.fixture(scope="session")

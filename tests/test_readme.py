@@ -70,7 +70,7 @@ def test_the_bare_workflow_and_every_other_command(tmp_path: Path) -> None:
 
 
 def test_the_other_commands_are_targets_of_the_makefile() -> None:
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text("utf-8")
     others = [c.split() for c in COMMANDS if not c.startswith("kdc-edge ")]
     assert others
     for words in others:

@@ -109,7 +109,7 @@ def _learning(story: Story) -> list[Markup]:
         )
     ]
     for name, trainer in story.runs.items():
-        records = [json.loads(line) for line in (trainer.run_folder / "metrics.jsonl").read_text().splitlines()]
+        records = [json.loads(line) for line in (trainer.run_folder / "metrics.jsonl").read_text("utf-8").splitlines()]
         series = {label: _smooth([(r["total"], r["losses"][key]) for r in records]) for key, label in LOSSES.items()}
         blocks.append(line_chart(series, title=f"Losses {name}", x_label="step", y_label="loss", log_y=True))
     return [blocks[0], side_by_side(*blocks[1:])]

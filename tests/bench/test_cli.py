@@ -38,7 +38,7 @@ def measured(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_failing_bundle_is_a_row_with_its_reason(measured: Path) -> None:
-    good, damaged, lost = json.loads((measured / "bench.json").read_text())["rows"]
+    good, damaged, lost = json.loads((measured / "bench.json").read_text("utf-8"))["rows"]
     assert good["failure"] is None
     assert len(good["timings"]["end_to_end"]["samples_sec"]) == 2
     assert good["timings"]["compile"] is None  # ONNX Runtime compiles as it loads
@@ -105,7 +105,7 @@ def test_ctrl_c_keeps_the_rows_so_far(bundle: Path, tmp_path: Path) -> None:
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted: the rows so far are written" in said.splitlines()
-    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "found.json").read_text("utf-8"))["rows"]
     assert [(row["steps"], row["failure"]) for row in rows] == [(1, None), (900, "interrupted"), (2, "interrupted")]
     assert len(rows[0]["timings"]["end_to_end"]["samples_sec"]) == 9
 
@@ -114,7 +114,7 @@ def test_compare_reads_what_bench_writes(measured: Path) -> None:
     found = run("bench", "--compare", "bench.json", "bench.json", cwd=measured).stdout
     assert "within the noise" in found
     assert "has changed since it was exported" in " ".join(found.split())
-    old = json.loads((measured / "bench.json").read_text()) | {"schema": "kdc-edge/bench/1"}
+    old = json.loads((measured / "bench.json").read_text("utf-8")) | {"schema": "kdc-edge/bench/1"}
     (measured / "old.json").write_text(json.dumps(old))
     done = run("bench", "--compare", "old.json", "bench.json", cwd=measured, code=1)
     assert done.stderr == (

@@ -234,10 +234,10 @@ def test_fit_names_a_bundle_and_writes_the_page(
     assert document["met"]
     assert document["complete"]
     assert document["choice"] in ("onnx-fp16", "onnx-fp32")
-    assert (tmp_path / "fit.md").read_text().startswith(f"# {document['choice']}: ")
+    assert (tmp_path / "fit.md").read_text("utf-8").startswith(f"# {document['choice']}: ")
     words = shlex.split(document["command"])
     assert words[words.index("--bundle") + 1] == f"bundles/{document['choice']}"
-    page = (tmp_path / "fit.html").read_text()
+    page = (tmp_path / "fit.html").read_text("utf-8")
     assert document["choice"] in page
     assert page.count("data:image/png;base64,") == 1 + 2 * 2
     made = run(*words[1:], "--out", "made.png", cwd=tmp_path).stdout

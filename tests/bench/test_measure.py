@@ -343,7 +343,7 @@ def test_ctrl_c_ends_the_child(tmp_path: Path, opener: Opener) -> None:
 
     def interrupt() -> None:
         for _ in range(1000):
-            if (folder / "pid").is_file() and (text := (folder / "pid").read_text()):
+            if (folder / "pid").is_file() and (text := (folder / "pid").read_text("utf-8")):
                 seen.append(int(text))
                 os.kill(os.getpid(), signal.SIGINT)
                 return
@@ -361,7 +361,7 @@ def test_ctrl_c_ends_the_child(tmp_path: Path, opener: Opener) -> None:
 def test_the_worst_image_is_the_parity(tmp_path: Path) -> None:
     def worst(*checks: Check) -> Check | None:
         folder = make_bundle(tmp_path / str(len(list(tmp_path.iterdir()))), checks)
-        return Manifest.model_validate_json((folder / "kdc-edge.json").read_text()).image_parity
+        return Manifest.model_validate_json((folder / "kdc-edge.json").read_text("utf-8")).image_parity
 
     assert worst(check("unet", 10.0)) is None
     assert worst(check("image", None)) == check("image", None)

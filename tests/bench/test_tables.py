@@ -32,7 +32,7 @@ from kdc_edge.bundle import Check
 from kdc_edge.errors import InputError
 from tests.bench.rows import FAILED, MACHINE, check, make_row
 
-SCHEMA_PAGE = (Path(__file__).parents[2] / "docs" / "bench-schema.md").read_text()
+SCHEMA_PAGE = (Path(__file__).parents[2] / "docs" / "bench-schema.md").read_text("utf-8")
 
 
 def test_json_keeps_everything() -> None:

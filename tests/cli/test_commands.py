@@ -111,7 +111,7 @@ def test_generate_takes_the_checkpoints_own_scheduler(own_bundle: Path, tmp_path
 
     said: list[str] = []
     assert (sampler(), sampler("--scheduler", "euler-a")) == ("DDIM", "Euler a")
-    manifest = json.loads((own_bundle / "kdc-edge.json").read_text())
+    manifest = json.loads((own_bundle / "kdc-edge.json").read_text("utf-8"))
     manifest["model"]["scheduler"] |= {"_class_name": "LMSDiscreteScheduler"}
     (own_bundle / "kdc-edge.json").write_text(json.dumps(manifest))
     assert sampler() == "DPM++ 2M"
@@ -186,7 +186,7 @@ def test_a_run_that_was_killed_and_then_stopped_goes_on(tmp_path: Path) -> None:
     assert "kdc-edge train --resume" in said
     assert not (run_folder / "checkpoint").exists()
     assert "going on after step" in run("train", "--resume", cwd=tmp_path).stderr
-    log = (run_folder / "metrics.jsonl").read_text()
+    log = (run_folder / "metrics.jsonl").read_text("utf-8")
     assert [json.loads(line)["total"] for line in log.splitlines()] == list(range(1, 31))
     assert (run_folder / "checkpoint" / "model_index.json").is_file()
 
@@ -197,7 +197,7 @@ def _stop(cwd: Path, how: signal.Signals, *arguments: str, after_step: int) -> t
     log = cwd / "runs" / "001" / "metrics.jsonl"
     with subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, text=True) as running:
         deadline = time.monotonic() + 120
-        while not (log.is_file() and log.read_text().count("\n") >= after_step):
+        while not (log.is_file() and log.read_text("utf-8").count("\n") >= after_step):
             assert running.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -217,7 +217,7 @@ def test_the_best_bundle_is_the_smallest_of_good_images(
         shutil.copytree(root, Path("bundles") / root.name)
     assert best_bundle().name == bundle.name  # the smaller one
     manifest = Path("bundles") / bundle.name / "kdc-edge.json"
-    found = json.loads(manifest.read_text())
+    found = json.loads(manifest.read_text("utf-8"))
     found["parity"]["checks"][-1]["psnr_db"] = 22.0
     manifest.write_text(json.dumps(found))
     assert best_bundle().name == bundle_fp32.name

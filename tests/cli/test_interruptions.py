@@ -31,7 +31,7 @@ def test_killed_runs_end_with_the_same_weights(tmp_path: Path, moments: int) -> 
         cut = load_file(tmp_path / run / weights)
         assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items()), run
         logs = [
-            [json.loads(line)["losses"] for line in (tmp_path / r / "metrics.jsonl").read_text().splitlines()]
+            [json.loads(line)["losses"] for line in (tmp_path / r / "metrics.jsonl").read_text("utf-8").splitlines()]
             for r in ("whole", run)
         ]
         assert logs[0] == logs[1]

@@ -47,13 +47,13 @@ def test_quickstart_goes_from_teacher_to_report(tmp_path: Path) -> None:
     assert "forgetting" in page
 
     matrices = [
-        json.loads((tmp_path / "demo" / "runs" / run_name / "results.json").read_text())["prompt_accuracy"]
+        json.loads((tmp_path / "demo" / "runs" / run_name / "results.json").read_text("utf-8"))["prompt_accuracy"]
         for run_name in ("replay", "no-replay")
     ]
     assert matrices[0][0] == matrices[1][0]  # the first task is shared
     for name in ("onnx-fp32", "onnx-fp16"):
         assert (tmp_path / "demo" / "bundles" / name / "kdc-edge.json").is_file()
-    rows = json.loads((tmp_path / "demo" / "bench.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "demo" / "bench.json").read_text("utf-8"))["rows"]
     assert [row["failure"] for row in rows] == [None] * 3
 
     assert "holds other files" in complaint("quickstart", "--out", "demo", cwd=tmp_path)

@@ -18,7 +18,7 @@ from kdc_edge.errors import BundleError, CheckpointError
 
 
 def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest = json.loads((bundle / MANIFEST).read_text("utf-8"))
     change(manifest)
     (bundle / MANIFEST).write_text(json.dumps(manifest))
 
@@ -129,7 +129,7 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_manifest_opens_or_is_refused(own_bundle: Path, bundle: Path, data: st.DataObject) -> None:
-    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest = json.loads((bundle / MANIFEST).read_text("utf-8"))
     for _ in range(data.draw(st.integers(1, 3))):
         *way, last = data.draw(st.sampled_from([p for p in places(manifest) if p]))
         node = manifest
@@ -182,7 +182,7 @@ def test_a_model_is_read_without_its_weights(checkpoint: Path, own_checkpoint: P
         read_shapes(weights)
     assert hash_checkpoint(checkpoint) != hash_checkpoint(own_checkpoint)
     config = own_checkpoint / "vae" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": "large"}))
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"scaling_factor": "large"}))
     shutil.copytree(checkpoint / "unet", own_checkpoint / "unet", dirs_exist_ok=True)
     with pytest.raises(CheckpointError, match="scaling_factor"):
         read_model(own_checkpoint)

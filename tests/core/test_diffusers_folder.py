@@ -72,7 +72,7 @@ def test_the_networks_defaults_are_those_of_diffusers_and_transformers() -> None
 
 
 def edit(path: Path, drop: tuple[str, ...] = (), **new: object) -> None:
-    config = json.loads(path.read_text()) | new
+    config = json.loads(path.read_text("utf-8")) | new
     path.write_text(json.dumps({key: value for key, value in config.items() if key not in drop}))
 
 
@@ -174,7 +174,7 @@ def test_the_networks_keys_of_stable_diffusion_1_5_are_enough(teacher: Path) -> 
     edit(teacher / "vae" / "config.json", scaling_factor=0.18215)
     for network, keys in keep.items():
         path = teacher / network / "config.json"
-        edit(path, drop=tuple(set(json.loads(path.read_text())) - {"_class_name", *keys.split()}))
+        edit(path, drop=tuple(set(json.loads(path.read_text("utf-8"))) - {"_class_name", *keys.split()}))
     model = read_model(teacher)
     assert (model.scaling_factor, model.preset) == (0.18215, "garden-teacher")
     assert psnr(open_pipeline(teacher), open_diffusers(teacher), 2) > EQUAL_DB

@@ -37,7 +37,7 @@ def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         write_atomic(tmp_path / "a.txt", "new")
-    assert (tmp_path / "a.txt").read_text() == "old"
+    assert (tmp_path / "a.txt").read_text("utf-8") == "old"
     assert left_over(tmp_path) == ["a.txt"]
 
 
@@ -54,7 +54,7 @@ def test_atomic_folder_keeps_the_old_folder_on_any_error(tmp_path: Path, error: 
 
     with pytest.raises(error):
         fail()
-    assert (out / "mark").read_text() == "first"
+    assert (out / "mark").read_text("utf-8") == "first"
     assert left_over(tmp_path) == ["out"]
 
 
@@ -85,7 +85,7 @@ def test_atomic_folder_puts_the_old_one_back_when_the_rename_fails(
     monkeypatch.setattr(Path, "replace", fail_for_part)
     with pytest.raises(OSError, match="busy"), atomic_folder(out, marker="mark") as folder:
         (folder / "mark").write_text("second")
-    assert (out / "mark").read_text() == "first"
+    assert (out / "mark").read_text("utf-8") == "first"
     assert left_over(tmp_path) == ["out"]
 
 

@@ -392,4 +392,4 @@ def test_windows_line_ends_in_merges_change_nothing(tmp_path: Path) -> None:
 
 
 def test_the_vocabulary_ships_with_its_licence() -> None:
-    assert "MIT License" in (CLIP_FOLDER / "LICENSE").read_text()
+    assert "MIT License" in (CLIP_FOLDER / "LICENSE").read_text("utf-8")

@@ -112,7 +112,7 @@ def test_the_bundle_is_proved_and_says_what_decodes(small_bundle: Bundle, checkp
     assert "with the small decoder" in manifest.parity.reference
     assert [c.passed for c in manifest.parity.checks] == [True] * 4
     assert small_bundle.verify() > 0
-    config = json.loads((small_bundle.root / "vae_decoder" / "config.json").read_text())
+    config = json.loads((small_bundle.root / "vae_decoder" / "config.json").read_text("utf-8"))
     assert config["_class_name"] == "AutoencoderKL"
     assert config["scaling_factor"] == manifest.model.scaling_factor == read_model(checkpoint).scaling_factor
     assert "AutoencoderTiny" in run("info", small_bundle.root, cwd=small_bundle.root).stdout
@@ -177,7 +177,7 @@ def tiny_checkpoint(own_checkpoint: Path, decoder: Path) -> Path:
     """A checkpoint whose `vae` is an AutoencoderTiny, as diffusers saves it."""
     shutil.rmtree(own_checkpoint / "vae")
     shutil.copytree(decoder, own_checkpoint / "vae")
-    index = json.loads((own_checkpoint / "model_index.json").read_text())
+    index = json.loads((own_checkpoint / "model_index.json").read_text("utf-8"))
     (own_checkpoint / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderTiny"]}))
     return own_checkpoint
 
@@ -193,7 +193,7 @@ def test_a_checkpoint_with_a_small_vae_is_read_and_exported(tiny_checkpoint: Pat
     np.testing.assert_array_equal(found, tiny.decode(torch.from_numpy(latents)).sample.numpy())
     made = export_checkpoint(ExportRequest(tiny_checkpoint, tmp_path / "out", "onnx", "fp32", verify=False))
     assert made.manifest.components["vae_decoder"].class_name == "AutoencoderTiny"
-    assert json.loads((made.root / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderKL"]
+    assert json.loads((made.root / "model_index.json").read_text("utf-8"))["vae"] == ["diffusers", "AutoencoderKL"]
     session = onnxruntime.InferenceSession(made.root / "vae_decoder" / "model.onnx")
     np.testing.assert_allclose(session.run(None, {"latent_sample": latents})[0], found, rtol=1e-3, atol=1e-3)
     request = ExportRequest(tiny_checkpoint, tmp_path / "other", "coreml", "fp16")
@@ -203,7 +203,7 @@ def test_a_checkpoint_with_a_small_vae_is_read_and_exported(tiny_checkpoint: Pat
 
 def edit(folder: Path, change: Mapping[str, object]) -> None:
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | change))
 
 
 def test_decoders_that_cannot_be_are_one_line(checkpoint: Path, decoder: Path, tmp_path: Path) -> None:

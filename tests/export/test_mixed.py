@@ -152,7 +152,7 @@ def test_an_interrupted_search_goes_on(
 ) -> None:
     expected = search.damage()
     path = search.folder / "damage.jsonl"
-    lines = path.read_text().splitlines()
+    lines = path.read_text("utf-8").splitlines()
     assert len(lines) == len(search.layers) * len(BITS)
     path.write_text("\n".join(lines[:9]) + "\n" + lines[9][:20])  # cut off in the middle of a line
     monkeypatch.setattr("kdc_edge.export.coreml.mixed.palettize", None)  # the tables are there

@@ -35,7 +35,7 @@ def test_the_folder_is_optimums(bundle: Path) -> None:
         *(f"tokenizer/{n}" for n in ("merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json")),
         *(f"{name}/{file}" for name in NAMES for file in ("config.json", "model.onnx")),
     }  # fmt: skip
-    index = json.loads((bundle / "model_index.json").read_text())
+    index = json.loads((bundle / "model_index.json").read_text("utf-8"))
     assert index["_class_name"] == "StableDiffusionPipeline"
     assert index["vae"] == ["diffusers", "AutoencoderKL"]
     for name, (inputs, outputs) in NAMES.items():
@@ -149,7 +149,7 @@ def test_bad_requests_stop_before_the_work(checkpoint: Path, own_checkpoint: Pat
     with pytest.raises(InputError, match="holds other files"):
         export_checkpoint(ExportRequest(checkpoint, own_checkpoint, "onnx", "fp16"))
     config = own_checkpoint / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"trained_betas": [0.1, 0.2]}))
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"trained_betas": [0.1, 0.2]}))
     with pytest.raises(CheckpointError, match="trained_betas"):
         export_checkpoint(ExportRequest(own_checkpoint, out, "onnx", "fp16"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]

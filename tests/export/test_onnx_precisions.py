@@ -244,7 +244,7 @@ def test_an_opset_too_new(bundle_fp32: Path, tmp_path: Path) -> None:
         if not opset.domain:
             opset.version = 99
     onnx.save(model, unet_model(root))
-    content = json.loads((root / MANIFEST).read_text())
+    content = json.loads((root / MANIFEST).read_text("utf-8"))
     content["files"] = {n: f.model_dump() for n, f in list_files(root).items() if n != MANIFEST}
     (root / MANIFEST).write_text(json.dumps(content))
     with pytest.raises(BundleError, match=r"too new for onnxruntime .*upgrade onnxruntime$") as said:

@@ -64,7 +64,7 @@ def operations(bundle: Path, component: str = "unet") -> Counter[str]:
 
 
 def test_the_folder_is_optimums(fp32: Path) -> None:
-    index = json.loads((fp32 / "model_index.json").read_text())
+    index = json.loads((fp32 / "model_index.json").read_text("utf-8"))
     assert index["vae"] == ["diffusers", "AutoencoderKL"]
     for name, (inputs, outputs) in NAMES.items():
         assert (fp32 / name / "config.json").is_file()
@@ -225,7 +225,7 @@ def damaged(bundle: Path, tmp_path: Path) -> Path:
 
 def refresh(bundle: Path) -> None:
     """Let the manifest list the files as they are now, so that the engine sees them."""
-    manifest = json.loads((bundle / "kdc-edge.json").read_text())
+    manifest = json.loads((bundle / "kdc-edge.json").read_text("utf-8"))
     manifest["files"] = {name: info.model_dump() for name, info in list_files(bundle).items()}
     (bundle / "kdc-edge.json").write_text(json.dumps(manifest))
 
@@ -242,7 +242,7 @@ def test_damaged_files_are_refused_in_one_line(fp32: Path, tmp_path: Path, capfd
     with pytest.raises(BundleError, match=r"openvino_model\.bin is missing") as caught:
         runtime.load(bundle, "unet")
     assert one_line(caught)
-    manifest = json.loads((bundle / "kdc-edge.json").read_text())
+    manifest = json.loads((bundle / "kdc-edge.json").read_text("utf-8"))
     del manifest["files"]["unet/openvino_model.bin"]
     manifest["components"]["unet"]["files"].remove("unet/openvino_model.bin")
     (bundle / "kdc-edge.json").write_text(json.dumps(manifest))

@@ -40,7 +40,7 @@ class PaperRuntime:
     def devices(self):
         return [Device("DESK", "a desk")]
     def load(self, folder, component, options=DEFAULTS):
-        checkpoint = (folder / component / "note.txt").read_text().splitlines()[-1]
+        checkpoint = (folder / component / "note.txt").read_text("utf-8").splitlines()[-1]
         return get_runtime("torch").load(Path(checkpoint), component)
 
 RUNTIME = PaperRuntime()
@@ -69,7 +69,7 @@ def test_a_target_and_an_engine_from_outside(checkpoint: Path, tmp_path: Path) -
     assert done.stdout == "bundles/paper-fp32\n"
     assert "image: equal (at least 50 dB)" in done.stderr
     bundle = Bundle.open(tmp_path / "bundles" / "paper-fp32")
-    assert (bundle.root / "unet" / "note.txt").read_text().splitlines()[:2] == ["red", "True"]
+    assert (bundle.root / "unet" / "note.txt").read_text("utf-8").splitlines()[:2] == ["red", "True"]
     assert bundle.manifest.parity is not None
     assert bundle.manifest.parity.conditions.startswith("paper 1, ")
 

@@ -155,5 +155,5 @@ def test_the_data_can_be_downloaded(browser: Browser, page: Path, report: Report
         while not (tmp_path / name).is_file():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    assert from_json((tmp_path / "bench.json").read_text()) == report
-    assert (tmp_path / "bench.csv").read_text().count("\n") >= len(report.rows) + 1
+    assert from_json((tmp_path / "bench.json").read_text("utf-8")) == report
+    assert (tmp_path / "bench.csv").read_text("utf-8").count("\n") >= len(report.rows) + 1

@@ -149,7 +149,7 @@ def test_weights_out_of_the_folder_are_refused(own_bundle: Path) -> None:
     weights.ClearField("raw_data")
     weights.data_location = onnx.TensorProto.EXTERNAL
     path.write_bytes(model.SerializeToString())
-    manifest = json.loads((own_bundle / MANIFEST).read_text())
+    manifest = json.loads((own_bundle / MANIFEST).read_text("utf-8"))
     manifest["files"] = {name: info.model_dump() for name, info in list_files(own_bundle).items()}
     (own_bundle / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match="is refused by onnxruntime"):

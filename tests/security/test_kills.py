@@ -125,7 +125,7 @@ def _look(folder: Path, command: str, *, there: bool, code: int, killed: bool) -
     assert beside in ([], [".out.part-new"]), beside
     assert killed or beside == [] or code == 0, (beside, code)
     for part in out.parent.glob(f".*/{MANIFEST}"):
-        assert "--no-verify" in command or json.loads(part.read_text())["parity"], "a manifest before its proof"
+        assert "--no-verify" in command or json.loads(part.read_text("utf-8"))["parity"], "a manifest before its proof"
 
 
 def test_a_few_kills(checkpoint: Path, bundle_fp32: Path, tmp_path: Path) -> None:

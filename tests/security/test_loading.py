@@ -37,7 +37,7 @@ def test_a_damaged_byte_of_the_weights_is_a_line_and_no_image(own_bundle: Path, 
 
 def test_a_changed_vocabulary_is_refused(own_bundle: Path) -> None:
     path = own_bundle / "tokenizer" / "vocab.json"
-    path.write_text(path.read_text().replace('"red</w>"', '"der</w>"'))
+    path.write_text(path.read_text("utf-8").replace('"red</w>"', '"der</w>"'))
     with pytest.raises(BundleError, match=r"tokenizer/vocab\.json has changed"):
         open_pipeline(own_bundle)
 
@@ -63,7 +63,7 @@ def put_weights_beside(bundle: Path) -> None:
     weights.ClearField("raw_data")
     weights.data_location = onnx.TensorProto.EXTERNAL
     path.write_bytes(model.SerializeToString())
-    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest = json.loads((bundle / MANIFEST).read_text("utf-8"))
     manifest["files"] = {n: i.model_dump() for n, i in list_files(bundle).items()}
     (bundle / MANIFEST).write_text(json.dumps(manifest))
 
@@ -71,7 +71,7 @@ def put_weights_beside(bundle: Path) -> None:
 def test_weights_that_no_manifest_lists_are_not_used(own_bundle: Path) -> None:
     put_weights_beside(own_bundle)
     assert open_pipeline(own_bundle).generate(REQUEST).shape == (64, 64, 3)
-    manifest = json.loads((own_bundle / MANIFEST).read_text())
+    manifest = json.loads((own_bundle / MANIFEST).read_text("utf-8"))
     del manifest["files"]["vae_decoder/beside"]
     (own_bundle / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match="vae_decoder/beside is not part of the bundle"):

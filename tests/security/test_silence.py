@@ -60,10 +60,10 @@ def test_nobody_is_told_and_nothing_is_left(name: str, checkpoint: Path, bundle:
     environment |= {"OMP_NUM_THREADS": "1", **{n: str(f) for n, f in folders.items()}}
     done = subprocess.run(
         [sys.executable, "-c", MAIN + PROGRAMS[name], str(checkpoint), str(bundle)],
-        env=environment, cwd=folders.pop("WORK"), capture_output=True, text=True, check=False,
+        env=environment, cwd=folders.pop("WORK"), capture_output=True, text=True, encoding="utf-8", check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (log.read_text() if log.exists() else "") == ""
+    assert (log.read_text("utf-8") if log.exists() else "") == ""
     assert [path for folder in folders.values() for path in folder.rglob("*") if path.is_file()] == []
 
 

@@ -189,7 +189,7 @@ def test_settings_that_never_end(tmp_path: Path, make: Callable[[Path], None]) -
 def test_what_a_bundle_says_of_itself_is_shown(own_bundle: Path, tmp_path: Path) -> None:
     path = own_bundle / "kdc-edge.json"
     path.write_text(
-        path.read_text().replace('"command": null', r'"command": "\u001b]0;title\u0007 \u009b31m \u202e red"')
+        path.read_text("utf-8").replace('"command": null', r'"command": "\u001b]0;title\u0007 \u009b31m \u202e red"')
     )
     for arguments in (["info", own_bundle], ["info", own_bundle, "--json"]):
         shown = run(*arguments, cwd=tmp_path).stdout

@@ -80,7 +80,7 @@ def test_a_second_writer_is_told_at_once(tmp_path: Path) -> None:
         assert time.monotonic() - begin < 1
         make(tmp_path / "other")  # another place is free, and leaves the first one's part alone
         first.communicate("")
-    assert (out / "mark").read_text() == "0"
+    assert (out / "mark").read_text("utf-8") == "0"
     assert names(tmp_path) == ["other", "out"]
 
 
@@ -89,7 +89,7 @@ def test_what_a_killed_process_left_goes_with_the_next_write_beside_it(tmp_path:
     with child(WRITER, out, 1, "exchange", word="in") as running:
         running.send_signal(signal.SIGKILL)
     assert names(tmp_path) == [".out.part-new", "out"]
-    assert (out / "mark").read_text() == "first"
+    assert (out / "mark").read_text("utf-8") == "first"
     make(tmp_path / "other")
     assert names(tmp_path) == ["other", "out"]
 
@@ -102,7 +102,7 @@ def test_a_folder_that_a_killed_process_left_aside_comes_back(tmp_path: Path) ->
         assert names(tmp_path) == [".out.part-new", ".out.part-old"]
         running.send_signal(signal.SIGKILL)
     recover_folder(out)
-    assert (out / "mark").read_text() == "first"
+    assert (out / "mark").read_text("utf-8") == "first"
     assert names(tmp_path) == ["out"]
 
 
@@ -118,7 +118,7 @@ def test_readers_see_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
             seen += 1
         assert running.returncode == 0
     assert seen > 200
-    assert {(out / name).read_text() for name in ("mark", *"abcdef")} == {"199"}
+    assert {(out / name).read_text("utf-8") for name in ("mark", *"abcdef")} == {"199"}
     assert names(tmp_path) == ["a", "b", "out"]
 
 
@@ -127,7 +127,7 @@ def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to("disk/bundle")
     make(tmp_path / "out", "second")
     assert (tmp_path / "out").is_symlink()
-    assert (tmp_path / "disk" / "bundle" / "mark").read_text() == "second"
+    assert (tmp_path / "disk" / "bundle" / "mark").read_text("utf-8") == "second"
     assert names(tmp_path) == ["disk", "out"]
 
 
@@ -152,5 +152,5 @@ def test_many_writers_of_one_file_leave_one_whole_file(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert path.read_text() in texts
+    assert path.read_text("utf-8") in texts
     assert names(tmp_path) == ["a.txt"]

@@ -82,7 +82,7 @@ def test_an_interrupted_pass_goes_on_behind_its_last_shard(
     for ours, theirs in zip(found.shards, expected.shards, strict=True):
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
-    index = json.loads(next((tmp_path / "cut").glob("t-*/index.json")).read_text())
+    index = json.loads(next((tmp_path / "cut").glob("t-*/index.json")).read_text("utf-8"))
     assert (index["read"], index["kept"]) == (10, 9)
     assert index["left_out"] == {"cannot be read as an image": 1}
     encode(task, vae, tmp_path / "cut")

@@ -40,7 +40,7 @@ def test_an_inherited_checkpoint_opens_in_diffusers_and_says_where_its_weights_c
 
 def test_a_teacher_with_a_safety_checker_leaves_none_in_the_students_index(tmp_path: Path) -> None:
     teacher = Path(shutil.copytree(GARDEN_TEACHER, tmp_path / "teacher"))
-    index = json.loads((teacher / "model_index.json").read_text())
+    index = json.loads((teacher / "model_index.json").read_text("utf-8"))
     index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
     (teacher / "model_index.json").write_text(json.dumps(index))
     init_checkpoint(tmp_path / "student", find_preset("garden-student"), teacher, seed=0)
@@ -52,8 +52,8 @@ def test_a_folder_with_tokenizer_json_alone_is_read_and_completed(tmp_path: Path
     """transformers 5 saves no vocab.json."""
     teacher = Path(shutil.copytree(GARDEN_TEACHER, tmp_path / "teacher"))
     words = Tokenizer.from_folder(teacher / "tokenizer")
-    vocab = json.loads((teacher / "tokenizer" / "vocab.json").read_text())
-    merges = [line.split() for line in (teacher / "tokenizer" / "merges.txt").read_text().splitlines()[1:]]
+    vocab = json.loads((teacher / "tokenizer" / "vocab.json").read_text("utf-8"))
+    merges = [line.split() for line in (teacher / "tokenizer" / "merges.txt").read_text("utf-8").splitlines()[1:]]
     for name in ("vocab.json", "merges.txt"):
         (teacher / "tokenizer" / name).unlink()
     whole = {"model": {"type": "BPE", "vocab": vocab, "merges": merges}}
@@ -61,7 +61,7 @@ def test_a_folder_with_tokenizer_json_alone_is_read_and_completed(tmp_path: Path
     texts = ["a purple flower with five petals", "fish"]
     assert (Tokenizer.from_folder(teacher / "tokenizer").encode(texts) == words.encode(texts)).all()
     init_checkpoint(tmp_path / "student", find_preset("garden-student"), teacher, seed=0)
-    assert json.loads((tmp_path / "student" / "tokenizer" / "vocab.json").read_text()) == vocab
+    assert json.loads((tmp_path / "student" / "tokenizer" / "vocab.json").read_text("utf-8")) == vocab
 
 
 def test_a_teacher_with_another_text_width_and_velocity_prediction_fits(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_teacher_with_another_text_width_and_velocity_prediction_fits(tmp_path
         UNet2DConditionModel(**shape).save_pretrained(teacher / "unet")
         text = CLIPTextConfig(vocab_size=300, hidden_size=1024, intermediate_size=64, num_hidden_layers=1)
         CLIPTextModel(text).save_pretrained(teacher / "text_encoder")
-    scheduler = json.loads((teacher / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = json.loads((teacher / "scheduler" / "scheduler_config.json").read_text("utf-8"))
     (teacher / "scheduler" / "scheduler_config.json").write_text(
         json.dumps(scheduler | {"prediction_type": "v_prediction"})
     )

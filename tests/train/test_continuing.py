@@ -43,13 +43,12 @@ def test_a_continued_run_is_the_run_that_had_all_tasks_from_the_start(first: Pat
     finish(Trainer(config(), tmp_path / "whole"))
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "then")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    results = json.loads((tmp_path / "then" / "results.json").read_text())
+    results = json.loads((tmp_path / "then" / "results.json").read_text("utf-8"))
     assert [len(row) for row in results["prompt_accuracy"]] == [1, 2]
     assert results["forgetting_max_minus_last"] is not None
-    assert (
-        "## Trained on\n\n1. flowers: `garden:flowers`\n2. butterflies:"
-        in (tmp_path / "then" / "checkpoint" / "README.md").read_text()
-    )
+    assert "## Trained on\n\n1. flowers: `garden:flowers`\n2. butterflies:" in (
+        tmp_path / "then" / "checkpoint" / "README.md"
+    ).read_text("utf-8")
 
 
 def test_what_cannot_be_continued_is_named(first: Path, tmp_path: Path) -> None:
@@ -118,7 +117,7 @@ def test_a_budget_in_megabytes_is_the_buffers(tmp_path: Path) -> None:
     trainer = Trainer(config(tasks=TASKS[:1], replay_mb=0.02), tmp_path / "run")
     finish(trainer)
     assert 15_000 < trainer.replay.size_bytes <= 20_000
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
     assert np.shape([json.loads(line)["by_timestep"] for line in lines]) == (3, 4)
 
 
@@ -132,14 +131,16 @@ def test_a_run_is_continued_without_the_data_of_its_tasks(tmp_path: Path) -> Non
     shutil.rmtree(photos)
     shutil.rmtree(tmp_path / "first" / "cache")
     finish(Trainer(continue_run(tmp_path / "first", tmp_path / "without", more), tmp_path / "without", resume=True))
-    results, expected = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("without", "with"))
+    results, expected = (
+        json.loads((tmp_path / name / "results.json").read_text("utf-8")) for name in ("without", "with")
+    )
     assert results == expected
     assert results["values"][1][0]["loss"] > 0
     found = weights(tmp_path / "without")
     assert all(torch.equal(t, found[name]) for name, t in weights(tmp_path / "with").items())
     checkpoint = tmp_path / "without" / "checkpoint"
-    assert "red rose" in (checkpoint / "prompts.txt").read_text()
-    card = (checkpoint / "README.md").read_text()
+    assert "red rose" in (checkpoint / "prompts.txt").read_text("utf-8")
+    card = (checkpoint / "README.md").read_text("utf-8")
     assert "| Optimization | `--learning-rate` | 0.002 |" in card
     assert "Earlier tasks were trained with other settings:" in card
     assert "| photos | `--learning-rate` | 0.001 |" in card
@@ -171,7 +172,7 @@ def test_a_run_keeps_its_metric_where_more_can_be_measured_later(
         out = tmp_path / quality
         joined = continue_run(tmp_path / "first", out, config(tasks=(two,), steps=1, quality=quality))
         finish(Trainer(joined, out, resume=True))
-        results[quality] = json.loads((out / "results.json").read_text())
+        results[quality] = json.loads((out / "results.json").read_text("utf-8"))
     assert results["auto"]["metric"] == "-loss"
     losses = results["auto"]["-loss"]
     assert results["auto"]["backward_transfer"] == pytest.approx(losses[1][0] - losses[0][0])

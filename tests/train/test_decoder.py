@@ -78,7 +78,7 @@ def test_a_thin_decoder_comes_back_and_diffusers_class_refuses_it(tmp_path: Path
         network.save_pretrained(tmp_path)
         with pytest.raises(Exception, match="shape"):
             AutoencoderTiny.from_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "ThinDecoder"
+    assert json.loads((tmp_path / "config.json").read_text("utf-8"))["_class_name"] == "ThinDecoder"
     model = read_model(GARDEN_TEACHER).model_copy(update={"vae_scale": 8})
     decoder = load_decoder(tmp_path, model)
     assert isinstance(network, ThinDecoder)
@@ -97,7 +97,7 @@ def test_a_training_leaves_a_folder_that_diffusers_reads_a_sheet_and_results(tra
     assert all(torch.equal(state[f"decoder/{n}"], p) for n, p in theirs.decoder.named_parameters())
     with Image.open(trained / "sheet.png") as sheet:
         assert sheet.size == (8 * 64, 4 * 64)  # two rows a task
-    results = json.loads((trained / "results.json").read_text())
+    results = json.loads((trained / "results.json").read_text("utf-8"))
     assert (results["preset"], results["steps"]) == ("garden-decoder", 5)
     assert 5 < results["psnr_db"]["fish"] < 40
     assert {*results["prompt_accuracy"]["flowers"]} == {"vae", "small", "psnr_db"}
@@ -117,7 +117,7 @@ def test_resumed_trainings_end_with_the_same_weights_to_the_last_bit(
         pass
     expected, found = (load_file(run / "decoder" / WEIGHTS) for run in (trained, tmp_path / "cut"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert (tmp_path / "cut" / "results.json").read_text() == (trained / "results.json").read_text()
+    assert (tmp_path / "cut" / "results.json").read_text("utf-8") == (trained / "results.json").read_text("utf-8")
 
 
 def test_the_decoder_learns(cache: Path, tmp_path: Path) -> None:

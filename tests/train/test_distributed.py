@@ -91,7 +91,7 @@ def settings(**changes: object):  # type: ignore[no-untyped-def]
 
 
 def losses(run: Path) -> torch.Tensor:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     return torch.tensor([list(r["losses"].values()) for r in records])
 
 
@@ -122,7 +122,7 @@ def test_a_failure_of_the_main_process_ends_the_one_that_waits_for_it(tmp_path: 
     (tmp_path / "photos" / "roses").mkdir(parents=True)
     (tmp_path / "photos" / "roses" / "0.jpg").write_bytes(b"broken")
     run_in_two_processes(BROKEN, tmp_path / "run")
-    main, waiting = ((tmp_path / f"said-{rank}").read_text() for rank in (0, 1))
+    main, waiting = ((tmp_path / f"said-{rank}").read_text("utf-8") for rank in (0, 1))
     assert main.startswith("photos: none of 1 images in ")
     assert waiting == f"the main process failed: {main}"
 
@@ -131,7 +131,7 @@ def test_two_processes_continue_one_run(alone: Path, tmp_path: Path) -> None:
     """One of them prepares the folder."""
     shutil.copytree(alone, tmp_path / "first")
     run_in_two_processes(CONTINUED, tmp_path / "run")
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results = json.loads((tmp_path / "run" / "results.json").read_text("utf-8"))
     assert [len(row) for row in results["prompt_accuracy"]] == [1, 2]
 
 

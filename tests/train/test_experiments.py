@@ -18,12 +18,12 @@ def test_two_cells_run_share_their_first_task_and_are_kept(tmp_path: Path, capsy
     main(command)
     first = capsys.readouterr().out
     assert "2/2 replay-replay-20-percent-s0" in first
-    results = [json.loads(p.read_text()) for p in sorted((tmp_path / "cells").glob("*/result.json"))]
+    results = [json.loads(p.read_text("utf-8")) for p in sorted((tmp_path / "cells").glob("*/result.json"))]
     assert results[0]["matrix"][0] == results[1]["matrix"][0]
     assert {tuple(r["final"]) for r in results} == {("flowers", "butterflies", "fish")}
-    page = (tmp_path / "experiments.md").read_text()
+    page = (tmp_path / "experiments.md").read_text("utf-8")
     assert "| no replay | " in page
-    assert (tmp_path / "experiments-replay-forgetting.svg").read_text().startswith("<svg")
+    assert (tmp_path / "experiments-replay-forgetting.svg").read_text("utf-8").startswith("<svg")
     before = [p.stat().st_mtime_ns for p in sorted((tmp_path / "cells").glob("*/result.json"))]
     main(command)
     assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "cells").glob("*/result.json"))] == before
@@ -59,7 +59,7 @@ def test_the_page_says_what_was_found_whether_expected_or_not(tmp_path: Path, ke
     found += [result("replay 5 %", s, [[0.9, 0, 0], [kept, 0.9, 0], [kept, kept, 0.9]]) for s in (0, 1)]
     found += [result("all data jointly", 0, [[0.9, 0.9, 0.9]])]
     write_report(tmp_path, found, GRIDS, {"steps": 1, "batch_size": 1, "samples": 1, "images": 2})
-    page = (tmp_path / "experiments.md").read_text()
+    page = (tmp_path / "experiments.md").read_text("utf-8")
     assert page.count(verdict) == 2
     assert "| no replay | 0.400 ± 0.000 (2) |" in page
     for linked in ("experiments-replay-average.svg", "experiments-replay-forgetting.svg"):

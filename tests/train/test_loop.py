@@ -50,7 +50,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def logged(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without its only measurement of time."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     return [{name: value for name, value in r.items() if name != "samples_per_sec"} for r in records]
 
 
@@ -65,17 +65,17 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_a_checkpoint_scores_and_a_log(whole_run: Path) -> None:
     assert read_model(whole_run / "checkpoint").preset == "garden-student"
-    results = json.loads((whole_run / "results.json").read_text())
+    results = json.loads((whole_run / "results.json").read_text("utf-8"))
     assert np.shape(results["prompt_accuracy"]) == (2, 2)
     assert list(results["matrices"]) == ["prompt_accuracy", "exact", "-judge_frechet", "-judge_kernel"]
     assert results["matrices"]["prompt_accuracy"] == results["prompt_accuracy"]
-    records = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert [r["total"] for r in records] == [1, 2, 3, 4, 5, 6]
     assert set(records[0]["losses"]) == {"task", "output", "soft", "feature", "total"}
     assert [r["replayed"] for r in records] == [0, 0, 0, 0.5, 0.5, 0.5]
     assert records[0]["replay_mb"] == 0
     assert records[-1]["replay_mb"] == pytest.approx(6 * 2 * 2 * 4 * 16 * 16 / 1e6, rel=0.1)  # latents
-    prompts = (whole_run / "checkpoint" / "prompts.txt").read_text().splitlines()
+    prompts = (whole_run / "checkpoint" / "prompts.txt").read_text("utf-8").splitlines()
     assert len(prompts) == len(set(prompts)) > 2
     assert any("flower" in p for p in prompts)
     assert any("butterfly" in p for p in prompts)
@@ -94,7 +94,7 @@ def test_resumed_runs_end_with_the_same_weights_to_the_last_bit(
     expected, found = weights(whole_run), weights(tmp_path / "cut")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert logged(tmp_path / "cut") == logged(whole_run)
-    results = [json.loads((run / "results.json").read_text()) for run in (tmp_path / "cut", whole_run)]
+    results = [json.loads((run / "results.json").read_text("utf-8")) for run in (tmp_path / "cut", whole_run)]
     assert results[0] == results[1]
 
 

@@ -87,7 +87,7 @@ def test_an_objective_registered_from_outside_trains_and_resumes(
         pass
     assert isinstance(resumed.objective, OnAGrid)
     assert resumed.objective.calls == 2
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["total"] for line in lines] == [1, 2]
     assert (tmp_path / "run" / "checkpoint" / "unet").is_dir()
 

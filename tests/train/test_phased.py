@@ -119,7 +119,7 @@ def test_the_checkpoint_says_how_it_is_sampled_and_diffusers_makes_its_images(st
     model = read_model(stage / "checkpoint")
     request = made_for(model, Request("a red flower", seed=3))
     assert (request.sampler, request.steps, request.guidance) == ("ddim", 2, 1.0)
-    assert "2 steps of DDIM, guidance 1" in json.loads((stage / "results.json").read_text())["conditions"]
+    assert "2 steps of DDIM, guidance 1" in json.loads((stage / "results.json").read_text("utf-8"))["conditions"]
     ours = open_pipeline(stage / "checkpoint").generate(request)
     pipe = StableDiffusionPipeline.from_pretrained(stage / "checkpoint").to(torch.float32)
     assert type(pipe.scheduler) is DDIMScheduler

@@ -149,7 +149,8 @@ def test_tensorboard_has_every_steps_losses(tmp_path: Path) -> None:
     found = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [e.step for e in found.Scalars("loss/total")] == [1, 2, 3]
     logged = [
-        json.loads(line)["losses"]["total"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        json.loads(line)["losses"]["total"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
     ]
     assert [e.value for e in found.Scalars("loss/total")] == pytest.approx(logged)
     assert len(found.Tags()["images"]) == 1

@@ -96,7 +96,7 @@ def test_eval_gives_a_row_a_precision(checkpoint: Path, bundle: Path, bundle_fp3
 
 def test_bundles_of_another_checkpoint_are_refused(own_bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
     manifest = own_bundle / "kdc-edge.json"
-    found = json.loads(manifest.read_text())
+    found = json.loads(manifest.read_text("utf-8"))
     found["provenance"]["checkpoint_sha256"] = "0" * 64
     manifest.write_text(json.dumps(found))
     task = ("--task", "flowers=garden:flowers")

@@ -8,18 +8,18 @@ describe(cases[0])                                # the Row before anything runs
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ConfigDict
 
 from kdc_edge.bench.record import Row, text_sha256
-from kdc_edge.bundle import Bundle, kind_of
+from kdc_edge.bundle import Bundle, Model, kind_of
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError, KdcError
 from kdc_edge.formats import find_format
-from kdc_edge.pipeline import GuidanceMode, Request
+from kdc_edge.pipeline import GuidanceMode, Request, own_request
 
 TORCH = "torch:"  # in front of a checkpoint's folder
 MIN_IMAGES = 5  # that count, where `repeats` is None
@@ -76,6 +76,34 @@ def grid(
             replace(base, folder=folder, request=asked, engine=engine or base.engine, device=device, threads=count)
         )
     return cases
+
+
+def with_own(
+    case: Case,
+    *,
+    sampler: str | None,
+    steps: int | None,
+    guidance: float | None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Case:
+    """The case with the values given, else with those that its folder asks for, as kdc-edge generate takes them.
+
+    `tell` is called with what is to be said of that. A folder that cannot be read stays as it is: its row says why.
+    """
+    try:
+        request, note = own_request(
+            model_of(case.folder), case.request, sampler=sampler, steps=steps, guidance=guidance
+        )
+    except KdcError:
+        return case
+    if note:
+        tell(f"{case.folder}: {note}")
+    return replace(case, request=request)
+
+
+def model_of(folder: Path) -> Model:
+    """The model of a bundle or checkpoint; raises BundleError or CheckpointError."""
+    return read_model(folder) if kind_of(folder) == "checkpoint" else Bundle.open(folder).manifest.model
 
 
 def references(what: str | Path, cases: Sequence[Case]) -> list[Case]:

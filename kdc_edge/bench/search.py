@@ -1,7 +1,8 @@
 """What to measure until it is known which bundle meets a budget.
 
-candidates = [Candidate.of(bundle) for bundle in matching_bundles(Path("bundles"), FORMATS, None, tell=print)]
-for state in search(candidates, Case(Path(), Request("a red flower")), steps=[20, 12], budget=Budget(max_sec=10)):
+request = Request("a red flower")
+candidates = [Candidate.of(b, request) for b in matching_bundles(Path("bundles"), FORMATS, None, tell=print)]
+for state in search(candidates, Case(Path(), request), steps=[20, 12], budget=Budget(max_sec=10)):
     print(state.rows[-1].name)
 decide(state.rows, budget)
 """
@@ -22,7 +23,7 @@ from kdc_edge.bench.runner import Measured, run
 from kdc_edge.bundle import Bundle, find_bundles
 from kdc_edge.errors import KdcError
 from kdc_edge.formats import Format
-from kdc_edge.pipeline import GuidanceMode
+from kdc_edge.pipeline import GuidanceMode, Request
 from kdc_edge.text import megabytes
 
 TOO_SLOW = 1.25  # times the budget, by what the same bundle took for more steps: not measured any more
@@ -35,12 +36,13 @@ class Candidate:
     folder: Path
     size_bytes: int
     parity_db: float | None  # the export's proof; infinite for equal images
+    request: Request  # the image to make, with the bundle's own steps and sampler where no others are asked for
 
     @classmethod
-    def of(cls, bundle: Bundle) -> Candidate:
+    def of(cls, bundle: Bundle, request: Request) -> Candidate:
         check = bundle.manifest.image_parity
         parity_db = None if check is None else math.inf if check.psnr_db is None else check.psnr_db
-        return cls(bundle.root, bundle.size_bytes, parity_db)
+        return cls(bundle.root, bundle.size_bytes, parity_db, request)
 
 
 @dataclass(frozen=True)
@@ -89,21 +91,24 @@ def next_trial(
 
     The most steps come first, then the samplers in their order; a level that has a row within the budget is the last.
     Within it every bundle is measured, and in the next, more thrifty mode only where memory was what it missed. What
-    more steps have shown to take too much memory, or far too much time, is left out.
+    more steps have shown to take too much memory, or far too much time, is left out. Without `steps`, or `samplers`,
+    every bundle is measured with its own.
     """
     fitting = [candidate for candidate in in_order(candidates, budget) if too_large(candidate, budget) is None]
-    for count in sorted(set(steps), reverse=True):
-        for sampler in samplers:
+    counts: Sequence[int | None] = sorted(set(steps), reverse=True) or (None,)
+    for count in counts:
+        for sampler in samplers or (None,):
+            asked = {c.folder: (count or c.request.steps, sampler or c.request.sampler) for c in fitting}
             for candidate in fitting:
                 for mode in modes:
-                    trial = Trial(candidate.folder, count, sampler, mode)
+                    trial = Trial(candidate.folder, *asked[candidate.folder], mode)
                     if trial not in tried and _too_slow(trial, budget, tried):
                         break
                     if trial not in tried and not _too_much_memory(trial, budget, tried):
                         return trial
                     if trial in tried and not _misses_memory(tried[trial], budget):
                         break
-            level = [row for t, row in tried.items() if (t.steps, t.sampler) == (count, sampler)]
+            level = [row for t, row in tried.items() if asked.get(t.folder) == (t.steps, t.sampler)]
             if choose(level, budget) is not None:
                 return None
     return None
@@ -179,7 +184,7 @@ def search(
     candidates: Sequence[Candidate],
     base: Case,
     *,
-    steps: Sequence[int],
+    steps: Sequence[int] = (),
     budget: Budget,
     samplers: Sequence[str] = (),
     modes: Sequence[Mode] = MODES,
@@ -188,22 +193,27 @@ def search(
 ) -> Iterator[SearchState]:
     """Measure one bundle after the other as `base` says, until the answer is known or `budget_sec` seconds are over.
 
-    `reference` is the checkpoint: PyTorch makes its image once for each number of steps and sampler. Without it the
-    most precise bundle measured is the reference. Every step gives all rows so far, for whoever is interrupted.
+    What is asked of a bundle is its candidate's request, with each of `steps` and `samplers` in turn where there are
+    any; the rest is as in `base`. `reference` is the checkpoint: PyTorch makes its image once for each number of steps
+    and sampler. Without it the most precise bundle measured is the reference. Every step gives all rows so far, for
+    whoever is interrupted.
     """
     end = None if budget_sec is None else time.monotonic() + budget_sec
     measured: list[Measured] = []
     trials: list[Trial | None] = []  # of `measured`; None for a reference
     levels = set()
+    requests = {candidate.folder: candidate.request for candidate in candidates}
     while True:
         rows = compare_images(measured)
         tried = {t: row for t, row in zip(trials, rows, strict=True) if t is not None}
-        todo = next_trial(candidates, steps, samplers or [base.request.sampler], modes, budget, tried)
+        todo = next_trial(candidates, steps, samplers, modes, budget, tried)
         left = None if end is None else end - time.monotonic()
         if todo is None or (left is not None and left <= 0):
             yield SearchState(rows, measured, over=True, complete=todo is None)
             return
-        request = replace(base.request, steps=todo.steps, sampler=todo.sampler, guidance_mode=todo.mode.guidance_mode)
+        request = replace(
+            requests[todo.folder], steps=todo.steps, sampler=todo.sampler, guidance_mode=todo.mode.guidance_mode
+        )
         level = (todo.steps, todo.sampler)
         if reference is not None and level not in levels:
             case, todo = Case(reference, request, 1, 0, engine="torch", threads=base.threads), None

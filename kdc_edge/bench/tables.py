@@ -24,7 +24,7 @@ from kdc_edge.bench.record import Environment, Row
 from kdc_edge.bench.values import METRICS, Shown, count_threads, timing, values
 from kdc_edge.errors import InputError
 from kdc_edge.formats import find_format
-from kdc_edge.text import decibels, markdown_table
+from kdc_edge.text import csv_cell, decibels, markdown_table
 
 UNKNOWN = "–"
 TABLE_COLUMNS = 120  # characters, where the text goes to no terminal
@@ -145,6 +145,7 @@ def columns(shown: Sequence[Shown]) -> list[Column]:
     return [
         Column("Bundle", tuple(s.label for s in shown)),
         Column("Engine", tuple(_engine(row) for row in rows)),
+        *_own(rows),
         Column("Size, MB", tuple(_megabytes(row.size_bytes) for row in rows)),
         *(_timed(STAGES[stage], [one[f"{stage}_sec"] for one in numbers]) for stage in stages),
         _timed("p90", [row.timings.end_to_end.p90_sec if row.timings else None for row in rows]),
@@ -154,6 +155,28 @@ def columns(shown: Sequence[Shown]) -> list[Column]:
         Column("Parity, dB", tuple(_db(row.parity_db) for row in rows)),
         *(column for name, title in _metrics(rows).items() for column in known(title.capitalize(), name)),
     ]
+
+
+def _own(rows: Sequence[Row]) -> list[Column]:
+    """Steps, sampler and guidance, which a bundle may have of its own, where bundles differ in them.
+
+    Where the rows of one bundle differ, their labels say it.
+    """
+    groups = [[row for row in rows if row.folder == folder] for folder in {row.folder for row in rows}]
+    measured = [row for row in rows if row.timings is not None]
+    return [
+        Column(header, tuple(show(row) for row in rows))
+        for header, name, show in (
+            ("Steps", "steps", lambda row: str(row.steps)),
+            ("Sampler", "sampler", lambda row: row.sampler),
+            ("Guidance", "guidance", lambda row: f"{row.guidance:g}"),
+        )
+        if _differ(measured, name) and not any(_differ(group, name) for group in groups)
+    ]
+
+
+def _differ(rows: Sequence[Row], name: str) -> bool:
+    return len({getattr(row, name) for row in rows}) > 1
 
 
 def _timed(header: str, found_sec: Sequence[float | None]) -> Column:
@@ -243,7 +266,7 @@ def rows_as_csv(rows: Sequence[Row]) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, list(lines[0]) if lines else CSV_NAMES, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({name: csv_cell(value) for name, value in line.items()} for line in lines)
     return out.getvalue()
 
 

@@ -26,14 +26,20 @@ def bench(
         Argument(help="Bundles, checkpoints, or torch:CKPT for PyTorch as the reference; all in bundles/ when none."),
     ] = None,
     prompt: Annotated[str, Option(help="What the image shows.")] = "a red flower with five petals",
-    steps: Annotated[str, Option(metavar="N[,N]", help="Steps of the sampler; several are measured in turn.")] = "20",
-    guidance: Guidance = 7.5,
+    steps: Annotated[
+        str | None,
+        Option(metavar="N[,N]", help="Steps of the sampler, in turn; 20, or a few-step student's own, when not given."),
+    ] = None,
+    guidance: Guidance = None,
     guidance_mode: Annotated[
         str | None,
         Option(metavar="MODE[,MODE]", help="batched, or sequential: two U-Net calls of half the activations."),
     ] = None,
     guidance_interval: GuidanceInterval = "0.0:1.0",
-    scheduler: Annotated[str, Option(metavar="NAME[,NAME]", help="As in kdc-edge generate.")] = "dpm++2m",
+    scheduler: Annotated[
+        str | None,
+        Option(metavar="NAME[,NAME]", help="As in kdc-edge generate, in turn; the bundle's own when not given."),
+    ] = None,
     seed: Annotated[int, Option(help="Of the initial noise.")] = 0,
     width: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
@@ -71,7 +77,7 @@ def bench(
 ) -> None:
     """Measure bundles, each in a process of its own: latency by stage, memory, size, quality."""
     del config
-    from kdc_edge.bench.case import Case, grid, references
+    from kdc_edge.bench.case import Case, grid, references, with_own
     from kdc_edge.bench.page import ReportFormat, render
     from kdc_edge.bench.record import Report, here
     from kdc_edge.bench.reference import compare_images
@@ -88,7 +94,7 @@ def bench(
         raise InputError(f"--budget-sec {budget_sec:g} is no time: use a number of seconds above 0")
     score, asked = _scorer(prompts, metric_weights)
     request = make_request(
-        prompt, guidance=guidance, guidance_mode=None, guidance_interval=guidance_interval, seed=seed, width=width,
+        prompt, guidance_mode=None, guidance_interval=guidance_interval, seed=seed, width=width,
         height=height, low_memory=low_memory,
     )  # fmt: skip
     single = device is None or "=" in device  # a device for each component, not one after the other
@@ -97,10 +103,18 @@ def bench(
         Case(Path(), request, repeats, warmup, engine, device, low_memory=low_memory, prompts=tuple(asked)),
         devices=[] if single else listed(device or "", "--device", str),
         threads=listed(threads, "--threads", int) if threads is not None else [],
-        steps=listed(steps, "--steps", int),
-        samplers=listed(scheduler, "--scheduler", str),
+        steps=listed(steps, "--steps", int) if steps is not None else [],
+        samplers=listed(scheduler, "--scheduler", str) if scheduler is not None else [],
         guidance_modes=guidance_modes(guidance_mode) if guidance_mode else [],
     )
+    said: set[str] = set()
+    cases = [
+        with_own(
+            case, sampler=None if scheduler is None else case.request.sampler,
+            steps=None if steps is None else case.request.steps, guidance=guidance, tell=lambda line: _once(line, said),
+        )
+        for case in cases
+    ]  # fmt: skip
     others = references(reference, cases) if reference else []
     measured, interrupted = _measure(others, cases, budget_sec, score)
     found = measured[len(others) :]
@@ -132,6 +146,13 @@ def _measure(
     except KeyboardInterrupt:
         return measured + [not_measured(case, "interrupted") for case in todo[len(measured) :]], True
     return measured, False
+
+
+def _once(line: str, said: set[str]) -> None:
+    """Say a line that was not said before."""
+    if line not in said:
+        say(line)
+        said.add(line)
 
 
 def _check(rows: Sequence[Row], limits: Sequence[Limit]) -> None:

@@ -34,8 +34,16 @@ def evaluate(
     images: Annotated[int, Option(help="Of each task.")] = 64,
     teacher: Annotated[str | None, Option(help="Compare with this checkpoint's images (LPIPS).")] = None,
     metric_weights: Annotated[Path | None, Option(help="Folder with the weight files of FID, LPIPS, CLIP.")] = None,
-    steps: Annotated[int, Option(help="Of DPM-Solver++ 2M.")] = 12,
-    guidance: Annotated[float, Option(help="Guidance scale.")] = 4.0,
+    steps: Annotated[
+        int | None, Option(help="Steps of the sampler; 12, or a few-step student's own, when not given.")
+    ] = None,
+    guidance: Annotated[
+        float | None, Option(help="Guidance scale; 4, or a few-step student's own, when not given.")
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        Option(help="As in kdc-edge generate; DPM-Solver++ 2M, or a few-step student's own, when not given."),
+    ] = None,
     seed: Annotated[int, Option(help="Of the noise.")] = 7,
     as_json: Json = False,
     config: Config = None,
@@ -60,12 +68,12 @@ def evaluate(
     if any(not t.source.startswith("garden:") for t in tasks):
         for line in metrics.missing():
             say(f"not measured: {line}")
-    open_ = partial(open_generator, steps=steps, guidance=guidance)
+    open_ = partial(open_generator, steps=steps, guidance=guidance, sampler=scheduler)
     measure = partial(
         evaluate_tasks, tasks=tasks, images=images, size=read_model(checkpoint).image_size, metrics=metrics,
         teacher=open_(find_teacher(teacher)) if teacher else None, seed=seed,
     )  # fmt: skip
-    generator = open_(checkpoint)
+    generator = open_(checkpoint, tell=say)
     own = measure(generator)
     document: dict[str, Any] = {
         "checkpoint": str(checkpoint),

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer import Argument, Option
@@ -21,6 +21,8 @@ from kdc_edge.formats import FORMATS, GOOD_PSNR_DB, Format
 if TYPE_CHECKING:
     from kdc_edge.bench.budget import Budget, Decision
     from kdc_edge.bench.search import Candidate, SearchState
+    from kdc_edge.bundle import Bundle
+    from kdc_edge.pipeline import Request
 
 FILES = (".html", ".md", ".json", ".csv")
 DEFINITIONS = (
@@ -49,9 +51,17 @@ def fit(
     bundles: Annotated[Path, Option(metavar="DIR", help="Where they are, and where exports go.")] = BUNDLES,
     export: Annotated[bool, Option("--export/--no-export", help="Make the bundles that are missing.")] = True,
     prompt: Annotated[str, Option(help="What the image shows.")] = "a red flower with five petals",
-    steps: Annotated[str, Option(metavar="N[,N]", help="The most that the budget allows is taken.")] = "20",
-    scheduler: Annotated[str, Option(metavar="NAME[,NAME]", help="In order of preference.")] = "dpm++2m",
-    guidance: Guidance = 7.5,
+    steps: Annotated[
+        str | None,
+        Option(
+            metavar="N[,N]",
+            help="The most that the budget allows is taken; 20, or a few-step student's own, when not given.",
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None, Option(metavar="NAME[,NAME]", help="In order of preference; the bundle's own when not given.")
+    ] = None,
+    guidance: Guidance = None,
     guidance_mode: Annotated[
         str, Option(metavar="MODE[,MODE]", help="sequential, and then low memory, where batched takes too much.")
     ] = "batched,sequential",
@@ -77,27 +87,29 @@ def fit(
     from kdc_edge.bench.case import Case
     from kdc_edge.bench.search import MODES, search
     from kdc_edge.noise_schedule import NoiseSchedule
-    from kdc_edge.samplers import make_sampler
+    from kdc_edge.samplers import DEFAULT_SAMPLER, make_sampler
 
     for option, limit in (("--max-sec", max_sec), ("--budget-sec", budget_sec)):
         if limit is not None and not limit > 0:
             raise InputError(f"{option} {limit:g} is no time: use a number of seconds above 0")
     budget = Budget(_bytes("--max-size", max_size), max_sec, _bytes("--max-memory", max_memory), min_psnr)
     allowed = guidance_modes(guidance_mode)
-    counts, samplers = listed(steps, "--steps", int), listed(scheduler, "--scheduler", str)
-    for count, sampler in itertools.product(counts, samplers):
+    counts = listed(steps, "--steps", int) if steps is not None else []
+    samplers = listed(scheduler, "--scheduler", str) if scheduler is not None else []
+    for count, sampler in itertools.product(counts or [1], samplers or [DEFAULT_SAMPLER]):
         make_sampler(sampler, NoiseSchedule(), count)  # an unknown one is refused before anything is exported
     for path in out or ():
         if path.suffix not in FILES:
             raise InputError(f"--out {path} is of no known kind: give it a name that ends in {', '.join(FILES)}")
-    request = make_request(
-        prompt, guidance=guidance, guidance_mode=None, guidance_interval="0.0:1.0", seed=seed, low_memory=False
-    )
+    request = make_request(prompt, guidance_mode=None, guidance_interval="0.0:1.0", seed=seed, low_memory=False)
     base = Case(Path(), request, repeats, warmup, device=device, threads=threads)
     if checkpoint is None and LATEST.exists():
         checkpoint = latest_checkpoint()
         say(f"no checkpoint given: {checkpoint.resolve()}")
-    candidates = _candidates(checkpoint, bundles, _wanted(formats), budget, export=export)
+    found = _bundles(checkpoint, bundles, _wanted(formats), budget, export=export)
+    candidates = _candidates(
+        found, budget, request, sampler=next(iter(samplers), None), steps=next(iter(counts), None), guidance=guidance
+    )
     reference = checkpoint if importlib.util.find_spec("torch") and importlib.util.find_spec("diffusers") else None
     state, interrupted = None, False
     try:
@@ -146,11 +158,11 @@ def _measurable(row: Format) -> bool:
     return not engine.reference and importlib.util.find_spec(engine.package) is not None
 
 
-def _candidates(
+def _bundles(
     checkpoint: Path | None, folder: Path, wanted: Sequence[Format], budget: Budget, *, export: bool
-) -> list[Candidate]:
+) -> list[Bundle]:
     """The bundles of this checkpoint that run here, with those that are missing and could fit exported first."""
-    from kdc_edge.bench.search import Candidate, matching_bundles, too_large
+    from kdc_edge.bench.search import matching_bundles
     from kdc_edge.bundle import Bundle
     from kdc_edge.diffusers_folder import hash_checkpoint, read_model
 
@@ -173,12 +185,26 @@ def _candidates(
                 say(f"{row.name}: not exported: {failure}")
             else:
                 bundles.append(Bundle.open(out))
-    candidates = [Candidate.of(bundle) for bundle in bundles]
-    for bundle, candidate in zip(bundles, candidates, strict=True):
-        if reason := too_large(candidate, budget):
-            say(f"{bundle.manifest.name}: not measured: {reason}")
-    if not candidates:
+    if not bundles:
         raise InputError(f"there is nothing to measure: no bundle in {folder}/ of this checkpoint runs here")
+    return bundles
+
+
+def _candidates(bundles: Sequence[Bundle], budget: Budget, request: Request, **given: Any) -> list[Candidate]:
+    """The bundles with what is asked of each: the values given, else its own, which are said where they need words."""
+    from kdc_edge.bench.search import Candidate, too_large
+    from kdc_edge.pipeline import own_request
+
+    candidates, notes = [], {}
+    for bundle in bundles:
+        own, note = own_request(bundle.manifest.model, request, **given)
+        candidates.append(Candidate.of(bundle, own))
+        if reason := too_large(candidates[-1], budget):
+            say(f"{bundle.manifest.name}: not measured: {reason}")
+        elif note:
+            notes[note] = bundle.manifest.name
+    for note, name in notes.items():
+        say(f"{name}: {note}")
     return candidates
 
 

@@ -12,7 +12,10 @@ from kdc_edge.errors import InputError
 if TYPE_CHECKING:
     from kdc_edge.pipeline import GuidanceMode, Request
 
-Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 for none, at half the cost.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="Guidance scale; 7.5, or a few-step student's own. 1 for none, at half the cost."),
+]
 GuidanceModeOption = Annotated[
     str | None,
     typer.Option("--guidance-mode", help="batched, or sequential: two U-Net calls of half the activations."),

@@ -20,6 +20,7 @@ from kdc_edge.bundle import (
     Model,
     Parity,
     Provenance,
+    Sampling,
     Tensor,
     list_files,
     write_manifest,
@@ -38,6 +39,7 @@ MODEL = Model(
     scaling_factor=1.0,
     scheduler={"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
 )
+FEW_STEPS = MODEL.model_copy(update={"sampling": Sampling(scheduler="ddim", steps=4, guidance=1.0)})
 HOSTILE = "<script>alert('x')</script> & \"quotes\" | *pipe*"
 
 
@@ -112,7 +114,7 @@ def open_endless(folder: Path, **_: object) -> Pipeline:
     raise AssertionError
 
 
-def make_bundle(folder: Path, checks: Sequence[Check] = ()) -> Path:
+def make_bundle(folder: Path, checks: Sequence[Check] = (), model: Model = MODEL) -> Path:
     folder.mkdir(parents=True)
     (folder / "weights").write_bytes(b"x" * 1000)
     tensor = Tensor(dtype="float32", shape=[1])
@@ -120,7 +122,7 @@ def make_bundle(folder: Path, checks: Sequence[Check] = ()) -> Path:
     manifest = Manifest(
         target="onnx",
         precision="fp16",
-        model=MODEL,
+        model=model,
         components={"unet": info},
         files=list_files(folder),
         parity=Parity(reference="PyTorch", conditions="a test", checks=list(checks)),

@@ -24,6 +24,15 @@ COMMAND = [sys.executable, "-c", "from kdc_edge.cli import main; main()", "bench
 QUICK = ("--steps", 1, "--repeats", 2, "--warmup", 0, "--threads", 1)
 
 
+def few_steps(bundle: Path, folder: Path) -> Path:
+    """A copy of a bundle that asks for 2 steps of DDIM without guidance."""
+    shutil.copytree(bundle, folder)
+    manifest = json.loads((folder / "kdc-edge.json").read_text())
+    manifest["model"]["sampling"] = {"scheduler": "ddim", "steps": 2, "guidance": 1.0}
+    (folder / "kdc-edge.json").write_text(json.dumps(manifest))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def measured(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a good bundle, a damaged one, and what bench wrote of both."""
@@ -48,6 +57,21 @@ def test_a_failing_bundle_is_a_row_with_its_reason(measured: Path) -> None:
     assert "has changed since it was exported" in damaged["failure"]
     assert "is missing" in lost["failure"]
     assert damaged["timings"] is lost["timings"] is None
+
+
+def test_a_few_step_bundle_is_measured_in_its_own_steps(bundle: Path, tmp_path: Path) -> None:
+    """Its PSNR too: the reference makes the same image."""
+    few = few_steps(bundle, tmp_path / "few")
+    common = ("bench", few, "--repeats", 1, "--warmup", 0, "--reference", bundle, "--format", "json")
+    done = run(*common, cwd=tmp_path)
+    (row,) = json.loads(done.stdout)["rows"]
+    assert (row["sampler"], row["steps"], row["guidance"]) == ("ddim", 2, 1.0)
+    assert row["psnr"] == {"reference": str(bundle), "db": None}
+    assert "trained without" not in done.stderr
+    done = run(*common, "--steps", "1,3", "--guidance", 4, cwd=tmp_path)
+    rows = json.loads(done.stdout)["rows"]
+    assert [(row["sampler"], row["steps"], row["guidance"]) for row in rows] == [("ddim", 1, 4.0), ("ddim", 3, 4.0)]
+    assert done.stderr.count("guidance 4 is given to a student that was trained without") == 1
 
 
 def test_limits_set_the_exit_code(bundle: Path, tmp_path: Path) -> None:

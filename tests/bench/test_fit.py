@@ -120,11 +120,12 @@ def test_the_command_makes_the_row_again() -> None:
 
 # What is measured next.
 
-SMALL, LARGE = Candidate(Path("small"), 5 * MB, 25.0), Candidate(Path("large"), 20 * MB, 60.0)
+SMALL = Candidate(Path("small"), 5 * MB, 25.0, Request("a"))
+LARGE = Candidate(Path("large"), 20 * MB, 60.0, Request("a"))
 
 
 def test_the_proved_come_first_then_the_small() -> None:
-    unproved = Candidate(Path("unproved"), MB, None)
+    unproved = Candidate(Path("unproved"), MB, None, Request("a"))
     assert in_order([unproved, SMALL, LARGE], Budget(min_psnr_db=30)) == [LARGE, unproved, SMALL]
     assert in_order([LARGE, SMALL], Budget()) == [SMALL, LARGE]
 
@@ -180,6 +181,19 @@ def test_thrifty_modes_only_where_memory_is_missed_and_its_lesson_is_kept() -> N
     assert len(measured_in_turn(Budget(max_sec=3, max_memory_bytes=100 * MB), light, [20])) == 2
 
 
+def test_without_steps_every_bundle_is_measured_with_its_own() -> None:
+    few = dataclasses.replace(SMALL, request=Request("a", steps=4, sampler="ddim", guidance=1.0))
+    trials = [Trial(Path("small"), 4, "ddim", BATCHED), Trial(Path("large"), 20, "dpm++2m", BATCHED)]
+    quick, slow = row("small", 2.0, 300, 40.0, steps=4, sampler="ddim"), row("large", 9.0, 300, 60.0, sampler="dpm++2m")
+    tried: dict[Trial, Row] = {}
+    for trial, answer in zip(trials, (quick, slow), strict=True):
+        assert next_trial([few, LARGE], [], [], MODES, Budget(max_sec=3), tried) == trial
+        tried[trial] = answer
+    assert next_trial([few, LARGE], [], [], MODES, Budget(max_sec=3), tried) is None
+    assert choose([quick, slow], Budget(max_sec=3)) is quick
+    assert choose([quick, slow], Budget()) is slow  # where time allows, the image of more steps
+
+
 def test_what_is_too_large_is_not_measured() -> None:
     assert next_trial([LARGE], [20], ["ddim"], MODES, Budget(max_size_bytes=19 * MB), {}) is None
 
@@ -190,7 +204,7 @@ def test_a_search_measures_the_reference_once_a_level(tmp_path: Path) -> None:
     base = Case(Path(), Request("a", sampler="ddim"), repeats=1, warmup=0)
     found = list(
         search(
-            [Candidate(folder, 1000, 50.0) for folder in folders],
+            [Candidate(folder, 1000, 50.0, base.request) for folder in folders],
             base,
             steps=[2, 3],
             budget=Budget(max_sec=1e-9),
@@ -209,7 +223,7 @@ def test_a_search_measures_the_reference_once_a_level(tmp_path: Path) -> None:
 def test_a_search_ends_with_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the clock stands still at the very end: 0 seconds are left, not an unknown number."""
     monkeypatch.setattr("kdc_edge.bench.search.time.monotonic", lambda: 100.0)
-    candidates = [Candidate(make_bundle(tmp_path / "a"), 1000, 50.0)]
+    candidates = [Candidate(make_bundle(tmp_path / "a"), 1000, 50.0, Request("a"))]
     (found,) = search(candidates, Case(Path(), Request("a")), steps=[2], budget=Budget(), budget_sec=0.0)
     assert (found.rows, found.complete) == ([], False)
 

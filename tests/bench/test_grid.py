@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from kdc_edge.bench.case import Case, grid, references
+from kdc_edge.bench.case import Case, grid, references, with_own
 from kdc_edge.bench.record import PromptQuality, Psnr, Row
 from kdc_edge.bench.reference import compare_images
 from kdc_edge.bench.runner import Measured, run
+from kdc_edge.bench.tables import columns
 from kdc_edge.bench.values import NAMES, Limit, broken_limits, labels, show, values
 from kdc_edge.errors import InputError
 from kdc_edge.pipeline import Request
-from tests.bench.rows import FAILED, make_bundle, make_row
+from tests.bench.rows import FAILED, FEW_STEPS, MODEL, make_bundle, make_row
 
 BASE = Case(Path(), Request("x"))
 
@@ -31,6 +34,49 @@ def test_a_grid_is_every_combination_in_order() -> None:
     assert found[1] == ("runs/1/checkpoint", "torch", 1, 4, "sequential")
     assert found[-1] == ("bundles/a", "openvino", 2, 20, "sequential")
     assert len(set(found)) == 16
+
+
+def test_a_folder_is_measured_as_it_asks_to_be_used(tmp_path: Path) -> None:
+    few = make_bundle(tmp_path / "few", model=FEW_STEPS)
+    plain = make_bundle(tmp_path / "plain")
+    euler = make_bundle(
+        tmp_path / "euler", model=MODEL.model_copy(update={"scheduler": {"_class_name": "EulerDiscreteScheduler"}})
+    )
+
+    def asked(folder: Path, **given: Any) -> tuple[str, int, float]:
+        values = {"sampler": None, "steps": None, "guidance": None, "tell": said.append} | given
+        request = with_own(replace(BASE, folder=folder), **values).request
+        return request.sampler, request.steps, request.guidance
+
+    said: list[str] = []
+    assert asked(few) == ("ddim", 4, 1.0)
+    assert asked(plain) == ("dpm++2m", 20, 7.5)
+    assert asked(euler) == ("euler", 20, 7.5)
+    assert asked(few, sampler="lcm", steps=2) == ("lcm", 2, 1.0)
+    assert not said
+    assert asked(few, guidance=7.5) == ("ddim", 4, 7.5)
+    assert said == [f"{few}: guidance 7.5 is given to a student that was trained without: 1 is faster and truer to it"]
+    assert asked(tmp_path / "nowhere") == ("dpm++2m", 20, 7.5)  # its row says that nothing is there
+
+
+def test_rows_of_other_steps_say_so_and_have_their_own_reference(tmp_path: Path) -> None:
+    cases = [
+        with_own(
+            replace(BASE, folder=make_bundle(tmp_path / name, model=model)), sampler=None, steps=None, guidance=None
+        )
+        for name, model in (("few", FEW_STEPS), ("plain", MODEL))
+    ]
+    assert [c.request for c in references("torch:c", cases)] == [c.request for c in cases]
+    rows = [
+        make_row(c.folder.name, steps=c.request.steps, sampler=c.request.sampler, guidance=c.request.guidance)
+        for c in cases
+    ]
+    cells = {column.header: column.cells for column in columns(show(rows))}
+    assert cells["Steps"] == ("4", "20")
+    assert cells["Sampler"] == ("ddim", "dpm++2m")
+    assert cells["Guidance"] == ("1", "7.5")
+    failed = [rows[0], replace(rows[1], timings=None)]
+    assert "Steps" not in {column.header for column in columns(show(failed))}
 
 
 def test_a_reference_makes_each_image_once() -> None:

@@ -12,8 +12,9 @@ import pytest
 
 from kdc_edge.noise import initial_latents
 from kdc_edge.train.quality import evaluate
-from kdc_edge.train.quality.evaluate import Evaluated, Score, evaluation_noise, open_generator
+from kdc_edge.train.quality.evaluate import EVALUATION, Evaluated, Score, evaluation_noise, open_generator
 from kdc_edge.train.quality.precisions import QualityDrop, compare
+from tests.bench.test_cli import few_steps
 from tests.cli.test_commands import complaint, run
 
 
@@ -60,11 +61,21 @@ def test_a_bundle_is_asked_for_the_images_of_its_checkpoint(
 ) -> None:
     monkeypatch.setattr(evaluate, "batch_size", lambda side: 2)  # three images in two batches  # noqa: ARG005
     prompts = ["a red flower", "a blue butterfly", "a red flower"]
+    assert open_generator(bundle_fp32).request == EVALUATION
     expected = open_generator(checkpoint, steps=2, guidance=3.0)(prompts, seed=5)
     found = open_generator(bundle_fp32, steps=2, guidance=3.0)(prompts, seed=5)
     assert found.shape == expected.shape == (3, 64, 64, 3)
     assert np.abs(found.astype(int) - expected).max() <= 1
     assert np.abs(expected[0].astype(int) - expected[2]).max() > 10  # the noise is each image's own
+
+
+def test_a_few_step_bundle_is_evaluated_as_it_was_trained(bundle_fp32: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    few = few_steps(bundle_fp32, tmp_path / "few")
+    assert open_generator(few, tell=said.append).conditions == "2 steps of DDIM, guidance 1"
+    assert not said
+    assert open_generator(few, guidance=4, sampler="lcm", tell=said.append).conditions == "2 steps of LCM, guidance 4"
+    assert len(said) == 1
 
 
 def test_eval_gives_a_row_a_precision(checkpoint: Path, bundle: Path, bundle_fp32: Path, tmp_path: Path) -> None:

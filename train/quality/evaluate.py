@@ -10,7 +10,7 @@ give other numbers. Higher is better: distances count negatively.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,10 +23,9 @@ from transformers import CLIPTextModel
 
 from kdc_edge.bundle import Model, kind_of
 from kdc_edge.components import COMPONENTS, Component
-from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.noise import initial_latents
-from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.pipeline import Pipeline, Request, own_request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.torch import TorchComponent, load_network
 from kdc_edge.tokenizer import Tokenizer
@@ -298,15 +297,29 @@ def evaluate_tasks(
     return found
 
 
-def open_generator(folder: Path, *, steps: int, guidance: float) -> Generator:
+def open_generator(
+    folder: Path,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Generator:
     """A checkpoint in fp32 on the best device; or a bundle, image by image, on this machine's engine for it.
 
-    Raises CheckpointError or BundleError for a folder that cannot be read.
+    What is not given is a few-step student's own, else as in EVALUATION. `tell` is called with what is to be said of
+    that. Raises CheckpointError or BundleError for a folder that cannot be read.
     """
-    request = replace(EVALUATION, steps=steps, guidance=guidance)
+    pipeline = open_pipeline(folder)
+    request, note = own_request(
+        pipeline.model, EVALUATION, sampler=sampler or (None if pipeline.model.sampling else EVALUATION.sampler),
+        steps=steps, guidance=guidance,
+    )  # fmt: skip
+    pipeline.check(request)
+    if note:
+        tell(note)
     if kind_of(folder) == "bundle":
-        return Generator(open_pipeline(folder), request, batch=1)
+        return Generator(pipeline, request, batch=1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text_encoder, unet, vae = (load_network(folder, name).to(device) for name in COMPONENTS)
-    tokenizer = Tokenizer.from_folder(folder / "tokenizer")
-    return torch_generator(read_model(folder), tokenizer, text_encoder, unet, vae, request)
+    return torch_generator(pipeline.model, pipeline.tokenizer, text_encoder, unet, vae, request)

@@ -28,7 +28,7 @@ from kdc_edge.bench.record import Report, Row
 from kdc_edge.bench.tables import UNKNOWN, digits, markdown_text, plain_text
 from kdc_edge.bench.values import count_threads, timing, values
 from kdc_edge.errors import InputError
-from kdc_edge.text import markdown_table, megabytes
+from kdc_edge.text import csv_cell, markdown_table, megabytes
 
 DRAWS = 2000
 MIDDLE = (2.5, 97.5)  # percentiles
@@ -172,7 +172,7 @@ def render_changes(changes: Sequence[Change], format: str) -> str:
         out = io.StringIO()
         writer = csv.DictWriter(out, [f.name for f in fields(Change)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(change) for change in changes)
+        writer.writerows({name: csv_cell(value) for name, value in asdict(change).items()} for change in changes)
         return out.getvalue()
     rows = [_cells(change) for change in changes]
     if format == "md":

@@ -147,3 +147,8 @@ def test_changes_for_people(format: str) -> None:
 def test_another_format_is_refused() -> None:
     with pytest.raises(InputError, match="table, md, csv, json"):
         render_changes(CHANGES, "html")
+
+
+def test_csv_cells_are_not_computed_by_a_spreadsheet() -> None:
+    lines = list(csv.DictReader(io.StringIO(render_changes([dataclasses.replace(CHANGES[0], what="=1+1")], "csv"))))
+    assert lines[0]["what"] == "'=1+1"

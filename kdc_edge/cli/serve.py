@@ -45,7 +45,7 @@ def serve(
     from kdc_edge.serve.worker import Worker
 
     if host not in ("127.0.0.1", "localhost", "::1") and token is None:
-        say(f"--host {host} lets everyone on the network draw: give a --token to keep them out")
+        say(f"--host {host} makes the server reachable from the network: give a --token to restrict it")
     if bundle is None:
         bundle = best_bundle()
         say(f"no bundle given: {bundle}")
@@ -61,9 +61,7 @@ def serve(
     try:
         sock = listening.bind_socket()
     except SystemExit:  # uvicorn's word for a port that cannot be had
-        raise InputError(
-            f"--port {port} of {host} cannot be listened at: choose another, or 0 for a free one"
-        ) from None
+        raise InputError(f"--port {port} is not available on {host}: choose another, or 0 for a free one") from None
     say(f"http://{host}:{sock.getsockname()[1]}/{f'#token={token}' if token else ''}  (Ctrl-C ends)")
     try:
         server.run(sockets=[sock])

@@ -15,7 +15,8 @@ from typer import Option
 from kdc_edge.cli.project import LATEST, Config, need_training, new_run, point_latest, say
 from kdc_edge.cli.settings import Given, flags
 from kdc_edge.errors import InputError
-from kdc_edge.train.config import TrainConfig
+from kdc_edge.settings import arguments, settings_of
+from kdc_edge.train.config import FEW_STEP_STAGE, TrainConfig
 
 if TYPE_CHECKING:
     from kdc_edge.train.data.tasks import Task
@@ -63,6 +64,7 @@ def train(
             task = ["flowers=garden:flowers", "butterflies=garden:butterflies"]
             say(f"no task given{'' if config else ' and no kdc-edge.toml here'}: taking the garden, {' '.join(task)}")
         settings = given.make(tasks=parse_tasks(task, caption or ()))
+        settings = replace(settings, **arguments(settings, _stage_defaults(given, settings)))
     settings = replace(settings, teacher=find_teacher(str(settings.teacher)))
     if dry_run:
         from kdc_edge.train.tools.plan import make_plan
@@ -85,13 +87,11 @@ def train(
 
 
 def _continued(given: Given[TrainConfig], run: Path, tasks: tuple[Task, ...]) -> TrainConfig:
-    """The run's own settings, changed by what was given by hand and, for a few-step stage, by its table; said aloud.
+    """The run's own settings, changed by those of the command line and of a few-step stage; changes are printed.
 
     With `tasks` the run learns more; without, another objective goes over its tasks.
     """
     from kdc_edge.presets import find_preset
-    from kdc_edge.settings import arguments, settings_of
-    from kdc_edge.train.config import FEW_STEP_STAGE
 
     saved = given.kind.load(run)
     settings = saved
@@ -105,6 +105,20 @@ def _continued(given: Given[TrainConfig], run: Path, tasks: tuple[Task, ...]) ->
         if s.of(settings) != s.of(saved):
             say(f"{s.option} {s.of(settings)} (the run had {s.of(saved)})")
     return settings
+
+
+def _stage_defaults(given: Given[TrainConfig], settings: TrainConfig) -> dict[str, Any]:
+    """The settings of a few-step stage for a run that begins with it, where no others are given."""
+    from kdc_edge.presets import find_preset
+
+    if settings.objective != "phased":
+        return {}
+    stage = FEW_STEP_STAGE[find_preset(settings.student).family]
+    defaults = {s.name: s.default for s in settings_of(given.kind)}
+    found = {n: v for n, v in stage.items() if n not in given.typed and given.values[n] == defaults[n]}
+    for name, value in found.items():
+        say(f"--{name.replace('_', '-')} {value}, for few steps")
+    return found
 
 
 def _announce(trainer: Trainer, run: Path) -> None:

@@ -165,3 +165,13 @@ def test_the_quickstart_has_defaults_of_its_own() -> None:
 
 def model() -> Model:
     return read_model(GARDEN_TEACHER)
+
+
+def test_a_run_that_begins_with_few_steps_takes_the_stages_settings_unless_others_are_given(tmp_path: Path) -> None:
+    few = ["train", "--objective", "phased", "--task", "flowers=garden:flowers", "--dry-run"]
+    said = run(*few, "--warmup", 7, cwd=tmp_path)
+    assert "--learning-rate 0.0003" in said.stdout
+    assert "--huber 0.03" in said.stdout
+    assert "--warmup 7" in said.stdout
+    assert "--ema-decay 0.98, for few steps" in said.stderr
+    assert "--learning-rate" not in run("train", "--task", "flowers=garden:flowers", "--dry-run", cwd=tmp_path).stdout

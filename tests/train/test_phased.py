@@ -17,6 +17,7 @@ from kdc_edge.image import psnr_db
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.pipeline import Request, made_for
 from kdc_edge.runtimes import open_pipeline
+from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import FewSteps, TrainConfig
 from kdc_edge.train.loop import StepDone, Trainer
 from kdc_edge.train.objectives.phased import Grid, Jump, Phased, phase_ends, pseudo_huber
@@ -170,3 +171,11 @@ def test_fewer_phases_continue_from_more(stage: Path, tmp_path: Path) -> None:
     for _ in Trainer(settings, tmp_path / "one", resume=True).run():
         pass
     assert made_for(read_model(tmp_path / "one" / "checkpoint"), Request("")).steps == 1
+
+
+def test_a_run_may_start_from_a_checkpoint_of_its_own_shape(first: Path, tmp_path: Path) -> None:
+    trainer = Trainer(few_steps(start=first / "checkpoint"), tmp_path / "started")
+    expected = weights(first)
+    assert all(torch.equal(t, expected[n]) for n, t in trainer.student.network.state_dict().items())
+    with pytest.raises(InputError, match="has a U-Net of another shape than --student"):
+        Trainer(few_steps(start=GARDEN_TEACHER), tmp_path / "other")

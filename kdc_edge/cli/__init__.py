@@ -10,13 +10,19 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 __all__ = ["main"]
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 WORDS = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
+RESEND_SEC = 0.05
 
 
 class _Ends:
@@ -28,6 +34,7 @@ class _Ends:
             if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(signal.SIGINT, self._interrupt)
             signal.signal(signal.SIGTERM, self._terminate)
+        sys.unraisablehook = self._unraisable
 
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
         self.code = INTERRUPTED
@@ -37,8 +44,18 @@ class _Ends:
         self.code = TERMINATED
         raise SystemExit(TERMINATED)
 
+    def _unraisable(self, failure: UnraisableHookArgs) -> None:
+        """Send the signal again, a moment later, where a finalizer or a callback of the interpreter swallowed it."""
+        if self.code is None or not isinstance(failure.exc_value, KeyboardInterrupt | SystemExit):
+            sys.__unraisablehook__(failure)
+        else:
+            again = threading.Timer(RESEND_SEC, os.kill, (os.getpid(), self.code - 128))
+            again.daemon = True
+            again.start()
+
     def restore(self) -> None:
         """To what ends a process silently: Python's own shutdown would print a traceback."""
+        sys.unraisablehook = sys.__unraisablehook__
         with contextlib.suppress(ValueError):
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) is not signal.SIG_IGN:

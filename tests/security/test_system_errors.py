@@ -169,6 +169,30 @@ def test_a_signal_that_an_import_swallows_still_ends_the_command(
         signal.signal(signal.SIGINT, before)
 
 
+class Finalized:
+    """An object that is told to end while the interpreter removes it, where no exception can be raised."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sum(range(1000))
+
+
+def test_a_signal_that_a_finalizer_swallows_still_ends_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swallow(_: object) -> None:
+        Finalized()
+        time.sleep(20)
+        raise AssertionError("the command went on")
+
+    monkeypatch.setattr("kdc_edge.bundle.Bundle.open", swallow)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run("info", tmp_path, cwd=tmp_path, code=143).stderr == "kdc-edge: terminated\n"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [("a = " + "[" * 100_000, "is no TOML file"), ("x" * (2**20 + 1), "is larger than 1 MiB"), ("\x1b[31m", "no TOML")],

@@ -49,6 +49,11 @@ class Case:
         if self.request.latents is not None:
             raise InputError("a benchmark draws its noise from the seed: give no latents")
 
+    @property
+    def images(self) -> int:
+        """How many images a process makes, at least."""
+        return self.warmup + (MIN_IMAGES if self.repeats is None else self.repeats) + len(self.prompts)
+
 
 def grid(
     folders: Sequence[str | Path],

@@ -133,16 +133,19 @@ def _measure(
     """What was measured, the references first, and whether Ctrl-C ended it: then the rest has rows that say so."""
     from kdc_edge.bench.runner import not_measured, run
     from kdc_edge.bench.tables import time_text
+    from kdc_edge.cli.progress import MeasuringBar
 
     todo = [*others, *cases]
     measured: list[Measured] = []
     try:
-        for found in run(todo, budget_sec=budget_sec):
-            row = found.row
-            if len(measured) < len(others) and row.failure:
-                raise KdcError(f"--reference {row.folder}: {row.failure}")
-            measured.append(score(found))
-            say(f"{len(measured)}/{len(todo)} {row.folder}: {row.failure or f'{time_text(row.image_sec)} an image'}")
+        with MeasuringBar(todo) as progress:
+            for found in run(todo, budget_sec=budget_sec, tell=progress.tell):
+                row = found.row
+                if len(measured) < len(others) and row.failure:
+                    raise KdcError(f"--reference {row.folder}: {row.failure}")
+                measured.append(score(found))
+                result = row.failure or f"{time_text(row.image_sec)} an image"
+                progress.say(f"{len(measured)}/{len(todo)} {row.folder}: {result}")
     except KeyboardInterrupt:
         return measured + [not_measured(case, "interrupted") for case in todo[len(measured) :]], True
     return measured, False

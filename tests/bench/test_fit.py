@@ -20,7 +20,7 @@ from kdc_edge.bench.case import Case
 from kdc_edge.bench.record import Psnr, Row, Timings
 from kdc_edge.bench.search import MODES, Candidate, Mode, Trial, expected_sec, in_order, next_trial, search
 from kdc_edge.pipeline import Request
-from tests.bench.rows import check, make_bundle, make_row, timing
+from tests.bench.rows import check, lines_until, make_bundle, make_row, timing
 from tests.cli.test_commands import complaint, run
 
 MB = 10**6
@@ -308,11 +308,12 @@ def test_ctrl_c_keeps_the_rows_so_far_and_says_that_more_was_to_come(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # background jobs ignore it
     )  # fmt: skip
     assert process.stderr is not None
-    assert process.stderr.readline().startswith("onnx-fp16: ")  # the smaller one; the other is being measured now
+    first = lines_until(process.stderr, "onnx-fp16: ")[0]  # the smaller one; the other is being measured now
+    assert first == "0/12 measurement 1 of 2, bundles/onnx-fp16: starting\n"
     process.send_signal(signal.SIGINT)
     found, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.splitlines() == ["interrupted: the rows so far are kept", "kdc-edge: interrupted"]
+    assert said.splitlines()[-2:] == ["interrupted: the rows so far are kept", "kdc-edge: interrupted"]
     document = json.loads(found)
     assert [r["name"] for r in document["report"]["rows"]] == ["onnx-fp16"]
     assert (document["choice"], document["complete"]) == ("onnx-fp16", False)

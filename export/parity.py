@@ -29,8 +29,8 @@ from kdc_edge.formats import Format
 from kdc_edge.pipeline import Pipeline, Request, made_for
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.base import LoadOptions, get_runtime, preferred_engine
-from kdc_edge.runtimes.small_decoder import load_decoder
 from kdc_edge.runtimes.torch import TorchComponent
+from kdc_edge.runtimes.torch.small_decoder import load_decoder
 from kdc_edge.tokenizer import Tokenizer
 
 IMAGES = 2  # each one costs STEPS U-Net calls on both sides

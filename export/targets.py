@@ -146,7 +146,7 @@ def export_checkpoint(request: ExportRequest, options: object = None) -> Bundle:
     target = TARGETS[request.format.target]
     if request.decoder is not None:  # refused before calibration and search, which may take hours
         from kdc_edge.diffusers_folder import read_model
-        from kdc_edge.runtimes.small_decoder import load_decoder
+        from kdc_edge.runtimes.torch.small_decoder import load_decoder
 
         load_decoder(request.decoder, read_model(request.checkpoint))
     export = importlib.import_module(target.module).export

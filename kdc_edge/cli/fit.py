@@ -210,16 +210,11 @@ def _candidates(bundles: Sequence[Bundle], budget: Budget, request: Request, **g
 
 def _export(checkpoint: Path, row: Format, out: Path) -> str | None:
     """kdc-edge export in a child process, whose memory is free before anything is measured; why it failed."""
-    import subprocess
-
-    from kdc_edge.bench.runner import python_module
+    from kdc_edge.processes import run_module
     from kdc_edge.text import last_line
 
-    program, environment = python_module("kdc_edge")
     options = ["export", checkpoint, "--target", row.target, "--precision", row.precision, "--out", out]
-    done = subprocess.run(
-        [*program, *map(str, options)], env=environment, capture_output=True, text=True, errors="replace", check=False
-    )
+    done = run_module("kdc_edge", options)
     return last_line(done.stderr, "it said nothing").removeprefix("kdc-edge: ") if done.returncode else None
 
 

@@ -135,12 +135,11 @@ def _announce(trainer: Trainer, run: Path) -> None:
 
 def _benchmark(settings: TrainConfig, steps: int) -> None:
     """Measure and print; the run's folder is temporary."""
-    import tempfile
-
+    from kdc_edge.files import temporary_folder
     from kdc_edge.train.tools.benchmark import measure_run
 
-    with tempfile.TemporaryDirectory(prefix="kdc-edge-") as folder:
-        typer.echo("\n".join(measure_run(settings, Path(folder) / "run", steps).lines()))
+    with temporary_folder() as folder:
+        typer.echo("\n".join(measure_run(settings, folder / "run", steps).lines()))
 
 
 def _follow(trainer: Trainer) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import locale
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,8 @@ import pytest
 from tests.report.browser import CHROMIUM
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from kdc_edge.export.components import ExportComponent
 
 TOKENIZER = Path(__file__).parent.parent / "train" / "assets" / "garden-teacher" / "tokenizer"
@@ -75,27 +77,42 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def traced_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the graphs of `traced_once` lie; of all workers."""
+    folder = _shared(tmp_path_factory) / "traced"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def traced_once(traced_folder: Path) -> Iterator[None]:
     """From here on, every export in this process takes the graph of a network that was traced before."""
+    from kdc_edge.export.onnx import export as onnx
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx, "trace", cached_trace(traced_folder))
+        yield
+
+
+def cached_trace(folder: Path) -> Callable[..., ir.Model]:
+    """What takes the place of the export's `trace`: the graphs of networks that were traced before lie in `folder`."""
     import onnx_ir as ir
     from filelock import FileLock
 
     from kdc_edge.export.onnx import export as onnx
 
-    folder = _shared(tmp_path_factory) / "traced"
-    folder.mkdir(exist_ok=True)
     original = onnx.trace
 
     def trace(part: ExportComponent, sizes: Mapping[str, int] | None = None) -> ir.Model:
         kept = folder / f"{_network_hash(part, sizes)}.onnx"
         with FileLock(f"{kept}.lock"):
             if not kept.exists():
-                ir.save(ir.external_data.load_to_model(original(part, sizes)), kept)
+                new = kept.with_suffix(".new")  # whoever dies here
+                ir.save(ir.external_data.load_to_model(original(part, sizes)), new)
+                new.replace(kept)
         return ir.load(kept)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx, "trace", trace)
-        yield
+    return trace
 
 
 def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:

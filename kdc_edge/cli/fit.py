@@ -15,7 +15,7 @@ from typer import Argument, Option
 
 from kdc_edge.cli.options import Guidance, Json, guidance_modes, listed, make_request
 from kdc_edge.cli.project import BUNDLES, LATEST, Config, command_line, latest_checkpoint, need_export, say
-from kdc_edge.errors import InputError, KdcError
+from kdc_edge.errors import InputError, KdcError, unknown_choice
 from kdc_edge.formats import FORMATS, GOOD_PSNR_DB, Format
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _wanted(names: str | None) -> list[Format]:
         known = {row.name: row for row in FORMATS}
         asked = listed(names, "--formats", str)
         if unknown := [name for name in asked if name not in known]:
-            raise InputError(f"--formats {unknown[0]!r} is unknown: choose from {', '.join(known)}, or all")
+            raise unknown_choice("--formats", unknown[0], [*known, "all"])
         return [known[name] for name in asked]
     return [row for row in FORMATS if row.precision != "mixed" and _measurable(row)]
 

@@ -138,7 +138,8 @@ def _clear_left_over(folder: Path) -> None:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder in the system's place for temporary files, removed when the block ends; those of killed processes too."""
+    """A folder in the system's place for temporary files, removed when the block ends."""
+    # Those of killed processes go first.
     place = Path(tempfile.gettempdir())
     if sys.platform != "win32":  # without locks, whose process lives is not known
         for left in place.glob(f"{TEMPORARY}*"):

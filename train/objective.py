@@ -82,7 +82,7 @@ class Objective(ABC):
         self.previous_student: UNet2DConditionModel | None = None
 
     @classmethod
-    def check(cls, config: TrainConfig, model: Model) -> None:
+    def check(cls, config: TrainConfig, model: Model) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise InputError for settings that do not fit the teacher, before any work."""
 
     def ships(self, model: Model) -> Model:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 import typer
 from typer import Argument, Option
 
-from kdc_edge.cli.options import Check, Engine, Guidance, GuidanceInterval, LowMemory, guidance_modes, listed, make_request
+from kdc_edge.cli.options import (
+    Check,
+    Engine,
+    Guidance,
+    GuidanceInterval,
+    LowMemory,
+    guidance_modes,
+    listed,
+    make_request,
+)
 from kdc_edge.cli.project import Config, all_bundles, command_line, say
 from kdc_edge.errors import InputError, KdcError, unknown_choice
 
@@ -101,7 +110,9 @@ def bench(
     single = device is None or "=" in device  # a device for each component, not one after the other
     cases = grid(
         bundles or all_bundles(),
-        Case(Path(), request, repeats, warmup, engine, device, low_memory=low_memory, check=check, prompts=tuple(asked)),
+        Case(
+            Path(), request, repeats, warmup, engine, device, low_memory=low_memory, check=check, prompts=tuple(asked)
+        ),
         devices=[] if single else listed(device or "", "--device", str),
         threads=listed(threads, "--threads", int) if threads is not None else [],
         steps=listed(steps, "--steps", int) if steps is not None else [],

@@ -97,7 +97,9 @@ def _continued(given: Given[TrainConfig], run: Path, tasks: tuple[Task, ...]) ->
     if not tasks and not {"objective", "phases"} & given.typed:
         raise InputError("--continue-from needs a --task NAME=SOURCE to add, or an --objective for another stage")
     if stage:
-        settings = replace(settings, **arguments(settings, FEW_STEP_STAGE[find_preset(saved.student, "--student").family]))
+        settings = replace(
+            settings, **arguments(settings, FEW_STEP_STAGE[find_preset(saved.student, "--student").family])
+        )
     settings = given.change(settings, **({"tasks": tasks} if tasks else {}))
     for s in settings_of(given.kind):
         if s.of(settings) != s.of(saved):

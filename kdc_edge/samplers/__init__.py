@@ -125,8 +125,8 @@ def make_sampler(
 
     Samplers that draw noise go on with `noise`, the stream that the initial latents were drawn from; without one,
     with a stream from `seed` as it is after `initial_latents(shape, seed)`.
-    Raises UsageError for an unknown name, InputError for a config with a setting that the sampler does not have, or a number of
-    steps that it cannot take.
+    Raises UsageError for an unknown name, InputError for a config with a setting that the sampler does not have, or a
+    number of steps that it cannot take.
     """
     if name not in SAMPLERS:
         raise unknown_choice("--scheduler", name, SAMPLERS)

@@ -238,7 +238,8 @@ def _assemble(out: Path, path: Path, parts: _Parts, original: Original | None, a
         for part, state in parts.states.items():
             shutil.rmtree(folder / part, ignore_errors=True)
             _save(state, parts.config(part), folder / part)
-        sources = [_source("checkpoint", path), *additions.sources()]
+        earlier = read_sources(path) if original is None else []
+        sources = [*earlier, _source("checkpoint", path), *additions.sources()]
         document = {"sources": [source.model_dump() for source in sources]}
         write_atomic(folder / SOURCES_FILE, json.dumps(document, indent=2))
 
@@ -343,7 +344,9 @@ def _read_vae(path: Path, config: Settings) -> State:
 
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
-        return _load(weights_of(folder, "vae").files)
+        if not (files := weights_of(folder, "vae").files):
+            raise CheckpointError(f"--vae {path} has no {WEIGHTS['vae']}: pickles are not read")
+        return _load(files)
     state = _load([path])
     state = _under(VAE, state) or state
     if "encoder.down_blocks.0.resnets.0.conv1.weight" not in state:
@@ -356,6 +359,7 @@ def _read_vae(path: Path, config: Settings) -> State:
                 },
                 config,
             )
+    if not any(".query." in name for name in state):  # names of before diffusers 0.18, which it translates
         _check_tensors(path, "vae", config, state)
     return state
 

@@ -13,6 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kdc_edge.checkpoints.assemble import read_sources
+from kdc_edge.errors import CheckpointError
+from kdc_edge.export.targets import ExportRequest, export_checkpoint
 from kdc_edge.train.teachers import GARDEN_TEACHER
 from tests.checkpoints.conftest import Model
 from tests.cli.test_commands import run
@@ -98,7 +101,7 @@ def test_a_single_file_goes_through_the_commands(sd1: Model, tmp_path: Path) -> 
     assert "320/640/1280/1280 channels and the teacher's 32/64/128/128" in done.stderr
 
 
-def test_additions_are_named_in_the_student_and_in_the_bundle(tmp_path: Path) -> None:
+def test_additions_are_named_in_the_student(tmp_path: Path) -> None:
     name = "mid_block.attentions.0.proj_in"
     lora = {f"unet.{name}.lora_A.weight": torch.ones(1, 80), f"unet.{name}.lora_B.weight": torch.ones(80, 1)}
     save_file(lora, tmp_path / "x.safetensors")
@@ -107,12 +110,20 @@ def test_additions_are_named_in_the_student_and_in_the_bundle(tmp_path: Path) ->
     assert "x.safetensors: fused into 1 layers, weight 0.5" in done.stderr
     sources = json.loads((tmp_path / "student" / "sources.json").read_text())["sources"]
     assert [s["name"] for s in sources] == ["garden-teacher", "x.safetensors"]
-    run("export", "student", "--precision", "fp32", "--out", "bundle", "--no-verify", cwd=tmp_path)
-    manifest = json.loads((tmp_path / "bundle" / "kdc-edge.json").read_text())
-    assert manifest["provenance"]["sources"] == sources
-    done = run("generate", "a", "--bundle", "bundle", *more, cwd=tmp_path, code=1)
-    assert "a bundle is fixed" in done.stderr
     done = run("init", "--preset", "kdc-482m", "--out", "s", *more, cwd=tmp_path, code=1)
     assert "give one with --from" in done.stderr
     done = run("export", "student", "--prediction-type", "v", "--out", "b", cwd=tmp_path, code=2)
     assert "--prediction-type 'v' is unknown" in done.stderr
+
+
+def test_additions_are_named_in_the_manifest(own_checkpoint: Path, traced_once: None, tmp_path: Path) -> None:  # noqa: ARG001
+    sources = [{"role": "lora", "name": "x.safetensors", "sha256": "0" * 64, "weight": 0.5}]
+    (own_checkpoint / "sources.json").write_text(json.dumps({"sources": sources}))
+    out = tmp_path / "bundle"
+    bundle = export_checkpoint(ExportRequest(own_checkpoint, out, "onnx", "fp32", verify=False))
+    assert [source.model_dump() for source in bundle.manifest.provenance.sources] == sources
+    done = run("generate", "a", "--bundle", out, "--lora", "x.safetensors", cwd=tmp_path, code=1)
+    assert "a bundle is fixed" in done.stderr
+    (own_checkpoint / "sources.json").write_text(json.dumps({"sources": [{"role": "x"}]}))
+    with pytest.raises(CheckpointError, match=r"sources.json is damaged"):
+        read_sources(own_checkpoint)

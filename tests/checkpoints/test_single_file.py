@@ -133,8 +133,23 @@ def test_another_vae_takes_its_place(sd1: Model, tmp_path: Path, kind: str) -> N
     assert all(torch.equal(found[name], tensor) for name, tensor in vae.state_dict().items())
     if kind == "original":
         again = open_checkpoint(open_checkpoint(sd1.file), Additions(vae=path))
-        assert [s["role"] for s in json.loads((again / "sources.json").read_text())["sources"]] == ["checkpoint", "vae"]
+        assert [s["role"] for s in json.loads((again / "sources.json").read_text())["sources"]] == [
+            "checkpoint",
+            "checkpoint",
+            "vae",
+        ]
         assert (again / "vae" / "config.json").read_text() == (folder / "vae" / "config.json").read_text()
+
+
+def test_a_vae_that_is_not_whole_is_refused(sd1: Model, tmp_path: Path) -> None:
+    vae = sd1.pipeline.vae
+    vae.save_pretrained(tmp_path / "vae")
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    part = {n: t for n, t in vae.state_dict().items() if n != "decoder.conv_out.bias"}
+    file = save(part, tmp_path / "part.safetensors")
+    for path, said in ((tmp_path / "vae", "has no diffusion_pytorch"), (file, "it has no vae.decoder.conv_out.bias")):
+        with pytest.raises(CheckpointError, match=said):
+            open_checkpoint(open_checkpoint(sd1.file), Additions(vae=path))
 
 
 def test_a_vae_of_other_latents_is_refused(sd1: Model, tmp_path: Path) -> None:

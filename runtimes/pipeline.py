@@ -21,6 +21,7 @@ from PIL import Image
 
 from kdc_edge import pipeline as path
 from kdc_edge.bundle import Bundle, Model, kind_of
+from kdc_edge.checkpoints.assemble import is_single_file, open_checkpoint
 from kdc_edge.components import COMPONENTS
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
@@ -81,7 +82,7 @@ class Pipeline(path.Pipeline):
         exact: bool = False,
         check: bool = True,
     ) -> Self:
-        """Open a bundle, or through torch a checkpoint folder; components are loaded when they are needed.
+        """Open a bundle, or through torch a checkpoint (a folder, a single file). Components are loaded when needed.
 
         `device` names one for all ("CPU"), or one a component ("unet=GPU,text_encoder=CPU"). `low_memory` trades
         speed for memory: one component and one image at a time, and the engine's savings. `cache` is a folder for
@@ -90,6 +91,8 @@ class Pipeline(path.Pipeline):
         Raises a KdcError for everything that can be seen before a network is loaded.
         """
         folder = Path(folder)
+        if is_single_file(folder):
+            folder = open_checkpoint(folder)
         bundle, model, chosen = _choose(folder, engine)
         check_threads(threads)
         if bundle and check:

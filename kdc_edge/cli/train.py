@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
+from kdc_edge.cli.options import EmbeddingFiles, LoraFiles, PredictionType, Vae
 from kdc_edge.cli.project import LATEST, Config, need_training, new_run, point_latest, say
 from kdc_edge.cli.settings import Given, flags
 from kdc_edge.errors import InputError
@@ -39,15 +40,16 @@ def train(
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the plan: steps, memory, disk; train nothing.")] = False,
     benchmark: Annotated[int, Option(metavar="N", help="Measure N steps and stop; nothing is kept.")] = 0,
+    vae: Vae = None,
+    lora: LoraFiles = None,
+    embedding: EmbeddingFiles = None,
+    prediction_type: PredictionType = None,
     config: Config = None,
 ) -> None:
     """Distil a student from a teacher, task after task, with latent replay."""
-    need_training("kdc-edge train")
-    from kdc_edge.train.checkpoint import find_teacher
+    from kdc_edge.checkpoints import Additions
     from kdc_edge.train.data.tasks import parse_tasks
-    from kdc_edge.train.distributed import make_accelerator, on_main_process
-    from kdc_edge.train.loop import Trainer
-    from kdc_edge.train.runs import begin_stage, continue_run
+    from kdc_edge.train.teachers import find_teacher
 
     if resume and out is None and not LATEST.exists():
         raise InputError("there is no run to resume in runs/: start without --resume")
@@ -65,7 +67,15 @@ def train(
             say(f"no task given{'' if config else ' and no kdc-edge.toml here'}: taking the garden, {' '.join(task)}")
         settings = given.make(tasks=parse_tasks(task, caption or ()))
         settings = replace(settings, **arguments(settings, _stage_defaults(given, settings)))
-    settings = replace(settings, teacher=find_teacher(str(settings.teacher)))
+    additions = Additions.parse(vae, lora, embedding, prediction_type)
+    if (resume or continue_from) and "teacher" not in given.typed:  # the run's teacher has them already
+        additions = Additions()
+    settings = replace(settings, teacher=find_teacher(str(settings.teacher), additions, say=say))
+    need_training("kdc-edge train")
+    from kdc_edge.train.distributed import make_accelerator, on_main_process
+    from kdc_edge.train.loop import Trainer
+    from kdc_edge.train.runs import begin_stage, continue_run
+
     if dry_run:
         _dry_run(settings, run, resume=resume, source=continue_from, learns=bool(task))
         return

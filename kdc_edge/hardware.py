@@ -20,8 +20,8 @@ from pathlib import Path
 
 import psutil
 
-from kdc_edge import __version__
 from kdc_edge.errors import InputError
+from kdc_edge.version import __version__
 
 MAX_THREADS_PER_CORE = 8  # more only wait for each other
 

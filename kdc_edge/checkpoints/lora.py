@@ -129,7 +129,8 @@ def fuse(lora: Lora, networks: Mapping[str, Weights]) -> Fused:
             left_out.append(layer)
             continue
         part, name = place
-        before = changed.get(place, networks[part][name]).float()
+        before: Any = changed.get(place, networks[part][name])
+        before = before.float()
         alpha = tensors["alpha"].item() if "alpha" in tensors else alphas(part, name)
         changed[place] = before + lora.weight * _delta(lora.path, layer, tensors, before.shape, alpha)
     if not changed:

@@ -2,21 +2,21 @@
 
     command, environment = python_module("kdc_edge.bench.worker")
     with subprocess.Popen(command, env=environment) as child: ...
-    end_with_parent()                                  # the first line of the child
 
-The child learns its parent's number from the environment. On Linux the kernel ends it; elsewhere a thread looks.
+The child runs this module first, before any import that takes its time: on Linux it asks the kernel to be ended with
+its parent, elsewhere a thread looks for it. Then it becomes the module that was asked for.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 
-PARENT = "KDC_EDGE_PARENT_PID"  # in the environment of a child
 LOOK_SEC = 1.0  # between two looks for the parent, where the kernel does not tell
 GRACE_SEC = 20.0  # for a child to remove what is half written
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -28,7 +28,8 @@ def python_module(name: str) -> tuple[list[str], dict[str, str]]:
     It finds the modules that this process finds, and (-P) none that lie in the current folder.
     """
     path = os.pathsep.join(entry for entry in sys.path if entry)
-    return [sys.executable, "-P", "-m", name], {**os.environ, "PYTHONPATH": path, PARENT: str(os.getpid())}
+    command = [sys.executable, "-P", "-m", "kdc_edge.processes", str(os.getpid()), name]
+    return command, {**os.environ, "PYTHONPATH": path}
 
 
 def run_module(name: str, arguments: Sequence[object]) -> subprocess.CompletedProcess[str]:
@@ -49,11 +50,8 @@ def run_module(name: str, arguments: Sequence[object]) -> subprocess.CompletedPr
     return subprocess.CompletedProcess(command, child.returncode, out, err)
 
 
-def end_with_parent() -> None:
-    """Kill this process when the one that started it with `python_module` ends; nothing in any other process."""
-    parent = os.environ.pop(PARENT, "")
-    if not parent.isdecimal():
-        return
+def end_with(parent: int) -> None:
+    """Kill this process when its parent ends."""
     if sys.platform == "linux":
         import ctypes
 
@@ -61,8 +59,8 @@ def end_with_parent() -> None:
     else:
         import threading
 
-        threading.Thread(target=_watch, args=(int(parent),), daemon=True).start()
-    if os.getppid() != int(parent):  # it ended before the kernel was asked
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:  # it ended before the kernel was asked
         os._exit(1)
 
 
@@ -74,3 +72,10 @@ def _watch(parent: int) -> None:
     while os.getppid() == parent and psutil.pid_exists(parent):  # Windows tells the number of a parent that is gone
         time.sleep(LOOK_SEC)
     os._exit(1)
+
+
+if __name__ == "__main__":
+    end_with(int(sys.argv[1]))
+    name = sys.argv[2]
+    del sys.argv[1:3]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)

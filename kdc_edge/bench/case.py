@@ -40,8 +40,8 @@ class Case:
     device: str | None = None  # None: the engine's default
     threads: int | None = None  # None: the engine's default
     low_memory: bool = False  # one component in memory at a time, loaded within each image
-    check: bool = True  # compare a bundle's files with the hashes of its manifest
     prompts: tuple[str, ...] = ()  # an image of each, from seeds that count up, after what is timed
+    check: bool = True  # compare a bundle's files with the hashes of its manifest
 
     def __post_init__(self) -> None:
         if self.repeats is not None and self.repeats < 1:

@@ -117,7 +117,7 @@ class Limit:
         """'psnr=30'; raises InputError."""
         name, _, bound = text.partition("=")
         if name not in NAMES:
-            raise unknown_choice(f"--fail-{side}", name, NAMES)
+            raise unknown_choice("", name, NAMES, f"--fail-{side} {text!r:.80}: {name!r:.80} is not measured")
         try:
             number = float(bound)
         except ValueError:

@@ -18,7 +18,6 @@ import numpy as np
 from kdc_edge.bench.measure import measure
 from kdc_edge.bench.runner import DOING, JOB, OUT_OF_MEMORY, OUTCOME, Doing, Job, Outcome
 from kdc_edge.errors import KdcError
-from kdc_edge.processes import end_with_parent
 from kdc_edge.runtimes import open_for_bench
 from kdc_edge.text import printable
 
@@ -75,7 +74,6 @@ class _Teller:
 
 
 def main() -> None:
-    end_with_parent()
     with contextlib.suppress(OSError):  # Linux: when memory runs out, the kernel is to end this process, not another
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
     job = JOB.validate_json(sys.stdin.buffer.read())

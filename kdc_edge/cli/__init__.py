@@ -99,9 +99,6 @@ def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
 
 def _run(arguments: list[str]) -> int:
     """The exit code of a command that ends by itself."""
-    from kdc_edge.processes import end_with_parent
-
-    end_with_parent()  # where kdc-edge fit started this one
     from kdc_edge.cli.app import app
 
     for stream in (sys.stdout, sys.stderr):

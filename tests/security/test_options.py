@@ -32,7 +32,7 @@ from tests.cli.test_commands import complaint, run
         ("export x --attention fusd", "--attention 'fusd' is unknown, did you mean fused?"),
         ("init --preset kdc482 --out new", "--preset 'kdc482' is unknown, did you mean kdc-482m?"),
         ("bench BUNDLE --format cvs", "--format 'cvs' is unknown, did you mean csv?"),
-        ("bench BUNDLE --fail-over end_to_end=3", "--fail-over 'end_to_end' is unknown, did you mean end_to_end_sec?"),
+        ("bench BUNDLE --fail-over end_to_end=3", "'end_to_end' is not measured, did you mean end_to_end_sec?"),
         ("bench BUNDLE --guidance-mode loud", "--guidance-mode 'loud' is unknown: choose from batched, sequential"),
         ("fit --formats onnx-f16", "--formats 'onnx-f16' is unknown, did you mean onnx-fp16?"),
         ("train --student kdc482", "--student 'kdc482' is unknown, did you mean kdc-482m?"),

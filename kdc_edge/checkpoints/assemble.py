@@ -86,8 +86,10 @@ class Additions:
 
     def check(self) -> None:
         """Raise CheckpointError for a file of another kind, by its header."""
-        for addition in (*self.loras, *self.embeddings):
-            addition.check()
+        for lora in self.loras:
+            lora.check()
+        for embedding in self.embeddings:
+            embedding.check()
         if self.vae is not None:
             _read_vae_config(self.vae)
 
@@ -120,8 +122,8 @@ def open_checkpoint(source: Path | str, additions: Additions = NOTHING, *, say: 
         path = _fetch(str(source))
     read_model(path)  # refuses what cannot be used, before any work
     for part in WEIGHTS:
-        if note := weights_of(path / part).note:
-            say(note)
+        if line := weights_of(path / part).note:
+            say(line)
     additions.check()
     return _assembled(path, None, additions, say) if additions else path
 
@@ -158,11 +160,8 @@ def _source(role: str, path: Path, weight: float | None = None) -> Source:
 
 def _key(path: Path, additions: Additions) -> str:
     """Of the files as the disk lists them, and of all that decides what becomes of them."""
-    used = [
-        path,
-        *([additions.vae] if additions.vae else []),
-        *(a.path for a in (*additions.loras, *additions.embeddings)),
-    ]
+    used = [path, *([additions.vae] if additions.vae else []), *(e.path for e in additions.embeddings)]
+    used += [file for lora in additions.loras for file in lora.files]
     files = [f for p in used for f in (sorted(q for q in p.rglob("*") if q.is_file()) if p.is_dir() else [p])]
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return hashlib.sha256(repr((FORMAT, stats, additions)).encode()).hexdigest()[:10]

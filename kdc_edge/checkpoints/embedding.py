@@ -63,7 +63,8 @@ class Embedding:
         from safetensors.torch import load_file
 
         token, name, _ = self.check()
-        vectors = torch.atleast_2d(load_file(self.path)[name])  # (tokens, D)
+        vectors = load_file(self.path)[name]
+        vectors = vectors.reshape(-1, vectors.shape[-1])  # (tokens, D)
         key = next((k for k in (TABLE, f"text_model.{TABLE}") if k in weights), None)
         if key is None or (width := weights[key].shape[1]) != vectors.shape[1]:
             wide = "no table" if key is None else f"{width} channels a token"

@@ -29,8 +29,8 @@ from kdc_edge.bundle import Tensor as TensorInfo
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError
 from kdc_edge.files import read_json
-from kdc_edge.runtimes.small_decoder import load_decoder
 from kdc_edge.runtimes.torch import load_network
+from kdc_edge.runtimes.torch.small_decoder import load_decoder
 
 Shapes = Mapping[str, tuple[int | str, ...]]
 

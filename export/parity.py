@@ -3,8 +3,9 @@
     parity = check_parity(checkpoint, Path("bundles/onnx-fp16"), find_format("onnx", "fp16"), prompts)
     [c.what for c in parity.checks if not c.passed]
 
-The checkpoint generates images for a few prompts in fp32 while its components' inputs and outputs are recorded. The
-bundle's components then compute the same inputs, and the bundle generates the same images.
+diffusers' pipeline generates images for a few prompts in fp32 from the checkpoint, while its components' inputs and
+outputs are recorded (reference.py). The bundle's components then compute the same inputs, and the bundle generates the
+same images.
 
 An engine may compute in fewer bits than the artifact has (bfloat16 on some processors). A detail of an image, such as
 one petal, can then differ though the artifact is right. Images below the threshold are therefore generated again in 32
@@ -14,8 +15,8 @@ bits, where the threshold applies; those in the engine's own arithmetic must sti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,42 +25,17 @@ import numpy as np
 from kdc_edge.bundle import Check, Parity
 from kdc_edge.components import COMPONENTS, Component
 from kdc_edge.diffusers_folder import read_model
-from kdc_edge.errors import CheckpointError, KdcError
+from kdc_edge.errors import KdcError
+from kdc_edge.export.reference import Call, record
 from kdc_edge.formats import Format
-from kdc_edge.pipeline import Pipeline, Request, made_for
+from kdc_edge.pipeline import Pipeline, Request, own_request
 from kdc_edge.runtimes import open_pipeline
-from kdc_edge.runtimes.base import LoadOptions, get_runtime, preferred_engine
-from kdc_edge.runtimes.small_decoder import load_decoder
-from kdc_edge.runtimes.torch import TorchComponent
-from kdc_edge.tokenizer import Tokenizer
+from kdc_edge.runtimes.base import get_runtime, preferred_engine
 
 IMAGES = 2  # each one costs STEPS U-Net calls on both sides
 STEPS = 4  # enough to visit noise, structure and detail
 GUIDANCE = 4.0
 RECOGNIZABLE_DB = 20.0  # of two images that differ in a detail; images of two subjects are at about 10
-
-Call = tuple[dict[str, np.ndarray], np.ndarray]  # a component's inputs by name, and its output
-
-
-@dataclass
-class Recorder:
-    """A component that records its inputs and outputs."""
-
-    component: Component
-    calls: list[Call] = field(default_factory=list)
-
-    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        output = self.component(**inputs)
-        self.calls.append(({name: value.copy() for name, value in inputs.items()}, output.copy()))
-        return output
-
-
-@dataclass(frozen=True)
-class Reference:
-    """PyTorch's results: the calls of each component, and the images."""
-
-    calls: dict[str, list[Call]]
-    images: list[np.ndarray]  # uint8 (H, W, 3), one a prompt
 
 
 def check_parity(
@@ -70,9 +46,10 @@ def check_parity(
     `decoder` is the small decoder that the bundle has in place of the checkpoint's.
     The checks are returned, passed or not. Raises CheckpointError when PyTorch itself computes no numbers.
     """
-    base = made_for(read_model(checkpoint), Request("", steps=STEPS, guidance=GUIDANCE))
+    base = Request("", steps=STEPS, guidance=GUIDANCE)
+    base, _ = own_request(read_model(checkpoint), base, sampler=None, steps=None, guidance=None)
     requests = [replace(base, prompt=prompt, seed=i) for i, prompt in enumerate(prompts)]
-    reference = record(checkpoint, bundle / "tokenizer", requests, decoder)  # its networks are gone when this returns
+    reference = record(checkpoint, requests, decoder)  # its networks are gone when this returns
     candidate = open_pipeline(bundle)
     checks = [
         compare(name, reference.calls[name], candidate.components[name], row.min_component_psnr_db)
@@ -83,27 +60,12 @@ def check_parity(
     torch_version, engine = get_runtime("torch").version, get_runtime(preferred_engine(row).name)
     size = candidate.model.image_size
     return Parity(
-        reference=f"the checkpoint{' with the small decoder' if decoder else ''} in PyTorch {torch_version}, fp32, on"
-        " the CPU",
-        conditions=f"{engine.name} {engine.version}, {len(requests)} prompts, {size}x{size}, {STEPS} steps"
-        f" of {requests[0].sampler}, guidance {GUIDANCE:g}, worst case",
+        reference=f"{reference.made_by}, on the checkpoint{' with the small decoder' if decoder else ''} in PyTorch"
+        f" {torch_version}, fp32, on the CPU",
+        conditions=f"{engine.name} {engine.version}, {len(requests)} prompts, {size}x{size}, {base.steps} steps"
+        f" of {base.sampler}, guidance {base.guidance:g}, worst case",
         checks=checks,
     )
-
-
-def record(checkpoint: Path, tokenizer: Path, requests: Iterable[Request], decoder: Path | None = None) -> Reference:
-    """Generate the images with PyTorch and record each component's inputs and outputs."""
-    runtime = get_runtime("torch")
-    recorders = {c: Recorder(runtime.load(checkpoint, c, LoadOptions(device="CPU"))) for c in COMPONENTS}
-    model = read_model(checkpoint)
-    if decoder is not None:
-        recorders["vae_decoder"] = Recorder(TorchComponent("vae_decoder", load_decoder(decoder, model)))
-    pipeline = Pipeline(model, Tokenizer.from_folder(tokenizer), recorders)
-    try:
-        images = [pipeline.generate(request) for request in requests]
-    except KdcError as error:
-        raise CheckpointError(f"{checkpoint} makes no image in PyTorch either: {error}") from None
-    return Reference({name: recorder.calls for name, recorder in recorders.items()}, images)
 
 
 def compare(what: str, calls: Sequence[Call], component: Component, threshold_db: float) -> Check:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from kdc_edge.errors import InputError
+from kdc_edge.errors import InputError, unknown_choice
 from kdc_edge.formats import Format, find_format
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class CoreMLOptions:
 
 def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise InputError(f"--{option} {value!r} is unknown: choose from {', '.join(choices)}")
+        raise unknown_choice(f"--{option}", value, choices)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def export_checkpoint(request: ExportRequest, options: object = None) -> Bundle:
     target = TARGETS[request.format.target]
     if request.decoder is not None:  # refused before calibration and search, which may take hours
         from kdc_edge.diffusers_folder import read_model
-        from kdc_edge.runtimes.small_decoder import load_decoder
+        from kdc_edge.runtimes.torch.small_decoder import load_decoder
 
         load_decoder(request.decoder, read_model(request.checkpoint))
     export = importlib.import_module(target.module).export

@@ -26,6 +26,7 @@ from kdc_edge.components import COMPONENTS
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.formats import find_format
+from kdc_edge.hardware import check_threads
 from kdc_edge.image import preview
 from kdc_edge.pipeline import Request, own_request
 from kdc_edge.runtimes.base import (
@@ -93,8 +94,7 @@ class Pipeline(path.Pipeline):
         if is_single_file(folder):
             folder = open_checkpoint(folder)
         bundle, model, chosen = _choose(folder, engine)
-        if threads is not None and threads < 1:
-            raise InputError(f"--threads {threads} is too few: use 1 or more")
+        check_threads(threads)
         if bundle and check:
             bundle.check("tokenizer")
         tokenizer = Tokenizer.from_folder(folder / "tokenizer")

@@ -1,24 +1,30 @@
 """Fixtures that several rooms' tests stand on: a complete checkpoint in small, and its bundles.
 
-The weights are random and seeded. Tracing for ONNX takes most of an export's time, so the same network is traced once
-in a session (`traced_once`), whichever worker or test comes to it first.
+The weights are random and seeded. Tracing for ONNX takes most of an export's time, so a network of one shape is traced
+once in a session (`traced_once`), whichever worker or test comes to it first.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import locale
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from tests.report.browser import CHROMIUM
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
     from kdc_edge.export.components import ExportComponent
 
 TOKENIZER = Path(__file__).parent.parent / "train" / "assets" / "garden-teacher" / "tokenizer"
@@ -75,27 +81,72 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """From here on, every export in this process takes the graph of a network that was traced before."""
+def traced_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the graphs of `traced_once` lie; of all workers."""
+    folder = _shared(tmp_path_factory) / "traced"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def traced_once(traced_folder: Path) -> Iterator[None]:
+    """From here on, an export in this process takes the graph of a network of its shape, with its own weights in it."""
+    from kdc_edge.export.onnx import export as onnx
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx, "trace", cached_trace(traced_folder))
+        yield
+
+
+def cached_trace(folder: Path) -> Callable[..., ir.Model]:
+    """What takes the place of the export's `trace`: graphs of networks of a shape that was traced before, in `folder`.
+
+    A graph is traced with weights that are all different, so that each of its tensors is recognised by its values.
+    """
     import onnx_ir as ir
+    import torch
     from filelock import FileLock
 
     from kdc_edge.export.onnx import export as onnx
 
-    folder = _shared(tmp_path_factory) / "traced"
-    folder.mkdir(exist_ok=True)
     original = onnx.trace
 
     def trace(part: ExportComponent, sizes: Mapping[str, int] | None = None) -> ir.Model:
-        kept = folder / f"{_network_hash(part, sizes)}.onnx"
+        kept = folder / f"{_shape_hash(part, sizes)}.onnx"
         with FileLock(f"{kept}.lock"):
             if not kept.exists():
-                ir.save(ir.external_data.load_to_model(original(part, sizes)), kept)
-        return ir.load(kept)
+                module = copy.deepcopy(part.module)
+                generator = torch.Generator().manual_seed(0)
+                with torch.no_grad():
+                    for tensor in module.state_dict().values():
+                        if tensor.is_floating_point():
+                            tensor.normal_(generator=generator)
+                model = original(dataclasses.replace(part, module=module), sizes)
+                for value in model.graph.initializers.values():
+                    value.metadata_props["weight"] = _origin(value.const_value.numpy(), module.state_dict())
+                new = kept.with_suffix(".new")  # whoever dies here
+                ir.save(ir.external_data.load_to_model(model), new)
+                new.replace(kept)
+        model, weights = ir.load(kept), part.module.state_dict()
+        for value in model.graph.initializers.values():
+            if name := value.metadata_props.pop("weight"):
+                array = weights[name.removesuffix(".T")].numpy()
+                array = array.T.copy() if name.endswith(".T") else array
+                value.const_value = ir.tensor(array.reshape(value.const_value.shape.numpy()), name=value.name)
+        return model
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx, "trace", trace)
-        yield
+    return trace
+
+
+def _origin(array: np.ndarray, weights: Mapping[str, torch.Tensor]) -> str:
+    """The weight that a graph's tensor is, with ".T" where it is transposed; "" for a constant of the tracer."""
+    for name, weight in weights.items():
+        if weight.numel() == array.size and weight.is_floating_point():
+            if np.array_equal(weight.numpy().ravel(), array.ravel()):
+                return name
+            if weight.ndim == 2 and np.array_equal(weight.numpy().T, array):
+                return f"{name}.T"
+    return ""
 
 
 def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -104,31 +155,38 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
-def _network_hash(part: ExportComponent, sizes: Mapping[str, int] | None) -> str:
-    """Of all that a trace depends on: the layers, how their attention is computed, the weights, the fixed sizes."""
+def _shape_hash(part: ExportComponent, sizes: Mapping[str, int] | None) -> str:
+    """Of all that a trace depends on but the weights: layers, how their attention is computed, buffers, fixed sizes."""
     processors = [type(m.processor).__name__ for m in part.module.modules() if hasattr(m, "processor")]
     found = hashlib.sha256(repr((part.name, part.module, processors, sizes)).encode())
     for name, tensor in part.module.state_dict().items():
-        found.update(name.encode() + tensor.numpy().tobytes())
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(b"" if tensor.is_floating_point() else tensor.numpy().tobytes())
     return found.hexdigest()
+
+
+def shared_bundle(factory: pytest.TempPathFactory, checkpoint: Path, target: str, precision: str) -> Path:
+    """A bundle of all workers: the first that asks exports it. Not to be written to."""
+    from filelock import FileLock
+
+    from kdc_edge.export.targets import ExportRequest, export_checkpoint
+
+    out = _shared(factory) / f"{target}-{precision}"
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            export_checkpoint(ExportRequest(checkpoint, out, target, precision, command="a test"))
+    return out
 
 
 @pytest.fixture(scope="session")
 def bundle_fp32(checkpoint: Path, traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
-    from kdc_edge.export.targets import ExportRequest, export_checkpoint
-
-    out = tmp_path_factory.mktemp("bundles") / "onnx-fp32"
-    return export_checkpoint(ExportRequest(checkpoint, out, "onnx", "fp32", command="a test")).root
+    return shared_bundle(tmp_path_factory, checkpoint, "onnx", "fp32")
 
 
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Path, traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
     """fp16, the default precision."""
-    from kdc_edge.export.targets import ExportRequest, export_checkpoint
-
-    return export_checkpoint(
-        ExportRequest(checkpoint, tmp_path_factory.mktemp("bundles") / "onnx-fp16", "onnx", "fp16")
-    ).root
+    return shared_bundle(tmp_path_factory, checkpoint, "onnx", "fp16")
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from kdc_edge.image import encode_png
 from kdc_edge.pipeline import Pipeline, Progress, Request
 
 Laps = dict[str, list[float]]  # of one image, by stage
+Tell = Callable[[str, float], None]  # gets what is computed now, and the finished share of the whole, from 0 to 1
 MAX_IMAGES = 50  # that count, where `repeats` is None
 FILL_SEC = 2.0  # that they fill at least: a disturbance of the machine can miss an image of 0.2 s
 ONCE = ("tokenize", "text_encoder", "unet_first_step", "scheduler", "vae_decoder", "png", "end_to_end")
@@ -42,17 +43,26 @@ class Measurement:
     prompt_images: np.ndarray  # uint8 (N, H, W, 3), one a prompt
 
 
-def measure(open_pipeline: Callable[[], Pipeline], case: Case, *, started: float | None = None) -> Measurement:
+def measure(
+    open_pipeline: Callable[[], Pipeline],
+    case: Case,
+    *,
+    started: float | None = None,
+    tell: Tell = lambda *_: None,
+) -> Measurement:
     """Open, run `case.warmup` images that do not count and `case.repeats` that do; every sample is kept.
 
-    `started` is when the process was (time.perf_counter), the call itself where None.
+    `started` is when the process was (time.perf_counter), the call itself where None. `tell` is called between the laps
+    of an image.
     """
     request = case.request
+    tell("loading", 0.0)
     watch = whole = Watch()
     begin = perf_counter()
     pipeline = open_pipeline()
     loading = {"load": perf_counter() - begin}
     if not case.low_memory:
+        tell("loading and compiling", 0.0)
         last = perf_counter()
         for progress in pipeline.prepare(request):
             now = perf_counter()
@@ -62,11 +72,16 @@ def measure(open_pipeline: Callable[[], Pipeline], case: Case, *, started: float
     images: list[Laps] = []
     pixels = np.empty(0)
     cold_sec = 0.0
+
+    def tell_step(share: float) -> None:
+        tell(_image_name(case, len(images)), min((len(images) + share) / case.images, 1.0))
+
     while not _enough(images[case.warmup :], case.repeats):
         if len(images) == case.warmup:
             watch = Watch(earlier=whole)
         ready = perf_counter()
-        laps, pixels = _time_image(pipeline, request, executions)
+        tell_step(0.0)
+        laps, pixels = _time_image(pipeline, request, executions, tell_step)
         images.append(laps)
         if len(images) == 1:
             cold_sec = ready - (begin if started is None else started) + laps["end_to_end"][0]
@@ -80,7 +95,10 @@ def measure(open_pipeline: Callable[[], Pipeline], case: Case, *, started: float
         **{stage: _timing(laps[stage]) for stage in ONCE},
     )
     joules, peak = watch.energy_joules, peak_rss_bytes()
-    asked = [replace(request, prompt=prompt, seed=request.seed + i) for i, prompt in enumerate(case.prompts)]
+    prompt_images = []
+    for i, prompt in enumerate(case.prompts):
+        tell(f"image {i + 1} of {len(case.prompts)} prompts", (case.images - len(case.prompts) + i) / case.images)
+        prompt_images.append(pipeline.generate(replace(request, prompt=prompt, seed=request.seed + i)))
     return Measurement(
         timings=timings,
         peak_rss_bytes=peak,
@@ -89,7 +107,7 @@ def measure(open_pipeline: Callable[[], Pipeline], case: Case, *, started: float
         provider=_provider(executions),
         compute_dtype=executions["unet"].compute_dtype if "unet" in executions else None,
         pixels=pixels,
-        prompt_images=np.array([pipeline.generate(r) for r in asked], np.uint8).reshape(-1, *pixels.shape),
+        prompt_images=np.array(prompt_images, np.uint8).reshape(-1, *pixels.shape),
     )
 
 
@@ -101,8 +119,20 @@ def _enough(images: Sequence[Laps], repeats: int | None) -> bool:
     return len(images) >= (MIN_IMAGES if filled else MAX_IMAGES)
 
 
-def _time_image(pipeline: Pipeline, request: Request, executions: dict[str, Execution]) -> tuple[Laps, np.ndarray]:
-    """The laps of one image, and the image; `executions` is filled with what the components' engines chose."""
+def _image_name(case: Case, n: int) -> str:
+    """The n-th image, counted from 0, for whoever waits; those that fill the time are more than planned."""
+    number, planned = n - case.warmup + 1, case.images - case.warmup - len(case.prompts)
+    of = f" of {planned}" if number <= planned else ""
+    return f"image {number}{of}" if number > 0 else "warm-up image"
+
+
+def _time_image(
+    pipeline: Pipeline, request: Request, executions: dict[str, Execution], tell: Callable[[float], None]
+) -> tuple[Laps, np.ndarray]:
+    """The laps of one image, and the image; `executions` is filled with what the components' engines chose.
+
+    `tell` is called with the share of the U-Net's steps that are done.
+    """
     laps: Laps = {stage: [] for stage in (*ONCE, "unet_step")}
     pixels, whole_sec = None, 0.0
     last = perf_counter()
@@ -116,6 +146,8 @@ def _time_image(pipeline: Pipeline, request: Request, executions: dict[str, Exec
             if isinstance(component, SupportsExplain):
                 executions[progress.stage] = component.explain()
             del component  # a pipeline that is short of memory drops it before it loads the next
+        if progress.stage == "unet":
+            tell(progress.step / progress.steps)
         last = perf_counter()
     if pixels is None:
         raise KdcError("the pipeline ended without an image")

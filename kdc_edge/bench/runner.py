@@ -10,13 +10,11 @@ Whatever goes wrong in a process, a refusal, a crash or the kernel's out-of-memo
 
 from __future__ import annotations
 
-import os
+import contextlib
 import signal
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -26,6 +24,8 @@ from pydantic import TypeAdapter
 from kdc_edge.bench.case import Case, describe
 from kdc_edge.bench.record import Disturbance, Row, Timing, Timings
 from kdc_edge.bench.sensors import disturbances, peak_rss_of, pss_of
+from kdc_edge.files import temporary_folder
+from kdc_edge.processes import python_module
 from kdc_edge.text import last_line
 
 WORKER = "kdc_edge.bench.worker"  # the program of the child process
@@ -55,6 +55,17 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Doing:
+    """What a measurement computes now, for whoever waits."""
+
+    text: str  # "loading", "image 2 of 5"
+    share: float = 0.0  # of the whole that is finished, from 0 to 1
+
+
+Tell = Callable[[Case, Doing], None]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """The child's result.json, in the row's words."""
 
@@ -70,13 +81,15 @@ class Outcome:
 
 JOB = TypeAdapter(Job)
 OUTCOME = TypeAdapter(Outcome)
+DOING = TypeAdapter(Doing)
 
 
-def run(cases: Sequence[Case], *, budget_sec: float | None = None) -> Iterator[Measured]:
+def run(cases: Sequence[Case], *, budget_sec: float | None = None, tell: Tell = lambda *_: None) -> Iterator[Measured]:
     """Measure one after the other, each in a fresh process; one a case, whatever becomes of it.
 
     `budget_sec` bounds the whole: the case that exceeds it is ended, and the rest is not begun. Whoever consumes this
-    keeps the rows so far when it is interrupted; `not_measured` gives the others their reason.
+    keeps the rows so far when it is interrupted; `not_measured` gives the others their reason. `tell` is called with
+    each case as it begins, and several times a second while it is measured.
     """
     end = None if budget_sec is None else time.monotonic() + budget_sec
     for case in cases:
@@ -84,7 +97,8 @@ def run(cases: Sequence[Case], *, budget_sec: float | None = None) -> Iterator[M
         if left is not None and left <= 0:
             yield not_measured(case, f"not reached: --budget-sec {budget_sec:g} was used up")
             continue
-        found = measure_in_fresh_process(case, timeout_sec=left)
+        tell(case, Doing("starting"))
+        found = measure_in_fresh_process(case, timeout_sec=left, tell=tell)
         if end is not None and time.monotonic() >= end and found.row.failure:
             reason = f"{found.row.failure}: --budget-sec {budget_sec:g} ended it"
             found = replace(found, row=replace(found.row, failure=reason))
@@ -96,21 +110,28 @@ def not_measured(case: Case, reason: str) -> Measured:
     return Measured(replace(describe(case), failure=reason))
 
 
-def measure_in_fresh_process(case: Case, *, timeout_sec: float | None = None) -> Measured:
+def measure_in_fresh_process(case: Case, *, timeout_sec: float | None = None, tell: Tell = lambda *_: None) -> Measured:
     """Measure a bundle or checkpoint in child processes; Ctrl-C ends the child and is raised here."""
     row = describe(case)
     if row.failure is not None:
         return Measured(row)
     begin = time.monotonic()
-    outcome, pixels, prompt_images = _one_process(case, timeout_sec)
-    outcomes = [outcome]
+    outcomes: list[Outcome] = []
+
+    def tell_of_all(doing: Doing) -> None:
+        """Of all processes; a first one that takes long is the only one."""
+        one = case.repeats is not None or (not outcomes and time.monotonic() - begin > SHORT_SEC)
+        tell(case, Doing(doing.text, (len(outcomes) + doing.share) / (1 if one else PROCESSES)))
+
+    outcome, pixels, prompt_images = _one_process(case, timeout_sec, tell_of_all)
+    outcomes.append(outcome)
     while case.repeats is None and outcomes[-1].failure is None and len(outcomes) < PROCESSES:
         spent = time.monotonic() - begin
         left = None if timeout_sec is None else timeout_sec - spent
         each = spent / len(outcomes)
         if each > SHORT_SEC or (left is not None and left < 2 * each):
             break
-        outcomes.append(_one_process(replace(case, prompts=()), left)[0])
+        outcomes.append(_one_process(replace(case, prompts=()), left, tell_of_all)[0])
     outcome = _together(outcomes)
     row = replace(row, **vars(outcome))
     if outcome.timings is None or pixels is None:
@@ -119,13 +140,15 @@ def measure_in_fresh_process(case: Case, *, timeout_sec: float | None = None) ->
     return Measured(replace(row, width=pixels.shape[1], height=pixels.shape[0]), pixels, prompt_images)
 
 
-def _one_process(case: Case, timeout_sec: float | None) -> tuple[Outcome, np.ndarray | None, np.ndarray | None]:
+def _one_process(
+    case: Case, timeout_sec: float | None, tell: Callable[[Doing], None]
+) -> tuple[Outcome, np.ndarray | None, np.ndarray | None]:
     """What came of it, the image, and those of the prompts; none where it failed."""
-    with tempfile.TemporaryDirectory(prefix="kdc-edge-bench-") as out:
-        outcome = _run_child(Job(case, time.perf_counter(), Path(out)), timeout_sec)
+    with temporary_folder() as out:
+        outcome = _run_child(Job(case, time.perf_counter(), out), timeout_sec, tell)
         if outcome.failure is not None:
             return outcome, None, None
-        with np.load(Path(out) / "images.npz", allow_pickle=False) as found:
+        with np.load(out / "images.npz", allow_pickle=False) as found:
             return outcome, found["pixels"], found["prompt_images"]
 
 
@@ -150,8 +173,13 @@ def _together(outcomes: Sequence[Outcome]) -> Outcome:
     )
 
 
-def _run_child(job: Job, timeout_sec: float | None) -> Outcome:
+def _run_child(job: Job, timeout_sec: float | None, tell: Callable[[Doing], None]) -> Outcome:
     """Run the worker; what it says on its streams, and how it ended, is kept for the reason of a failure."""
+
+    def look() -> None:
+        with contextlib.suppress(OSError, ValueError):  # it has told nothing yet
+            tell(DOING.validate_json((job.out / "doing.json").read_bytes()))
+
     log = job.out / "log.txt"
     command, environment = python_module(WORKER)
     memory = _Memory()
@@ -163,7 +191,7 @@ def _run_child(job: Job, timeout_sec: float | None) -> Outcome:
             assert child.stdin is not None
             with child.stdin as pipe:
                 pipe.write(JOB.dump_json(job))
-            in_time = memory.watch(child, timeout_sec)
+            in_time = memory.watch(child, timeout_sec, look)
         except BrokenPipeError:  # it ended before it read: how, is said below
             in_time = True
             child.wait()
@@ -190,15 +218,6 @@ def _run_child(job: Job, timeout_sec: float | None) -> Outcome:
     return replace(seen, failure=f"the process ended with code {status}: {said}")
 
 
-def python_module(name: str) -> tuple[list[str], dict[str, str]]:
-    """Command and environment that run a module in a child process.
-
-    It finds the modules that this process finds, and (-P) none that lie in the current folder.
-    """
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    return [sys.executable, "-P", "-m", name], {**os.environ, "PYTHONPATH": path}
-
-
 class _Memory:
     """The most memory of another process that was seen."""
 
@@ -206,13 +225,14 @@ class _Memory:
         self.peak_rss_bytes: int | None = None
         self.peak_pss_bytes: int | None = None
 
-    def watch(self, child: subprocess.Popen[bytes], timeout_sec: float | None) -> bool:
-        """Until it ends; False when it does not in time."""
+    def watch(self, child: subprocess.Popen[bytes], timeout_sec: float | None, look: Callable[[], None]) -> bool:
+        """Until it ends; False when it does not in time. `look` is called at each look at its memory."""
         end = None if timeout_sec is None else time.monotonic() + timeout_sec
         while True:
             begin = time.monotonic()
             self.peak_rss_bytes = _larger(self.peak_rss_bytes, peak_rss_of(child.pid))
             self.peak_pss_bytes = _larger(self.peak_pss_bytes, pss_of(child.pid))
+            look()
             pause = max(LOOK_SEC, (time.monotonic() - begin) / LOOK_SHARE)
             if end is not None:
                 pause = min(pause, max(end - time.monotonic(), 0.0))

@@ -19,7 +19,7 @@ from kdc_edge.bench.budget import Budget, choose
 from kdc_edge.bench.case import Case
 from kdc_edge.bench.record import Row
 from kdc_edge.bench.reference import compare_images
-from kdc_edge.bench.runner import Measured, run
+from kdc_edge.bench.runner import Measured, Tell, run
 from kdc_edge.bundle import Bundle, find_bundles
 from kdc_edge.errors import KdcError
 from kdc_edge.formats import Format
@@ -180,6 +180,32 @@ def matching_bundles(
     return found
 
 
+def first_level(
+    candidates: Sequence[Candidate],
+    base: Case,
+    steps: Sequence[int],
+    samplers: Sequence[str],
+    budget: Budget,
+    reference: Path | None,
+) -> list[Case]:
+    """What `search` measures where some of it meets the budget in the first mode, for the length of a progress bar."""
+    cases: list[Case] = []
+    for candidate in (c for c in in_order(candidates, budget) if too_large(c, budget) is None):
+        own = candidate.request
+        request = replace(
+            own, steps=max(steps, default=own.steps), sampler=next(iter(samplers), own.sampler), guidance_mode=None
+        )
+        if reference is not None and request not in [case.request for case in cases]:
+            cases.append(_reference_case(reference, request, base))
+        cases.append(replace(base, folder=candidate.folder, request=request))
+    return cases
+
+
+def _reference_case(checkpoint: Path, request: Request, base: Case) -> Case:
+    """PyTorch's image, which is not timed."""
+    return Case(checkpoint, request, 1, 0, engine="torch", threads=base.threads)
+
+
 def search(
     candidates: Sequence[Candidate],
     base: Case,
@@ -190,13 +216,14 @@ def search(
     modes: Sequence[Mode] = MODES,
     reference: Path | None = None,
     budget_sec: float | None = None,
+    tell: Tell = lambda *_: None,
 ) -> Iterator[SearchState]:
     """Measure one bundle after the other as `base` says, until the answer is known or `budget_sec` seconds are over.
 
     What is asked of a bundle is its candidate's request, with each of `steps` and `samplers` in turn where there are
     any; the rest is as in `base`. `reference` is the checkpoint: PyTorch makes its image once for each number of steps
     and sampler. Without it the most precise bundle measured is the reference. Every step gives all rows so far, for
-    whoever is interrupted.
+    whoever is interrupted; `tell` is `run`'s.
     """
     end = None if budget_sec is None else time.monotonic() + budget_sec
     measured: list[Measured] = []
@@ -216,10 +243,10 @@ def search(
         )
         level = (todo.steps, todo.sampler)
         if reference is not None and level not in levels:
-            case, todo = Case(reference, request, 1, 0, engine="torch", threads=base.threads), None
+            case, todo = _reference_case(reference, request, base), None
         else:
             case = replace(base, folder=todo.folder, request=request, low_memory=todo.mode.low_memory)
         levels.add(level)
-        measured += run([case], budget_sec=left)
+        measured += run([case], budget_sec=left, tell=tell)
         trials.append(todo)
         yield SearchState(compare_images(measured), list(measured))

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from kdc_edge.bench.measure import measure
-from kdc_edge.bench.runner import JOB, OUT_OF_MEMORY, OUTCOME, Job, Outcome
+from kdc_edge.bench.runner import DOING, JOB, OUT_OF_MEMORY, OUTCOME, Doing, Job, Outcome
 from kdc_edge.errors import KdcError
+from kdc_edge.processes import end_with_parent
 from kdc_edge.runtimes import open_for_bench
 from kdc_edge.text import printable
 
 OOM_SCORE = 500  # of 1000; a process may raise its own
+TELL_EVERY_SEC = 0.25  # at most, while images are made: what is measured is to have the machine
 
 
 def work(job: Job) -> Outcome:
@@ -33,9 +36,10 @@ def work(job: Job) -> Outcome:
         device=case.device,
         threads=case.threads,
         low_memory=case.low_memory,
+        check=case.check,
     )
     try:
-        found = measure(opened, case, started=job.started)
+        found = measure(opened, case, started=job.started, tell=_Teller(job.out / "doing.json"))
     except KdcError as error:
         return Outcome(failure=printable(str(error)))
     except MemoryError:
@@ -53,7 +57,25 @@ def work(job: Job) -> Outcome:
     )
 
 
+class _Teller:
+    """Leaves what the process does now in a file, for the parent."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._last = path, 0.0
+
+    def __call__(self, text: str, share: float) -> None:
+        now = time.monotonic()
+        if share > 0 and now - self._last < TELL_EVERY_SEC:
+            return
+        self._last = now
+        with contextlib.suppress(OSError):  # a full disk, or on Windows a parent that reads: the next one comes soon
+            part = self._path.with_suffix(".part")
+            part.write_bytes(DOING.dump_json(Doing(text, share)))
+            part.replace(self._path)
+
+
 def main() -> None:
+    end_with_parent()
     with contextlib.suppress(OSError):  # Linux: when memory runs out, the kernel is to end this process, not another
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
     job = JOB.validate_json(sys.stdin.buffer.read())

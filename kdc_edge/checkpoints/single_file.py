@@ -206,6 +206,7 @@ def _text_config(path: Path, shapes: Shapes) -> Settings:
     """CLIPTextModel's configuration: OpenAI's text model, or OpenCLIP's without its last layer."""
     clip: Shapes = {name.removeprefix("text_model."): shape for name, shape in _under(CLIP, shapes).items()}
     other = _under(OPEN_CLIP, shapes)
+    found: Shapes
     # Of each: the table of tokens, of positions, the layers, the first layer's wider half, layers that are used.
     if "embeddings.token_embedding.weight" in clip:
         found, act = clip, "quick_gelu"

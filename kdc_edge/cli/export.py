@@ -86,7 +86,7 @@ def export(
     source = open_checkpoint(source, Additions.parse(vae, lora, embedding, prediction_type), say=say)
     need_export("kdc-edge export")
     from kdc_edge.prompts import read_prompts
-    from kdc_edge.runtimes.small_decoder import find_decoder_folder
+    from kdc_edge.runtimes.torch.small_decoder import find_decoder_folder
 
     request = ExportRequest(
         source, out or BUNDLES / row.name, row.target, row.precision, verify=verify, command=command_line(), tell=say,

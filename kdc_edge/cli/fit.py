@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from typer import Argument, Option
 
 from kdc_edge.cli.options import Guidance, Json, guidance_modes, listed, make_request
 from kdc_edge.cli.project import BUNDLES, LATEST, Config, command_line, latest_checkpoint, need_export, say
-from kdc_edge.errors import InputError, KdcError
+from kdc_edge.errors import InputError, KdcError, unknown_choice
 from kdc_edge.formats import FORMATS, GOOD_PSNR_DB, Format
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def fit(
     del config
     from kdc_edge.bench.budget import Budget, decide
     from kdc_edge.bench.case import Case
-    from kdc_edge.bench.search import MODES, search
+    from kdc_edge.bench.search import MODES, first_level, search
+    from kdc_edge.cli.progress import MeasuringBar
     from kdc_edge.noise_schedule import NoiseSchedule
     from kdc_edge.samplers import DEFAULT_SAMPLER, make_sampler
 
@@ -113,12 +115,14 @@ def fit(
     reference = checkpoint if importlib.util.find_spec("torch") and importlib.util.find_spec("diffusers") else None
     state, interrupted = None, False
     try:
-        for state in search(
-            candidates, base, steps=counts, budget=budget, samplers=samplers,
-            modes=[mode for mode in MODES if mode.guidance_mode in allowed], reference=reference, budget_sec=budget_sec,
-        ):  # fmt: skip
-            if not state.over:
-                _tell(state)
+        with MeasuringBar(first_level(candidates, base, counts, samplers, budget, reference)) as progress:
+            for state in search(
+                candidates, base, steps=counts, budget=budget, samplers=samplers,
+                modes=[mode for mode in MODES if mode.guidance_mode in allowed], reference=reference,
+                budget_sec=budget_sec, tell=progress.tell,
+            ):  # fmt: skip
+                if not state.over:
+                    progress.say(_last_result(state))
     except KeyboardInterrupt:
         interrupted = True
         say("interrupted: the rows so far are kept")
@@ -146,7 +150,7 @@ def _wanted(names: str | None) -> list[Format]:
         known = {row.name: row for row in FORMATS}
         asked = listed(names, "--formats", str)
         if unknown := [name for name in asked if name not in known]:
-            raise InputError(f"--formats {unknown[0]!r} is unknown: choose from {', '.join(known)}, or all")
+            raise unknown_choice("--formats", unknown[0], [*known, "all"])
         return [known[name] for name in asked]
     return [row for row in FORMATS if row.precision != "mixed" and _measurable(row)]
 
@@ -163,6 +167,7 @@ def _bundles(
 ) -> list[Bundle]:
     """The bundles of this checkpoint that run here, with those that are missing and could fit exported first."""
     from kdc_edge.bench.search import matching_bundles
+    from kdc_edge.bench.tables import time_text
     from kdc_edge.bundle import Bundle
     from kdc_edge.diffusers_folder import hash_checkpoint, read_model
 
@@ -171,7 +176,8 @@ def _bundles(
     there = {bundle.manifest.name for bundle in bundles}
     if checkpoint is not None and export:
         weights = read_model(checkpoint).unet_parameters
-        for row in (row for row in wanted if row.name not in there):
+        missing = [row for row in wanted if row.name not in there]
+        for i, row in enumerate(missing, 1):
             out = folder / row.name
             if budget.max_size_bytes is not None and weights * row.bytes_per_weight > budget.max_size_bytes:
                 say(f"{row.name}: not exported: its U-Net alone is larger than {budget.describe()}")
@@ -180,10 +186,12 @@ def _bundles(
             if out.exists():
                 say(f"{row.name}: not exported: {out} is another checkpoint's")
                 continue
-            say(f"exporting {row.name}")
+            say(f"exporting {row.name} ({i} of {len(missing)})")
+            begin = time.monotonic()
             if failure := _export(checkpoint, row, out):
                 say(f"{row.name}: not exported: {failure}")
             else:
+                say(f"{row.name}: exported in {time_text(time.monotonic() - begin)}")
                 bundles.append(Bundle.open(out))
     if not bundles:
         raise InputError(f"there is nothing to measure: no bundle in {folder}/ of this checkpoint runs here")
@@ -210,26 +218,21 @@ def _candidates(bundles: Sequence[Bundle], budget: Budget, request: Request, **g
 
 def _export(checkpoint: Path, row: Format, out: Path) -> str | None:
     """kdc-edge export in a child process, whose memory is free before anything is measured; why it failed."""
-    import subprocess
-
-    from kdc_edge.bench.runner import python_module
+    from kdc_edge.processes import run_module
     from kdc_edge.text import last_line
 
-    program, environment = python_module("kdc_edge")
     options = ["export", checkpoint, "--target", row.target, "--precision", row.precision, "--out", out]
-    done = subprocess.run(
-        [*program, *map(str, options)], env=environment, capture_output=True, text=True, errors="replace", check=False
-    )
+    done = run_module("kdc_edge", options)
     return last_line(done.stderr, "it said nothing").removeprefix("kdc-edge: ") if done.returncode else None
 
 
-def _tell(state: SearchState) -> None:
+def _last_result(state: SearchState) -> str:
     """One line about what was measured last."""
     from kdc_edge.bench.tables import time_text
     from kdc_edge.bench.values import labels
 
     row, label = state.rows[-1], labels(state.rows)[-1]
-    say(f"{label}: {row.failure or time_text(row.image_sec)}")
+    return f"{label}: {row.failure or time_text(row.image_sec)}"
 
 
 def _write(state: SearchState, decision: Decision, out: Sequence[Path], *, as_json: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from kdc_edge.errors import InputError
+from kdc_edge.errors import InputError, unknown_choice
 
 if TYPE_CHECKING:
     from kdc_edge.pipeline import GuidanceMode, Request
@@ -106,5 +106,5 @@ def guidance_modes(text: str) -> list[GuidanceMode]:
 
     found = listed(text, "--guidance-mode", str)
     if unknown := [mode for mode in found if mode not in get_args(GuidanceMode)]:
-        raise InputError(f"--guidance-mode {unknown[0]!r} is unknown: use batched or sequential")
+        raise unknown_choice("--guidance-mode", unknown[0], get_args(GuidanceMode))
     return found

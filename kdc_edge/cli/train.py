@@ -77,9 +77,7 @@ def train(
     from kdc_edge.train.runs import begin_stage, continue_run
 
     if dry_run:
-        from kdc_edge.train.tools.plan import make_plan
-
-        typer.echo("\n".join(make_plan(settings).lines()))
+        _dry_run(settings, run, resume=resume, source=continue_from, learns=bool(task))
         return
     if benchmark:
         _benchmark(settings, benchmark)
@@ -109,12 +107,29 @@ def _continued(given: Given[TrainConfig], run: Path, tasks: tuple[Task, ...]) ->
     if not tasks and not {"objective", "phases"} & given.typed:
         raise InputError("--continue-from needs a --task NAME=SOURCE to add, or an --objective for another stage")
     if stage:
-        settings = replace(settings, **arguments(settings, FEW_STEP_STAGE[find_preset(saved.student).family]))
+        settings = replace(
+            settings, **arguments(settings, FEW_STEP_STAGE[find_preset(saved.student, "--student").family])
+        )
     settings = given.change(settings, **({"tasks": tasks} if tasks else {}))
     for s in settings_of(given.kind):
         if s.of(settings) != s.of(saved):
             say(f"{s.option} {s.of(settings)} (the run had {s.of(saved)})")
     return settings
+
+
+def _dry_run(settings: TrainConfig, run: Path, *, resume: bool, source: Path | None, learns: bool) -> None:
+    """Print the plan, or refuse what the run would refuse; nothing is written."""
+    from kdc_edge.train.loop import check_run
+    from kdc_edge.train.runs import begin_stage, continue_run
+    from kdc_edge.train.tools.plan import make_plan
+
+    if source:
+        prepare = continue_run if learns else begin_stage
+        settings = prepare(source, run, settings, write_once=lambda _: None)
+    check_run(settings, run, resume=resume)
+    for one in settings.tasks:
+        one.open()
+    typer.echo("\n".join(make_plan(settings).lines()))
 
 
 def _stage_defaults(given: Given[TrainConfig], settings: TrainConfig) -> dict[str, Any]:
@@ -123,7 +138,7 @@ def _stage_defaults(given: Given[TrainConfig], settings: TrainConfig) -> dict[st
 
     if settings.objective != "phased":
         return {}
-    stage = FEW_STEP_STAGE[find_preset(settings.student).family]
+    stage = FEW_STEP_STAGE[find_preset(settings.student, "--student").family]
     defaults = {s.name: s.default for s in settings_of(given.kind)}
     found = {n: v for n, v in stage.items() if n not in given.typed and given.values[n] == defaults[n]}
     for name, value in found.items():
@@ -145,12 +160,11 @@ def _announce(trainer: Trainer, run: Path) -> None:
 
 def _benchmark(settings: TrainConfig, steps: int) -> None:
     """Measure and print; the run's folder is temporary."""
-    import tempfile
-
+    from kdc_edge.files import temporary_folder
     from kdc_edge.train.tools.benchmark import measure_run
 
-    with tempfile.TemporaryDirectory(prefix="kdc-edge-") as folder:
-        typer.echo("\n".join(measure_run(settings, Path(folder) / "run", steps).lines()))
+    with temporary_folder() as folder:
+        typer.echo("\n".join(measure_run(settings, folder / "run", steps).lines()))
 
 
 def _follow(trainer: Trainer) -> None:

@@ -31,7 +31,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from kdc_edge import __version__
 from kdc_edge.bundle import Model
 from kdc_edge.errors import InputError
 from kdc_edge.image import encode_png, preview
@@ -40,6 +39,7 @@ from kdc_edge.pipeline import own_request
 from kdc_edge.samplers import SAMPLERS
 from kdc_edge.serve.worker import Busy, Done, Event, Failed, Finished, Job, Step, Worker
 from kdc_edge.text import invalid_field, printable
+from kdc_edge.version import __version__
 
 MAX_BODY_BYTES = 64 * 1024
 MAX_PROMPT_CHARS = 2000  # of a prompt that are read; a model reads 77 tokens of them

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -67,9 +68,14 @@ def make_pipeline(work: Callable[[str], None] = lambda _: None) -> Pipeline:
 
 
 def open_fake(
-    folder: Path, *, engine: str | None, device: str | None, threads: int | None, low_memory: bool
+    folder: Path, *, engine: str | None, device: str | None, threads: int | None, low_memory: bool, check: bool
 ) -> Pipeline:
-    print(f"engines talk: {folder} {engine} {device} {threads} {low_memory}")
+    print(f"engines talk: {folder} {engine} {device} {threads} {low_memory} {check}")
+    return make_pipeline()
+
+
+def open_slow(*_: object, **__: object) -> Pipeline:
+    time.sleep(0.5)
     return make_pipeline()
 
 
@@ -112,6 +118,16 @@ def open_endless(folder: Path, **_: object) -> Pipeline:
     (folder / "pid").write_text(str(os.getpid()))
     time.sleep(120)
     raise AssertionError
+
+
+def lines_until(stream: IO[str], start: str) -> list[str]:
+    """The lines of a process, up to the first that begins so."""
+    lines = []
+    for line in stream:
+        lines.append(line)
+        if line.startswith(start):
+            return lines
+    raise AssertionError(lines)
 
 
 def make_bundle(folder: Path, checks: Sequence[Check] = (), model: Model = MODEL) -> Path:

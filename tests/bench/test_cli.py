@@ -18,6 +18,7 @@ from kdc_edge.cli.app import app
 from kdc_edge.cli.prompt_quality import open_scorer
 from kdc_edge.errors import InputError
 from kdc_edge.train.garden.scenes import draw_scenes, render_many
+from tests.bench.rows import lines_until
 from tests.cli.test_commands import complaint, run
 
 COMMAND = [sys.executable, "-c", "from kdc_edge.cli import main; main()", "bench"]
@@ -124,7 +125,8 @@ def test_ctrl_c_keeps_the_rows_so_far(bundle: Path, tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # background jobs ignore it
     )  # fmt: skip
     assert process.stderr is not None
-    assert process.stderr.readline().startswith("1/3")
+    first = lines_until(process.stderr, f"1/3 {bundle}: ")[0]
+    assert first == f"0/{(1 + 900 + 2) * 10} measurement 1 of 3, {bundle}: starting\n"
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130

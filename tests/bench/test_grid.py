@@ -13,7 +13,7 @@ import pytest
 from kdc_edge.bench.case import Case, grid, references, with_own
 from kdc_edge.bench.record import PromptQuality, Psnr, Row
 from kdc_edge.bench.reference import compare_images
-from kdc_edge.bench.runner import Measured, run
+from kdc_edge.bench.runner import Measured, Tell, run
 from kdc_edge.bench.tables import columns
 from kdc_edge.bench.values import NAMES, Limit, broken_limits, labels, show, values
 from kdc_edge.errors import InputError
@@ -102,7 +102,7 @@ def test_the_budget_bounds_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
     now = 100.0
     asked: list[float | None] = []
 
-    def measure(case: Case, *, timeout_sec: float | None) -> Measured:
+    def measure(case: Case, *, timeout_sec: float | None, tell: Tell) -> Measured:  # noqa: ARG001
         nonlocal now
         asked.append(timeout_sec)
         enough = timeout_sec is None or timeout_sec >= 6

@@ -22,7 +22,7 @@ from kdc_edge.bench import measure as stopwatch
 from kdc_edge.bench.case import Case
 from kdc_edge.bench.measure import measure
 from kdc_edge.bench.record import Timing
-from kdc_edge.bench.runner import JOB, OUTCOME, Job, measure_in_fresh_process
+from kdc_edge.bench.runner import JOB, OUTCOME, Doing, Job, measure_in_fresh_process
 from kdc_edge.bench.sensors import peak_rss_bytes
 from kdc_edge.bundle import Check, Manifest
 from kdc_edge.components import Execution
@@ -162,6 +162,39 @@ def test_images_of_prompts_come_after_what_is_timed() -> None:
     expected = [make_pipeline().generate(Request(p, steps=2, seed=s)) for p, s in (("b", 5), ("c", 6))]
     np.testing.assert_array_equal(found.prompt_images, expected)
     assert measure(make_pipeline, dataclasses.replace(case, prompts=())).prompt_images.shape == (0, 64, 64, 3)
+
+
+def test_whoever_waits_is_told_what_is_measured_and_how_far() -> None:
+    told: list[tuple[str, float]] = []
+    case = Case(NOWHERE, Request("a", steps=2), repeats=2, warmup=1, prompts=("b",))
+    measure(make_pipeline, case, tell=lambda text, share: told.append((text, share)))
+    assert told == [
+        ("loading", 0.0), ("loading and compiling", 0.0),
+        ("warm-up image", 0.0), ("warm-up image", 0.125), ("warm-up image", 0.25),
+        ("image 1 of 2", 0.25), ("image 1 of 2", 0.375), ("image 1 of 2", 0.5),
+        ("image 2 of 2", 0.5), ("image 2 of 2", 0.625), ("image 2 of 2", 0.75),
+        ("image 1 of 1 prompts", 0.75),
+    ]  # fmt: skip
+
+
+def test_images_beyond_the_plan_are_told_without_a_total() -> None:
+    told: list[tuple[str, float]] = []
+    measure(make_pipeline, Case(NOWHERE, Request("a", steps=1), warmup=0), tell=lambda *what: told.append(what))
+    assert ("image 5 of 5", 0.8) in told
+    assert told[-1] == ("image 50", 1.0)
+    assert [share for _, share in told] == sorted(share for _, share in told)
+
+
+def test_the_parent_is_told_of_all_processes(tmp_path: Path, opener: Opener) -> None:
+    opener("open_slow")
+    told: list[tuple[Case, Doing]] = []
+    case = Case(make_bundle(tmp_path / "b"), Request("a", steps=1, sampler="ddim"), warmup=0)
+    measure_in_fresh_process(case, tell=lambda *what: told.append(what))
+    assert {id(of) for of, _ in told} == {id(case)}
+    loading = {doing.share for _, doing in told if doing.text == "loading"}
+    assert loading == {0.0, 1 / 3, 2 / 3}
+    shares = [doing.share for _, doing in told]
+    assert shares == sorted(shares)
 
 
 def test_stages_add_up_to_the_end_to_end() -> None:

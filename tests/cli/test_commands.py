@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import pytest
 from PIL import Image
 
 from kdc_edge.cli import main
+from tests.forks import MAIN, Fork
 
 
 def run(*arguments: object, cwd: Path, code: int | None = 0) -> subprocess.CompletedProcess[str]:
@@ -193,18 +193,10 @@ def test_a_run_that_was_killed_and_then_stopped_goes_on(tmp_path: Path) -> None:
 
 def _stop(cwd: Path, how: signal.Signals, *arguments: str, after_step: int) -> tuple[int, str]:
     """Train, send a signal after so many steps: the exit code, and what was said."""
-    command = [sys.executable, "-c", "from kdc_edge.cli import main; main()", "train", *arguments]
-    log = cwd / "runs" / "001" / "metrics.jsonl"
-    with subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, text=True) as running:
-        deadline = time.monotonic() + 120
-        while not (log.is_file() and log.read_text("utf-8").count("\n") >= after_step):
-            assert running.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        running.send_signal(how)
-        assert running.stderr is not None
-        said = running.stderr.read()
-    return running.returncode, said
+    running = Fork(MAIN, "train", *arguments, cwd=cwd, output=cwd / "train")
+    running.wait_for(cwd / "runs" / "001" / "metrics.jsonl", after_step)
+    running.send(how)
+    return running.wait(), running.err
 
 
 def test_the_best_bundle_is_the_smallest_of_good_images(

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.forks import Fork
+
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("moments", [1, pytest.param(20, marks=pytest.mark.full)])
 def test_killed_runs_end_with_the_same_weights(tmp_path: Path, moments: int) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.cli.interrupted", str(tmp_path), str(moments), "5"],
-        capture_output=True, text=True, cwd=ROOT, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    said = json.loads(done.stdout)
+    program = "import runpy\nrunpy.run_module('tests.cli.interrupted', run_name='__main__')"
+    running = Fork(program, tmp_path, moments, 5, cwd=ROOT, output=tmp_path / "killer")
+    assert running.wait(1800) == 0, running.err[-2000:]
+    said = json.loads(running.out)
     assert len(said["kills"]) == moments
     weights = "checkpoint/unet/diffusion_pytorch_model.safetensors"
     whole = load_file(tmp_path / "whole" / weights)

@@ -28,27 +28,9 @@ SD_CONFIG: dict[str, Any] = {
     "prediction_type": "epsilon",
     "timestep_spacing": "leading",
 }
-KARRAS = {"use_karras_sigmas": True}
-SDE = {"algorithm_type": "sde-dpmsolver++"}
 REFERENCES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}),
-    "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
-    "euler": (diffusers.EulerDiscreteScheduler, {}),
-    "euler-karras": (diffusers.EulerDiscreteScheduler, KARRAS),
-    "euler-a": (diffusers.EulerAncestralDiscreteScheduler, {}),
-    "heun": (diffusers.HeunDiscreteScheduler, {}),
-    "heun-karras": (diffusers.HeunDiscreteScheduler, KARRAS),
-    "dpm++2m": (diffusers.DPMSolverMultistepScheduler, {}),
-    "dpm++2m-karras": (diffusers.DPMSolverMultistepScheduler, KARRAS),
-    "dpm++2m-sde": (diffusers.DPMSolverMultistepScheduler, SDE),
-    "dpm++2m-sde-karras": (diffusers.DPMSolverMultistepScheduler, {**SDE, **KARRAS}),
-    "dpm++2s": (diffusers.DPMSolverSinglestepScheduler, {}),
-    "dpm++2s-karras": (diffusers.DPMSolverSinglestepScheduler, KARRAS),
-    "dpm++sde": (diffusers.DPMSolverSinglestepScheduler, SDE),
-    "dpm++sde-karras": (diffusers.DPMSolverSinglestepScheduler, {**SDE, **KARRAS}),
-    "unipc": (diffusers.UniPCMultistepScheduler, {}),
-    "unipc-karras": (diffusers.UniPCMultistepScheduler, KARRAS),
-    "lcm": (diffusers.LCMScheduler, {}),
+    name: (getattr(diffusers, kind.scheduler), {**kind.options, **({"clip_sample": False} if name == "ddim" else {})})
+    for name, kind in SAMPLERS.items()
 }
 # Every setting of these classes, at a value that is not the default.
 FLIPPED: list[tuple[str, Any]] = [
@@ -252,7 +234,7 @@ def test_public_names() -> None:
 @pytest.mark.parametrize(
     ("name", "steps", "said"),
     [
-        ("plms", 20, "no sampler 'plms'"),
+        ("plms", 20, "--scheduler 'plms' is unknown"),
         ("ddim", 0, "ask for 1 to 1000"),
         ("ddim", -1, "ask for 1 to 1000"),
         ("ddim", 1001, "ask for 1 to 1000"),

@@ -29,8 +29,8 @@ from kdc_edge.presets import DECODERS, find_decoder
 from kdc_edge.quiet import quiet
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.base import LoadOptions, get_runtime
-from kdc_edge.runtimes.small_decoder import load_decoder, new_decoder
 from kdc_edge.runtimes.torch import load_network
+from kdc_edge.runtimes.torch.small_decoder import load_decoder, new_decoder
 from tests.cli.test_commands import complaint, run
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from kdc_edge.export.components import load_component
 from kdc_edge.export.onnx.export import trace
 from kdc_edge.export.targets import ExportRequest, export_checkpoint
 from kdc_edge.runtimes import LoadOptions, get_runtime
+from tests.forks import Fork
 
 NAMES = {
     "text_encoder": (["input_ids"], ["last_hidden_state", "pooler_output"]),
@@ -189,11 +187,10 @@ export_checkpoint(ExportRequest(Path(sys.argv[1]), Path(sys.argv[2]), "onnx", "f
 
 def test_a_killed_export_leaves_no_half_bundle(checkpoint: Path, bundle_fp32: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED, str(checkpoint), str(out), str(bundle_fp32)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"ready\n"
-        os.kill(child.pid, signal.SIGKILL)
+    child = Fork(KILLED, checkpoint, out, bundle_fp32, cwd=tmp_path, output=tmp_path / "said")
+    child.wait_for(tmp_path / "said.out", 1)
+    child.send(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
     assert list(tmp_path.glob(".out.part-*/unet/model.onnx"))  # it was in the middle
     assert not out.exists()
     assert export_checkpoint(ExportRequest(checkpoint, out, "onnx", "fp16", verify=False)).verify() > 0

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from kdc_edge.bundle import Bundle, Check
+from kdc_edge.bundle import Bundle, Check, Model
 from kdc_edge.errors import CheckpointError, ParityError
-from kdc_edge.export.parity import Call, check_images, compare, record
+from kdc_edge.export.parity import check_images, check_parity, compare
+from kdc_edge.export.reference import Call, record
 from kdc_edge.export.targets import ExportRequest, export_checkpoint
 from kdc_edge.formats import find_format
+from kdc_edge.image import psnr_db
 from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.base import COMPONENTS
+from kdc_edge.samplers import SAMPLERS, make_sampler
 
 CALLS: list[Call] = [
     ({}, np.array([2.0, -4.0, 0.0, 1.0], np.float32)),
@@ -51,14 +56,64 @@ def test_a_reference_of_zeros() -> None:
 
 
 def test_what_was_recorded(checkpoint: Path) -> None:
-    reference = record(checkpoint, checkpoint / "tokenizer", [Request("a red flower", steps=3, guidance=2.0)])
+    reference = record(checkpoint, [Request("a red flower", steps=3, guidance=2.0)])
     assert {name: len(calls) for name, calls in reference.calls.items()} == {
-        "text_encoder": 1,
+        "text_encoder": 2,  # the prompt, and the empty one
         "unet": 3,
         "vae_decoder": 1,
     }
     assert reference.calls["unet"][0][0]["sample"].shape == (2, 4, 16, 16)
     assert reference.images[0].shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("sampler", ["dpm++2m", "pndm", "euler-a", "lcm"])
+def test_the_reference_is_diffusers_own_pipeline(checkpoint: Path, sampler: str) -> None:
+    """Equal to kdc-edge's loop where neither has a fault; noise that a sampler draws included."""
+    request = Request("a red flower", steps=4, guidance=2.0, seed=3, sampler=sampler)
+    reference = record(checkpoint, [request])
+    assert reference.made_by.startswith("diffusers ")
+    assert SAMPLERS[sampler].scheduler in reference.made_by
+    assert psnr_db(open_pipeline(checkpoint).generate(request), reference.images[0]) > 55
+
+
+def test_without_diffusers_the_reference_says_what_it_was(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no such scheduler\nand more")
+
+    monkeypatch.setattr("diffusers.StableDiffusionPipeline.__init__", fail)
+    request = Request("a red flower", steps=2, guidance=2.0)
+    reference = record(checkpoint, [request])
+    assert reference.made_by == (
+        "kdc-edge's own loop, because diffusers cannot open the checkpoint (no such scheduler)"
+    )
+    assert np.array_equal(reference.images[0], open_pipeline(checkpoint).generate(request))
+
+
+@pytest.mark.parametrize("fault", ["scaling factor", "timesteps"])
+def test_a_fault_of_our_loop_fails_the_proof(
+    checkpoint: Path, bundle_fp32: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """One that kdc-edge's loop has over PyTorch's networks too, so that both would agree."""
+    row, prompts = find_format("onnx", "fp32"), ["a red flower"]
+    assert all(c.passed for c in check_parity(checkpoint, bundle_fp32, row, prompts).checks)
+    if fault == "scaling factor":
+        original = Pipeline.__init__
+
+        def wrong(self: Pipeline, model: Model, *args: Any, **options: Any) -> None:
+            original(self, model.model_copy(update={"scaling_factor": 0.9 * model.scaling_factor}), *args, **options)
+
+        monkeypatch.setattr(Pipeline, "__init__", wrong)
+    else:
+        made = make_sampler
+
+        def shifted(*args: Any, **options: Any) -> Any:
+            sampler = made(*args, **options)
+            sampler.timesteps = sampler.timesteps - 40
+            return sampler
+
+        monkeypatch.setattr("kdc_edge.pipeline.make_sampler", shifted)
+    checks = check_parity(checkpoint, bundle_fp32, row, prompts).checks
+    assert [c.what for c in checks if not c.passed] == ["image"]
 
 
 class Painter(Pipeline):
@@ -100,6 +155,7 @@ def test_the_numbers_stand_in_the_bundle(bundle: Path, bundle_fp32: Path, precis
     for check in parity.checks:
         assert check.passed
         assert check.psnr_db is None or check.psnr_db > (least if check.what != "image" else 50)
+    assert parity.reference.startswith("diffusers ")
     assert "PyTorch" in parity.reference
     assert "2 prompts, 64x64, 4 steps of" in parity.conditions
 

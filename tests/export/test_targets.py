@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from kdc_edge.bundle import Bundle
 from kdc_edge.errors import InputError
 from kdc_edge.export.targets import TARGETS, ExportRequest
 from kdc_edge.formats import FORMATS
+from tests.forks import Fork
 
 # Its artifact is a note of where the checkpoint is; its engine computes that checkpoint with PyTorch.
 PAPER = """
@@ -57,25 +56,22 @@ if __name__ == "__main__":
 
 
 def test_a_target_and_an_engine_from_outside(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "paper.py").write_text(PAPER)
-
-    def kdc_edge(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "paper.py", *map(str, words)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == code, done.stderr
+    def kdc_edge(*words: object, code: int = 0) -> Fork:
+        done = Fork(PAPER, *words, cwd=tmp_path, output=tmp_path / "said")
+        assert done.wait() == code, done.err
         return done
 
     done = kdc_edge("export", checkpoint, "--target", "paper", "--precision", "fp32", "--ink", "red", "--folded")
-    assert done.stdout == "bundles/paper-fp32\n"
-    assert "image: equal (at least 50 dB)" in done.stderr
+    assert done.out == "bundles/paper-fp32\n"
+    assert "image: equal (at least 50 dB)" in done.err
     bundle = Bundle.open(tmp_path / "bundles" / "paper-fp32")
     assert (bundle.root / "unet" / "note.txt").read_text("utf-8").splitlines()[:2] == ["red", "True"]
     assert bundle.manifest.parity is not None
     assert bundle.manifest.parity.conditions.startswith("paper 1, ")
 
-    refused = kdc_edge("export", checkpoint, "--target", "onnx", "--ink", "red", code=1).stderr
+    refused = kdc_edge("export", checkpoint, "--target", "onnx", "--ink", "red", code=1).err
     assert "--ink is for --target paper: leave it out" in refused
-    assert re.search(r"--ink +<str> +Paper: colour of the writing\.", kdc_edge("export", "--help").stdout)
+    assert re.search(r"--ink +<str> +Paper: colour of the writing\.", kdc_edge("export", "--help").out)
 
 
 def test_every_format_has_a_target_and_only_some_are_calibrated(tmp_path: Path) -> None:

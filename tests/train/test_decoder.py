@@ -17,7 +17,7 @@ from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.presets import DECODERS, DecoderPreset, find_decoder
 from kdc_edge.quiet import quiet
-from kdc_edge.runtimes.small_decoder import ThinDecoder, load_decoder, new_decoder
+from kdc_edge.runtimes.torch.small_decoder import ThinDecoder, load_decoder, new_decoder
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import DecoderConfig, learning_rate
 from kdc_edge.train.data.cache import encode_images

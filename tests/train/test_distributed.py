@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,11 @@ from safetensors.torch import load_file
 
 from kdc_edge.errors import InputError
 from kdc_edge.train.loop import Trainer
+from tests.forks import Fork
 from tests.train.test_loop import TASKS, config
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 WEIGHTS = "checkpoint/unet/diffusion_pytorch_model.safetensors"
 # What the processes run: the same configuration as `settings` below.
 PROGRAM = """
@@ -104,7 +107,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_gloo_processes_have_the_curve_of_one(alone: Path, tmp_path: Path) -> None:
-    run_in_two_processes(PROGRAM, tmp_path / "run")
+    launch_two_processes(PROGRAM, tmp_path / "run")
     torch.testing.assert_close(losses(tmp_path / "run"), losses(alone), rtol=1e-4, atol=1e-6)
     assert distance(tmp_path / "run", alone) < 1e-4
 
@@ -135,19 +138,33 @@ def test_two_processes_continue_one_run(alone: Path, tmp_path: Path) -> None:
     assert [len(row) for row in results["prompt_accuracy"]] == [1, 2]
 
 
-def run_in_two_processes(program: str, folder: Path) -> None:
+def launch_two_processes(program: str, folder: Path) -> None:
+    """As a user does, with PyTorch's launcher."""
     path = folder.with_suffix(".py")
     path.write_text(program)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-    }
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, str(path), str(folder)], capture_output=True, text=True, env=environment, cwd=path.parent, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def run_in_two_processes(program: str, folder: Path) -> None:
+    """With what the launcher sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    shared |= {"LOCAL_WORLD_SIZE": "2"}
+    processes = [
+        Fork(
+            program, folder, cwd=folder.parent, output=folder.with_name(f"rank-{rank}"),
+            environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert [process.wait() for process in processes] == [0, 0], [process.err[-2000:] for process in processes]
 
 
 def distance(run: Path, other: Path) -> float:

@@ -8,7 +8,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from kdc_edge import __version__
 from kdc_edge.bundle import Model
 from kdc_edge.checkpoints.assemble import read_sources
 from kdc_edge.files import write_atomic
@@ -27,6 +26,7 @@ from kdc_edge.train.quality.evaluate import (
 )
 from kdc_edge.train.quality.metrics import NETWORKS
 from kdc_edge.train.runs import Position
+from kdc_edge.version import __version__
 
 CARD = Template("""\
 ---

@@ -38,8 +38,8 @@ from kdc_edge.image import grid, psnr_db, save_png, to_pixels
 from kdc_edge.pipeline import Pipeline, made_for
 from kdc_edge.presets import find_decoder
 from kdc_edge.quiet import quiet
-from kdc_edge.runtimes.small_decoder import SmallDecoder, new_decoder
 from kdc_edge.runtimes.torch import TorchComponent, load_network
+from kdc_edge.runtimes.torch.small_decoder import SmallDecoder, new_decoder
 from kdc_edge.text import one_line
 from kdc_edge.train.config import DecoderConfig, check_same, learning_rate
 from kdc_edge.train.data.cache import Latents, cache_latents, encode_images

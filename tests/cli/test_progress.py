@@ -1,0 +1,50 @@
+"""Progress where there is no terminal: a line now and then, printable, with the time to go."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kdc_edge.bench.case import Case
+from kdc_edge.bench.runner import Doing
+from kdc_edge.cli.progress import LINE_EVERY_SEC, MeasuringBar, ProgressBar
+from kdc_edge.pipeline import Request
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time now, in a list of one."""
+    now = [1000.0]
+    monkeypatch.setattr("kdc_edge.cli.progress.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_a_line_at_once_then_now_and_then(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar(40, done=10) as progress:
+        progress.step(10, "step")
+        for done in (20, 21):  # the second comes too soon
+            clock[0] += LINE_EVERY_SEC if done == 21 else 60.0
+            progress.step(done, "\x1b[31mstep")
+        for _ in range(2):
+            progress.step(40, "step")
+    assert capsys.readouterr().err.splitlines() == [
+        "10/40 step", "20/40 \\x1b[31mstep, 0:02:00 to go", "40/40 step"
+    ]  # fmt: skip
+
+
+def test_measurements_are_weighed_by_their_steps(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    """2 images of 10 steps, then 2 of 30; and a search that goes on after what was planned."""
+    first = Case(Path("a"), Request("x", steps=10), repeats=1, warmup=1)
+    second, third = (replace(first, folder=Path(name), request=Request("x", steps=30)) for name in "bc")
+    with MeasuringBar([first, second]) as progress:
+        for case, share in ((first, 0.0), (first, 0.5), (second, 0.5), (third, 0.0)):
+            progress.tell(case, Doing("image", share))
+            clock[0] += 10.0
+    assert capsys.readouterr().err.splitlines() == [
+        "0/80 measurement 1 of 2, a: image",
+        "10/80 measurement 1 of 2, a: image, 0:01:10 to go",
+        "50/80 measurement 2 of 2, b: image, 0:00:12 to go",
+        "80/140 measurement 3 of 3, c: image, 0:00:22 to go",
+    ]

@@ -122,8 +122,8 @@ def open_checkpoint(source: Path | str, additions: Additions = NOTHING, *, say: 
         path = _fetch(str(source))
     read_model(path)  # refuses what cannot be used, before any work
     for part in WEIGHTS:
-        if warning := weights_of(path / part).note:
-            say(warning)
+        if line := weights_of(path / part).note:
+            say(line)
     additions.check()
     return _assembled(path, None, additions, say) if additions else path
 
@@ -160,8 +160,8 @@ def _source(role: str, path: Path, weight: float | None = None) -> Source:
 
 def _key(path: Path, additions: Additions) -> str:
     """Of the files as the disk lists them, and of all that decides what becomes of them."""
-    added = [lora.path for lora in additions.loras] + [embedding.path for embedding in additions.embeddings]
-    used = [path, *([additions.vae] if additions.vae else []), *added]
+    used = [path, *([additions.vae] if additions.vae else []), *(e.path for e in additions.embeddings)]
+    used += [file for lora in additions.loras for file in lora.files]
     files = [f for p in used for f in (sorted(q for q in p.rglob("*") if q.is_file()) if p.is_dir() else [p])]
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return hashlib.sha256(repr((FORMAT, stats, additions)).encode()).hexdigest()[:10]

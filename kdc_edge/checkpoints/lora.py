@@ -67,6 +67,12 @@ class Lora:
             raise InputError(f"--lora {text}: the weight is no finite number, such as 0.8")
         return cls(_file(Path(name if colon and name else text)), value)
 
+    @property
+    def files(self) -> list[Path]:
+        """What the fused weights depend on: the file, and PEFT's configuration beside it."""
+        config = self.path.parent / PEFT_CONFIG
+        return [self.path, config] if self.path.name == IN_A_FOLDER[1] and config.is_file() else [self.path]
+
     def check(self) -> None:
         """Raise CheckpointError for a file that is no LoRA, or one of another model or method, by its header."""
         refuse_pickle(self.path)
@@ -120,7 +126,7 @@ def fuse(lora: Lora, networks: Mapping[str, Weights]) -> Fused:
     for name, tensor in load_file(lora.path).items():
         layer, role = split_name(name)
         layers.setdefault(layer, {})[role or name] = tensor
-    alphas = _alphas(lora.path, metadata)
+    alphas = _alphas(lora, metadata)
     places = {part: _index(weights) for part, weights in networks.items()}
     changed: dict[tuple[str, str], Any] = {}
     left_out = []
@@ -129,8 +135,7 @@ def fuse(lora: Lora, networks: Mapping[str, Weights]) -> Fused:
             left_out.append(layer)
             continue
         part, name = place
-        before: Any = changed.get(place, networks[part][name])
-        before = before.float()
+        before = (changed[place] if place in changed else networks[part][name]).float()
         alpha = tensors["alpha"].item() if "alpha" in tensors else alphas(part, name)
         changed[place] = before + lora.weight * _delta(lora.path, layer, tensors, before.shape, alpha)
     if not changed:
@@ -202,16 +207,17 @@ def _delta(path: Path, layer: str, tensors: Mapping[str, Any], shape: Any, alpha
     return delta if alpha is None else delta * (alpha / rank)
 
 
-def _alphas(path: Path, metadata: Mapping[str, object]) -> Any:
+def _alphas(lora: Lora, metadata: Mapping[str, object]) -> Any:
     """Alpha of a layer in PEFT's way, from a file's metadata or the configuration beside it; None where not given."""
     config: Mapping[str, object] = {}
+    path = lora.path
     if isinstance(text := metadata.get("lora_adapter_metadata"), str):
         try:
             config = json.loads(text)
         except ValueError:
             raise CheckpointError(f"{path} is damaged: its lora_adapter_metadata is no JSON") from None
-    elif path.name == IN_A_FOLDER[1] and (path.parent / PEFT_CONFIG).is_file():
-        config = {f"unet.{key}": value for key, value in read_json(path.parent / PEFT_CONFIG, CheckpointError).items()}
+    for peft in lora.files[1:]:
+        config = {f"unet.{key}": value for key, value in read_json(peft, CheckpointError).items()}
     for part in PARTS:
         for switch in ("use_rslora", "use_dora"):
             if isinstance(config, dict) and config.get(f"{part}.{switch}"):

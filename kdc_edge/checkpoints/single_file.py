@@ -204,7 +204,7 @@ def vae_config(shapes: Shapes, path: Path) -> Settings:
 
 def _text_config(path: Path, shapes: Shapes) -> Settings:
     """CLIPTextModel's configuration: OpenAI's text model, or OpenCLIP's without its last layer."""
-    clip = {name.removeprefix("text_model."): shape for name, shape in _under(CLIP, shapes).items()}
+    clip: Shapes = {name.removeprefix("text_model."): shape for name, shape in _under(CLIP, shapes).items()}
     other = _under(OPEN_CLIP, shapes)
     found: Shapes
     # Of each: the table of tokens, of positions, the layers, the first layer's wider half, layers that are used.

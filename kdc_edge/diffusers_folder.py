@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from kdc_edge.bundle import MODEL_INDEX, Model
 from kdc_edge.diffusers_defaults import AUTOENCODER_TINY, TEXT_ENCODER, UNET, VAE, Settings
-from kdc_edge.errors import CheckpointError, InputError, require
-from kdc_edge.files import read_json, sha256
+from kdc_edge.errors import CheckpointError, InputError
+from kdc_edge.files import homes, read_json, sha256
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.presets import recognise
 from kdc_edge.text import invalid_field, one_line, printable
@@ -53,24 +53,6 @@ BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-def is_hub_id(name: str) -> bool:
-    """Is this `owner/name`, and no folder or place for one?"""
-    return not Path(name).exists() and HUB_ID.fullmatch(name) is not None and not Path(name).parent.exists()
-
-
-def fetch(hub_id: str, patterns: Sequence[str], *, ignored: Sequence[str] = ()) -> Path:
-    """The hub's folder in the local cache; the network is used unless HF_HUB_OFFLINE is set. Raises CheckpointError."""
-    hub = require("huggingface_hub", extra="train", purpose="a hub id")
-    try:
-        return Path(hub.snapshot_download(hub_id, allow_patterns=list(patterns), ignore_patterns=list(ignored)))
-    except Exception as error:  # offline, no such id, no permission, no space: the library has a dozen kinds
-        raise CheckpointError(
-            f"{hub_id} is neither a folder nor can it be had from the hub: {one_line(error):.200};"
-            " check the name, the network and HF_HUB_OFFLINE"
-        ) from None
 
 
 def check_weights(folder: Path) -> None:
@@ -108,9 +90,8 @@ def weight_files(network: Path) -> list[Path]:
 
 
 def refuse_links_out(folder: Path, paths: Iterable[Path]) -> None:
-    """Nothing that is read or copied lies elsewhere; the hub's cache keeps a snapshot's files as its `blobs`."""
-    root = folder.resolve()
-    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    """Nothing that is read or copied lies elsewhere."""
+    allowed = homes(folder)
     for path in paths:
         if path.name == ADAPTER:
             raise CheckpointError(f"{path} takes weights from elsewhere: merge the adapter and save the network again")
@@ -118,7 +99,7 @@ def refuse_links_out(folder: Path, paths: Iterable[Path]) -> None:
             place = path.resolve() if path.is_symlink() else None
         except (OSError, RuntimeError):  # a circle
             place = Path()
-        if place and (place.is_dir() or not any(place.is_relative_to(home) for home in homes)):
+        if place and (place.is_dir() or not any(place.is_relative_to(home) for home in allowed)):
             raise CheckpointError(f"{path} is a link out of its folder: copy the file itself there")
         if path.exists() and not path.is_file() and not path.is_dir():
             raise CheckpointError(f"{path} is a device or a pipe: a regular file is needed")

@@ -25,6 +25,7 @@ from kdc_edge.components import COMPONENTS
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.formats import find_format
+from kdc_edge.hub import local
 from kdc_edge.image import preview
 from kdc_edge.pipeline import Request, own_request
 from kdc_edge.runtimes.base import (
@@ -80,7 +81,9 @@ class Pipeline(path.Pipeline):
         exact: bool = False,
         check: bool = True,
     ) -> Self:
-        """Open a bundle, or through torch a checkpoint folder; components are loaded when they are needed.
+        """Open a bundle, or through torch a checkpoint; components are loaded when they are needed.
+
+        `folder` may be `hf:OWNER/NAME[@REVISION]`, which is fetched from the hub.
 
         `device` names one for all ("CPU"), or one a component ("unet=GPU,text_encoder=CPU"). `low_memory` trades
         speed for memory: one component and one image at a time, and the engine's savings. `cache` is a folder for
@@ -88,7 +91,7 @@ class Pipeline(path.Pipeline):
         bundle's files with the hashes of its manifest while the engine loads them.
         Raises a KdcError for everything that can be seen before a network is loaded.
         """
-        folder = Path(folder)
+        folder = local(folder)
         bundle, model, chosen = _choose(folder, engine)
         if threads is not None and threads < 1:
             raise InputError(f"--threads {threads} is too few: use 1 or more")

@@ -16,9 +16,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from kdc_edge.bundle import Model
-from kdc_edge.diffusers_folder import PROMPTS_FILE, SAMPLING_FILE, SUFFIXES, check_weights, fetch, is_hub_id, read_model
+from kdc_edge.diffusers_folder import PROMPTS_FILE, SAMPLING_FILE, SUFFIXES, check_weights, read_model
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import atomic_folder, read_json, write_atomic
+from kdc_edge.hub import find_checkpoint
 from kdc_edge.presets import SCHEDULER, TEXT_ENCODERS, VAES, Preset
 from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.torch import load_network
@@ -29,20 +30,11 @@ GARDEN_TEACHER = Path(__file__).parent / "assets" / "garden-teacher"
 
 PARTS = ("text_encoder", "tokenizer", "vae", "scheduler")  # that a student takes from its teacher
 NOT_KEPT = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a teacher that no student has
-HUB_FILES = (
-    "model_index.json",
-    "tokenizer/*",
-    "scheduler/*.json",
-    *(f"{n}/*" for n in ("text_encoder", "unet", "vae")),
-)
-HUB_LEFT = ("*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.fp16.*", "*.non_ema.*")
 
 
 def find_teacher(name: str) -> Path:
     """`garden` is the teacher that ships; else a diffusers folder, or a hub id. Raises CheckpointError."""
-    folder = GARDEN_TEACHER if name == "garden" else Path(name)
-    if name != "garden" and is_hub_id(name):
-        folder = fetch(name, HUB_FILES, ignored=HUB_LEFT)
+    folder = GARDEN_TEACHER if name == "garden" else find_checkpoint(name)
     read_model(folder)  # refuses a teacher that cannot be used, before any work
     return folder
 

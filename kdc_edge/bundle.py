@@ -61,6 +61,7 @@ class Model(_Record):
     scaling_factor: float = Field(gt=0, allow_inf_nan=False)  # of the VAE's latents
     scheduler: dict[str, object]  # diffusers' scheduler_config.json
     sampling: Sampling | None = None  # None: any scheduler, with guidance
+    random_weights: bool = False  # untrained: it measures time, memory and equality; its images are noise
 
     @property
     def image_size(self) -> int:

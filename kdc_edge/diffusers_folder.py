@@ -31,6 +31,7 @@ WEIGHTS = {
 TINY_VAE = "AutoencoderTiny"  # the other class that a `vae` may have
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
 SAMPLING_FILE = "sampling.json"  # of a few-step student: kdc_edge.bundle.Sampling
+RANDOM_WEIGHTS = "_random_weights"  # in model_index.json; diffusers skips names that begin so
 PROMPTS_FILE = "prompts.txt"  # captions that it was trained on, one a line: what to calibrate and prove it with
 PIPELINES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline", "StableDiffusionImg2ImgPipeline")
 # Settings of a U-Net that are null in every model that is used here, and what they make it.
@@ -116,8 +117,9 @@ def read_model(folder: Path) -> Model:
     Keys that a file lacks have the defaults of diffusers' class. Raises CheckpointError for a checkpoint that is no
     Stable Diffusion 1.x or 2.x text-to-image model, by the setting that says so.
     """
-    if (folder / MODEL_INDEX).is_file():
-        _check_class(folder / MODEL_INDEX, read_json(folder / MODEL_INDEX, CheckpointError), PIPELINES)
+    index = read_json(folder / MODEL_INDEX, CheckpointError) if (folder / MODEL_INDEX).is_file() else {}
+    if index:
+        _check_class(folder / MODEL_INDEX, index, PIPELINES)
     check_weights(folder)
     unet = _read_config(folder / "unet" / "config.json", UNet2DConditionModel=UNET)
     vae = _read_config(folder / "vae" / "config.json", AutoencoderKL=VAE, AutoencoderTiny=AUTOENCODER_TINY)
@@ -142,6 +144,7 @@ def read_model(folder: Path) -> Model:
                 "vae_scale": 2 ** (len(stages) - 1) if isinstance(stages, list) else None,
                 "scaling_factor": vae["scaling_factor"],
                 "scheduler": {k: v for k, v in scheduler.items() if k == "_class_name" or not k.startswith("_")},
+                "random_weights": index.get(RANDOM_WEIGHTS) is True,
                 "sampling": read_json(path, CheckpointError) if (path := folder / SAMPLING_FILE).is_file() else None,
             }
         )

@@ -67,6 +67,7 @@ def _describe(manifest: Manifest, name: str, licence: str | None) -> str:
     facts = [
         ("format", manifest.name),
         ("U-Net", f"{model.unet_parameters:,} parameters{f', {model.preset}' if model.preset else ''}"),
+        ("weights", "random: for measurements; the images are noise" if model.random_weights else "trained"),
         ("images", f"{model.image_size} x {model.image_size} pixels"),
         ("size", megabytes(size_bytes)),
         ("licence", licence or "not stated: that of the base model and of the training data applies"),
@@ -78,7 +79,7 @@ def _describe(manifest: Manifest, name: str, licence: str | None) -> str:
     ]
     if model.sampling:
         sampling = model.sampling
-        facts.insert(3, ("sampling", f"{sampling.scheduler}, {sampling.steps} steps, guidance {sampling.guidance:g}"))
+        facts.insert(4, ("sampling", f"{sampling.scheduler}, {sampling.steps} steps, guidance {sampling.guidance:g}"))
     usage = (
         f"    pip install 'kdc-edge[{manifest.target},hub]'\n"
         f'    kdc-edge generate "a red flower" --bundle hf:{name}\n'

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from kdc_edge.bundle import Model
-from kdc_edge.diffusers_folder import PROMPTS_FILE, SAMPLING_FILE, SUFFIXES, check_weights, read_model
+from kdc_edge.diffusers_folder import PROMPTS_FILE, RANDOM_WEIGHTS, SAMPLING_FILE, SUFFIXES, check_weights, read_model
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import atomic_folder, read_json, write_atomic
 from kdc_edge.hub import find_checkpoint
@@ -123,6 +123,7 @@ def _write_small_parts(folder: Path) -> None:
     write_atomic(folder / "scheduler" / "scheduler_config.json", json.dumps(scheduler, indent=2))
     index = {
         "_class_name": "StableDiffusionPipeline",
+        RANDOM_WEIGHTS: True,  # students of this checkpoint keep it: their text encoder and VAE are its own
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,

@@ -170,4 +170,7 @@ def _with_folder(row: Row, folder: Path) -> Row:
         size_bytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         row = replace(row, engine=row.engine or "torch", size_bytes=size_bytes)
     size = model.image_size
-    return replace(row, unet_parameters=model.unet_parameters, width=row.width or size, height=row.height or size)
+    return replace(
+        row, unet_parameters=model.unet_parameters, random_weights=model.random_weights, width=row.width or size,
+        height=row.height or size,
+    )  # fmt: skip

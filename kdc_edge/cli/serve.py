@@ -68,6 +68,7 @@ def serve(
         sock = listening.bind_socket()
     except SystemExit:  # uvicorn's word for a port that cannot be had
         raise InputError(f"--port {port} is not available on {host}: choose another, or 0 for a free one") from None
+    sock.listen()  # who comes between this line and the server's start waits
     say(f"http://{host}:{sock.getsockname()[1]}/{f'#token={token}' if token else ''}  (Ctrl-C ends)")
     try:
         server.run(sockets=[sock])

@@ -41,6 +41,7 @@ from kdc_edge.export.targets import ExportRequest
 from kdc_edge.files import atomic_folder, read_json
 from kdc_edge.formats import Format
 from kdc_edge.hardware import package_versions
+from kdc_edge.hub import label
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.prompts import own_prompts
 from kdc_edge.tokenizer import write_vocabulary
@@ -96,9 +97,9 @@ def write_bundle(
             calibration=calibration.info if calibration else None,
             recipe=recipe,
             provenance=Provenance(
-                checkpoint=checkpoint.resolve().name,
+                checkpoint=label(checkpoint),
                 checkpoint_sha256=hash_checkpoint(checkpoint),
-                decoder=request.decoder and request.decoder.resolve().name,
+                decoder=request.decoder and label(request.decoder),
                 decoder_sha256=request.decoder and hash_checkpoint(request.decoder),
                 sources=read_sources(checkpoint),
                 packages=package_versions(PACKAGES),

@@ -29,6 +29,7 @@ from kdc_edge.text import decibels, invalid_field
 MANIFEST = "kdc-edge.json"
 MODEL_INDEX = "model_index.json"  # diffusers' and optimum's; bundles and checkpoints have it
 FORMAT_VERSION = 1
+OF_THE_HUB = ("README.md", ".gitattributes")  # a model card and git's settings, in every repository
 OF_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")  # file managers leave these in every folder that they show
 
 Text = Annotated[str, Field(max_length=10_000)]
@@ -60,6 +61,7 @@ class Model(_Record):
     scaling_factor: float = Field(gt=0, allow_inf_nan=False)  # of the VAE's latents
     scheduler: dict[str, object]  # diffusers' scheduler_config.json
     sampling: Sampling | None = None  # None: any scheduler, with guidance
+    random_weights: bool = False  # untrained: it measures time, memory and equality; its images are noise
 
     @property
     def image_size(self) -> int:
@@ -204,17 +206,7 @@ class Bundle:
             raise BundleError(f"no bundle at {root}: make one with kdc-edge export")
         if not (root / MANIFEST).is_file():
             raise BundleError(f"{root} is no bundle: {MANIFEST} is missing; make one with kdc-edge export")
-        raw = read_json(root / MANIFEST, BundleError)
-        if raw.get("format_version") != FORMAT_VERSION:
-            raise BundleError(
-                f"{root} has format version {raw.get('format_version')!r:.80} and this kdc-edge reads"
-                f" {FORMAT_VERSION}: export it again, or use the kdc-edge that made it"
-            )
-        try:
-            manifest = Manifest.model_validate(raw)
-        except ValidationError as error:
-            raise BundleError(f"{root / MANIFEST} is damaged: {invalid_field(error)}; export it again") from None
-        bundle = cls(root, manifest)
+        bundle = cls(root, read_manifest(root))
         bundle._check_files()
         return bundle
 
@@ -235,9 +227,13 @@ class Bundle:
 
     def verify(self) -> int:
         """Check every file's hash, and that nothing was added; the number of files. Raises BundleError."""
-        self._check_hashes(self.manifest.files)
+        self.check_hashes()
         self._refuse_unlisted(self.root)
         return len(self.manifest.files)
+
+    def check_hashes(self) -> None:
+        """Check the hash of every file that the manifest lists. Raises BundleError."""
+        self._check_hashes(self.manifest.files)
 
     def check(self, part: str) -> None:
         """Check a component, or another folder such as "tokenizer", before anything in it is used.
@@ -261,7 +257,7 @@ class Bundle:
     def _refuse_unlisted(self, folder: Path) -> None:
         for path in folder.rglob("*"):
             name = path.relative_to(self.root).as_posix()
-            ours = name == MANIFEST or name in self.manifest.files or path.name in OF_SYSTEMS
+            ours = name in (MANIFEST, *OF_THE_HUB) or name in self.manifest.files or path.name in OF_SYSTEMS
             if not ours and (path.is_symlink() or not path.is_dir()):
                 raise BundleError(f"{path} is not part of the bundle: remove it, or export the bundle again")
 
@@ -281,6 +277,20 @@ class Bundle:
     @property
     def size_bytes(self) -> int:
         return sum(info.size_bytes for info in self.manifest.files.values())
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of a bundle, whose files may not be there yet. Raises BundleError."""
+    raw = read_json(root / MANIFEST, BundleError)
+    if raw.get("format_version") != FORMAT_VERSION:
+        raise BundleError(
+            f"{root} has format version {raw.get('format_version')!r:.80} and this kdc-edge reads"
+            f" {FORMAT_VERSION}: export it again, or use the kdc-edge that made it"
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        raise BundleError(f"{root / MANIFEST} is damaged: {invalid_field(error)}; export it again") from None
 
 
 def kind_of(folder: Path) -> Literal["bundle", "checkpoint"] | None:

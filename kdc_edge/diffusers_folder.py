@@ -18,8 +18,8 @@ from pydantic import ValidationError
 
 from kdc_edge.bundle import MODEL_INDEX, Model
 from kdc_edge.diffusers_defaults import AUTOENCODER_TINY, TEXT_ENCODER, UNET, VAE, Settings
-from kdc_edge.errors import CheckpointError, InputError, require
-from kdc_edge.files import read_json, sha256
+from kdc_edge.errors import CheckpointError, InputError
+from kdc_edge.files import homes, read_json, sha256
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.presets import recognise
 from kdc_edge.text import invalid_field, one_line, printable
@@ -33,6 +33,7 @@ TINY_VAE = "AutoencoderTiny"  # the other class that a `vae` may have
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
 SAMPLING_FILE = "sampling.json"  # of a few-step student: kdc_edge.bundle.Sampling
 SOURCES_FILE = "sources.json"  # the files that its weights come from: kdc_edge.bundle.Source
+RANDOM_WEIGHTS = "_random_weights"  # in model_index.json; diffusers skips names that begin so
 PROMPTS_FILE = "prompts.txt"  # captions that it was trained on, one a line: what to calibrate and prove it with
 PIPELINES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline", "StableDiffusionImg2ImgPipeline")
 # Settings of a U-Net that are null in every model that is used here, and what they make it.
@@ -55,24 +56,6 @@ BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-def is_hub_id(name: str) -> bool:
-    """Is this `owner/name`, and no folder or place for one?"""
-    return not Path(name).exists() and HUB_ID.fullmatch(name) is not None and not Path(name).parent.exists()
-
-
-def fetch(hub_id: str, patterns: Sequence[str], *, ignored: Sequence[str] = ()) -> Path:
-    """The hub's folder in the local cache; the network is used unless HF_HUB_OFFLINE is set. Raises CheckpointError."""
-    hub = require("huggingface_hub", extra="train", purpose="a hub id")
-    try:
-        return Path(hub.snapshot_download(hub_id, allow_patterns=list(patterns), ignore_patterns=list(ignored)))
-    except Exception as error:  # offline, no such id, no permission, no space: the library has a dozen kinds
-        raise CheckpointError(
-            f"{hub_id} is neither a folder nor can it be had from the hub: {one_line(error):.200};"
-            " check the name, the network and HF_HUB_OFFLINE"
-        ) from None
 
 
 def check_weights(folder: Path) -> None:
@@ -160,9 +143,8 @@ def _indexed(path: Path) -> list[Path]:
 
 
 def refuse_links_out(folder: Path, paths: Iterable[Path]) -> None:
-    """Nothing that is read or copied lies elsewhere; the hub's cache keeps a snapshot's files as its `blobs`."""
-    root = folder.resolve()
-    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    """Nothing that is read or copied lies elsewhere."""
+    allowed = homes(folder)
     for path in paths:
         if path.name == ADAPTER:
             raise CheckpointError(f"{path} takes weights from elsewhere: merge the adapter and save the network again")
@@ -170,7 +152,7 @@ def refuse_links_out(folder: Path, paths: Iterable[Path]) -> None:
             place = path.resolve() if path.is_symlink() else None
         except (OSError, RuntimeError):  # a circle
             place = Path()
-        if place and (place.is_dir() or not any(place.is_relative_to(home) for home in homes)):
+        if place and (place.is_dir() or not any(place.is_relative_to(home) for home in allowed)):
             raise CheckpointError(f"{path} is a link out of its folder: copy the file itself there")
         if path.exists() and not path.is_file() and not path.is_dir():
             raise CheckpointError(f"{path} is a device or a pipe: a regular file is needed")
@@ -187,8 +169,9 @@ def read_model(folder: Path) -> Model:
     Keys that a file lacks have the defaults of diffusers' class. Raises CheckpointError for a checkpoint that is no
     Stable Diffusion 1.x or 2.x text-to-image model, by the setting that says so.
     """
-    if (folder / MODEL_INDEX).is_file():
-        _check_class(folder / MODEL_INDEX, read_json(folder / MODEL_INDEX, CheckpointError), PIPELINES)
+    index = read_json(folder / MODEL_INDEX, CheckpointError) if (folder / MODEL_INDEX).is_file() else {}
+    if index:
+        _check_class(folder / MODEL_INDEX, index, PIPELINES)
     check_weights(folder)
     unet = _read_config(folder / "unet" / "config.json", UNet2DConditionModel=UNET)
     vae = _read_config(folder / "vae" / "config.json", AutoencoderKL=VAE, AutoencoderTiny=AUTOENCODER_TINY)
@@ -213,6 +196,7 @@ def read_model(folder: Path) -> Model:
                 "vae_scale": 2 ** (len(stages) - 1) if isinstance(stages, list) else None,
                 "scaling_factor": vae["scaling_factor"],
                 "scheduler": {k: v for k, v in scheduler.items() if k == "_class_name" or not k.startswith("_")},
+                "random_weights": index.get(RANDOM_WEIGHTS) is True,
                 "sampling": read_json(path, CheckpointError) if (path := folder / SAMPLING_FILE).is_file() else None,
             }
         )

@@ -6,6 +6,7 @@
     ├── ParityError         an artifact does not compute what PyTorch computes
     ├── InputError          a prompt, size, step count, file or value that cannot be used
     │   └── UsageError      a choice that does not exist; exit code 2
+    ├── HubError            a repository of the Hugging Face hub cannot be had, or written to
     └── MissingPackageError an optional package is needed: names the extra to install
 
 A message says what was wrong, why, and what to do, in one line.
@@ -66,6 +67,10 @@ class UsageError(InputError):
     """A choice that does not exist: wrong usage, like an unknown flag."""
 
     exit_code = 2
+
+
+class HubError(KdcError):
+    """A repository of the Hugging Face hub cannot be had, or written to."""
 
 
 class MissingPackageError(KdcError):

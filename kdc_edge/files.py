@@ -281,6 +281,12 @@ def read_json(path: Path, error: type[KdcError]) -> dict[str, object]:
     return found
 
 
+def homes(root: Path) -> list[Path]:
+    """Where the files of a folder may lie: in it; the hub's cache keeps a snapshot's files as links to its `blobs`."""
+    root = root.resolve()
+    return [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+
+
 def inside(root: Path, relative: str, error: type[KdcError]) -> Path:
     """`root / relative`, refused when it leaves `root`: by `..`, as an absolute path, or through a link."""
     parts = PurePosixPath(relative)
@@ -292,7 +298,8 @@ def inside(root: Path, relative: str, error: type[KdcError]) -> Path:
         raise error(f"{root} names the path {relative!r:.80}..., which is too long for a file")
     path = root / parts
     try:
-        leaves = not path.resolve().is_relative_to(root.resolve())
+        place = path.resolve()
+        leaves = not any(place.is_relative_to(home) for home in homes(root))
     except (OSError, ValueError, RuntimeError) as problem:  # a NUL in the name, a circle of links
         raise error(f"{root} names the path {relative!r:.200}, which cannot be a file: {problem}") from None
     if leaves:

@@ -27,6 +27,7 @@ from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.formats import find_format
 from kdc_edge.hardware import check_threads
+from kdc_edge.hub import local
 from kdc_edge.image import preview
 from kdc_edge.pipeline import Request, own_request
 from kdc_edge.runtimes.base import (
@@ -84,13 +85,15 @@ class Pipeline(path.Pipeline):
     ) -> Self:
         """Open a bundle, or through torch a checkpoint (a folder, a single file). Components are loaded when needed.
 
+        `folder` may be `hf:OWNER/NAME[@REVISION]`, which is fetched from the hub.
+
         `device` names one for all ("CPU"), or one a component ("unet=GPU,text_encoder=CPU"). `low_memory` trades
         speed for memory: one component and one image at a time, and the engine's savings. `cache` is a folder for
         compiled networks. `exact` computes in fp32 where the engine would choose fewer bits. `check` compares a
         bundle's files with the hashes of its manifest while the engine loads them.
         Raises a KdcError for everything that can be seen before a network is loaded.
         """
-        folder = Path(folder)
+        folder = local(folder)
         if is_single_file(folder):
             folder = open_checkpoint(folder)
         bundle, model, chosen = _choose(folder, engine)

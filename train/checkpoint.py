@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from kdc_edge.bundle import Model
 from kdc_edge.checkpoints.parts import copy_part, write_small_parts
-from kdc_edge.diffusers_folder import PROMPTS_FILE, SAMPLING_FILE, SOURCES_FILE, check_weights
+from kdc_edge.diffusers_folder import PROMPTS_FILE, RANDOM_WEIGHTS, SAMPLING_FILE, SOURCES_FILE, check_weights
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import atomic_folder, read_json, write_atomic
 from kdc_edge.presets import SCHEDULER, TEXT_ENCODERS, VAES, Preset
@@ -85,6 +85,9 @@ def init_checkpoint(out: Path, preset: Preset, teacher: Path | None, *, seed: in
         student, account = make_student(preset, None, seed=seed)
         student.save_pretrained(folder / "unet")
         write_small_parts(folder, {"_class_name": "DDIMScheduler", **SCHEDULER})
+        index = read_json(folder / "model_index.json", CheckpointError)
+        # Students of this checkpoint keep it: their text encoder and VAE are its own.
+        write_atomic(folder / "model_index.json", json.dumps(index | {RANDOM_WEIGHTS: True}, indent=2))
         _let_others_read(folder)
     return account
 

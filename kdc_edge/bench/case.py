@@ -20,6 +20,7 @@ from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError, KdcError
 from kdc_edge.formats import find_format
 from kdc_edge.hardware import check_threads
+from kdc_edge.hub import label, local
 from kdc_edge.pipeline import GuidanceMode, Request, own_request
 
 TORCH = "torch:"  # in front of a checkpoint's folder
@@ -74,11 +75,11 @@ def grid(
     """
     request = base.request
     cases = []
-    for name, device, count, number, sampler, mode in itertools.product(
-        folders, devices or [base.device], threads or [base.threads], steps or [request.steps],
+    opened = [split_engine(name) for name in folders]
+    for (folder, engine), device, count, number, sampler, mode in itertools.product(
+        opened, devices or [base.device], threads or [base.threads], steps or [request.steps],
         samplers or [request.sampler], guidance_modes or [request.guidance_mode],
     ):  # fmt: skip
-        folder, engine = split_engine(name)
         asked = replace(request, steps=number, sampler=sampler, guidance_mode=mode)
         cases.append(
             replace(base, folder=folder, request=asked, engine=engine or base.engine, device=device, threads=count)
@@ -124,14 +125,14 @@ def references(what: str | Path, cases: Sequence[Case]) -> list[Case]:
 def split_engine(what: str | Path) -> tuple[Path, str | None]:
     """The folder, and the engine that "torch:" in front of it stands for."""
     text = str(what)
-    return (Path(text.removeprefix(TORCH)), "torch") if text.startswith(TORCH) else (Path(what), None)
+    return (local(text.removeprefix(TORCH)), "torch") if text.startswith(TORCH) else (local(what), None)
 
 
 def describe(case: Case) -> Row:
     """The row before anything runs: the conditions, and what the folder says of itself, or why it cannot be read."""
     asked = {key: value for key, value in vars(case.request).items() if key != "latents"}
     row = Row(
-        name=case.folder.resolve().name,
+        name=label(case.folder),
         folder=str(case.folder),
         target=None,
         precision=None,
@@ -172,4 +173,7 @@ def _with_folder(row: Row, folder: Path) -> Row:
         size_bytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         row = replace(row, engine=row.engine or "torch", size_bytes=size_bytes)
     size = model.image_size
-    return replace(row, unet_parameters=model.unet_parameters, width=row.width or size, height=row.height or size)
+    return replace(
+        row, unet_parameters=model.unet_parameters, random_weights=model.random_weights, width=row.width or size,
+        height=row.height or size,
+    )  # fmt: skip

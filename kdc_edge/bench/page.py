@@ -19,7 +19,17 @@ from markupsafe import Markup
 from kdc_edge.bench.budget import Budget, Decision, decide, quality_db, quality_text
 from kdc_edge.bench.record import Environment, Report, Row, Timing, to_json
 from kdc_edge.bench.reference import image_key
-from kdc_edge.bench.tables import as_markdown, as_text, columns, conditions, notes, rows_as_csv, time_text, unit_of
+from kdc_edge.bench.tables import (
+    RANDOM,
+    as_markdown,
+    as_text,
+    columns,
+    conditions,
+    notes,
+    rows_as_csv,
+    time_text,
+    unit_of,
+)
 from kdc_edge.bench.values import Shown, show
 from kdc_edge.formats import GOOD_PSNR_DB
 from kdc_edge.presets import PRESETS
@@ -32,6 +42,7 @@ from kdc_edge.report.html import (
     command,
     data_table,
     downloads,
+    folded,
     image_cards,
     page,
     paragraph,
@@ -107,11 +118,12 @@ def _fastest_first(shown: Sequence[Shown]) -> list[Shown]:
 
 
 def _model(row: Row) -> str:
-    """The preset's name, or the size of the U-Net: "kdc-482m", "860M parameters"; empty where unknown."""
+    """The preset's name, or the size of the U-Net: "kdc-482m", "860M parameters"; whether it is random; or nothing."""
     if row.unet_parameters is None:
         return ""
     names = [preset.name for preset in PRESETS if preset.unet_parameters == row.unet_parameters]
-    return names[0] if names else f"{row.unet_parameters / 1e6:.3g}M parameters"
+    name = names[0] if names else f"{row.unet_parameters / 1e6:.3g}M parameters"
+    return f"{name} with random weights" if row.random_weights else name
 
 
 def _image_size(row: Row) -> str:
@@ -128,7 +140,8 @@ def _in_short(shown: Sequence[Shown], decision: Decision, more: Sequence[str]) -
             (quality_text(row), "against PyTorch"),
         ]
         blocks += [tiles(figures), command(decision.command or "")]
-    lines = [*more, *_superlatives(shown), *_warnings([s.row for s in shown])]
+    random = [RANDOM] if any(s.row.random_weights for s in shown) else []
+    lines = [*random, *more, *_superlatives(shown), *_warnings([s.row for s in shown])]
     return [*blocks, bullets(lines)] if lines else blocks
 
 
@@ -252,6 +265,8 @@ def _images(shown: Sequence[Shown]) -> list[Markup]:
         reference = None if s.row.reference else references.get(image_key(s.row))
         same = reference is not None and reference.shape == s.pixels.shape
         note = "the reference" if s.row.reference else quality_text(s.row)
+        if s.row.random_weights:
+            note += ", random weights"
         cards.append(Card(s.label, note, s.pixels, reference if same else None))
     if not cards:
         return []
@@ -259,16 +274,23 @@ def _images(shown: Sequence[Shown]) -> list[Markup]:
     line = f"{'; '.join(f'“{prompt}”' for prompt in prompts)}, from the same noise."
     if any(card.reference is not None for card in cards):
         line += f" Beside each image is its difference to the reference's, {AMPLIFIED} times as strong; black is equal."
+    if any(s.row.random_weights for s in shown):
+        line += f" {RANDOM}"
     return [paragraph(line), image_cards(cards)]
 
 
 def _table(shown: Sequence[Shown], decision: Decision) -> list[Markup]:
-    found = columns(shown)
+    """The measured rows, the chosen one marked; why others were not measured is folded away."""
+    measured = [s for s in shown if s.row.failure is None]
+    found = columns(measured)
     cells = list(zip(*(column.cells for column in found), strict=True))
-    lines = notes(shown)
-    chosen = [i for i, s in enumerate(shown) if decision.met and s.row is decision.row]
+    chosen = [i for i, s in enumerate(measured) if decision.met and s.row is decision.row]
     blocks = [data_table([column.header for column in found], cells, marked=chosen)] if cells else []
-    return [*blocks, bullets(lines, small=True)] if lines else blocks
+    if lines := notes(measured):
+        blocks.append(bullets(lines, small=True))
+    if failed := notes([s for s in shown if s.row.failure is not None]):
+        blocks.append(folded(f"{len(failed)} of {len(shown)} rows were not measured", failed))
+    return blocks
 
 
 def _conditions(report: Report) -> list[str]:

@@ -144,6 +144,7 @@ class Row:
     # how often
     repeats: int
     warmup: int
+    random_weights: bool = False  # of the model: nothing was trained, the image is noise
     # what came of it
     failure: str | None = None  # why there are no timings
     timings: Timings | None = None

@@ -86,6 +86,9 @@ def table(shown: Sequence[Shown]) -> Table:
     return found
 
 
+RANDOM = "The weights are random: time, memory and equality are measured, and the images are noise."
+
+
 def notes(shown: Sequence[Shown]) -> list[str]:
     """What a reader has to know of single rows: why they failed, and where the machine was disturbed."""
     failed = [f"{s.label} was not measured: {s.row.failure}" for s in shown if s.row.failure]
@@ -113,6 +116,8 @@ def conditions(rows: Sequence[Row], environment: Environment) -> list[str]:
         "Peak memory is the most resident memory of a process, loading included. Parity is the PSNR of "
         "whole images against PyTorch in 32 bits as the export proved it; “equal” where no pixel differs.",
     ]
+    if any(row.random_weights for row in rows):
+        lines.insert(0, RANDOM)
     if references := _values(row.psnr.reference for row in rows if row.psnr):
         lines.append(f"PSNR compares the image, made from the same noise, with that of {references}.")
     if asked := _values(row.prompt_quality.prompts for row in rows if row.prompt_quality):

@@ -37,9 +37,7 @@ from kdc_edge.diffusers_folder import (
     PICKLES,
     SOURCES_FILE,
     WEIGHTS,
-    fetch,
     hash_checkpoint,
-    is_hub_id,
     read_header,
     read_model,
     refuse_links_out,
@@ -47,15 +45,13 @@ from kdc_edge.diffusers_folder import (
 )
 from kdc_edge.errors import CheckpointError, InputError, require, unknown_choice
 from kdc_edge.files import atomic_folder, exclusive, read_json, sha256, user_cache, write_atomic
+from kdc_edge.hub import find_checkpoint
 from kdc_edge.noise_schedule import PREDICTION_TYPES
 from kdc_edge.quiet import quiet
 from kdc_edge.text import megabytes
 
 FORMAT = 1  # of assembled folders: raise it where the same files become other weights
 CHECKPOINTS = "checkpoints"  # their folder in the user's cache
-HUB_FILES = ("model_index.json", "tokenizer/*", "scheduler/*.json", *(f"{n}/*" for n in WEIGHTS))
-HUB_LEFT = ("*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.non_ema.*")
-FP16 = "*.fp16*"  # half of a repository's size, fetched where it has no other weights
 
 Say = Callable[[str], None]
 State = dict[str, Any]  # a network's tensors by name
@@ -118,8 +114,7 @@ def open_checkpoint(source: Path | str, additions: Additions = NOTHING, *, say: 
         for note in original.notes:
             say(note)
         return _assembled(path, original, additions, say)
-    if is_hub_id(str(source)):
-        path = _fetch(str(source))
+    path = find_checkpoint(str(source))
     read_model(path)  # refuses what cannot be used, before any work
     for part in WEIGHTS:
         if line := weights_of(path / part).note:
@@ -143,14 +138,6 @@ def read_sources(checkpoint: Path) -> list[Source]:
         return [Source.model_validate(entry) for entry in (found if isinstance(found, list) else ())]
     except ValueError:
         raise CheckpointError(f"{path} is damaged: open the checkpoint's own files again") from None
-
-
-def _fetch(hub_id: str) -> Path:
-    """The hub's folder, without half-precision variants where it has other weights."""
-    folder = fetch(hub_id, HUB_FILES, ignored=(*HUB_LEFT, FP16))
-    if (folder / MODEL_INDEX).is_file() and not all(weights_of(folder / part).files for part in WEIGHTS):
-        folder = fetch(hub_id, HUB_FILES, ignored=HUB_LEFT)
-    return folder
 
 
 def _source(role: str, path: Path, weight: float | None = None) -> Source:

@@ -104,6 +104,8 @@ def _run(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # in a test
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if not sys.stderr.isatty():  # nobody watches the bars of a download
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     code = app(arguments, prog_name="kdc-edge", standalone_mode=False)
     sys.stdout.flush()
     return code if isinstance(code, int) else 0

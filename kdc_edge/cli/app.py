@@ -13,6 +13,7 @@ from kdc_edge.cli import (
     generate,
     init,
     inspect,
+    push,
     quickstart,
     serve,
     train,
@@ -39,6 +40,7 @@ app.command("fit")(fit.fit)
 app.command("eval")(evaluate.evaluate)
 app.command("verify")(inspect.verify)
 app.command("info")(inspect.info)
+app.command("push")(push.push)
 app.command("devices")(devices.devices)
 app.command("formats")(inspect.formats)
 

@@ -94,9 +94,10 @@ def _beside(
 ) -> dict[str, Any]:
     """A bundle beside its checkpoint; where it cannot be run, the reason."""
     from kdc_edge.bundle import Bundle
+    from kdc_edge.hub import label
     from kdc_edge.train.quality.precisions import compare
 
-    found: dict[str, Any] = {"name": folder.resolve().name, "folder": str(folder)}
+    found: dict[str, Any] = {"name": label(folder), "folder": str(folder)}
     found["size_bytes"] = Bundle.open(folder).size_bytes
     say(f"evaluating {folder}")
     try:
@@ -128,9 +129,11 @@ def _common_metric(evaluated: Mapping[str, Evaluated]) -> str:
 
 def _find(what: Path | None) -> tuple[Path, Path | None]:
     """The checkpoint, and the run that it belongs to."""
+    from kdc_edge.hub import local
+
     if what is None and not LATEST.exists():
         raise InputError("no finished run in runs/: name a run or a checkpoint, or make one with kdc-edge train")
-    what = what or LATEST.resolve()
+    what = local(what) if what else LATEST.resolve()
     checkpoint = what / "checkpoint" if (what / "checkpoint").is_dir() else what
     if (what / "config.json").is_file() and checkpoint == what:
         raise InputError(f"{what} is not finished, it has no checkpoint: kdc-edge train --resume --out {what} first")

@@ -73,10 +73,12 @@ def export(
 ) -> None:
     """Export a checkpoint to a bundle for devices, and prove that it computes the same as PyTorch."""
     del config
+    from kdc_edge.hub import local
+
     row = find_format(target, precision or DEFAULT_PRECISION)
     if precision is None:
         say(f"no precision given: {row.precision}, {row.description}")
-    source = checkpoint or latest_checkpoint()
+    source = local(checkpoint) if checkpoint else latest_checkpoint()
     if checkpoint is None:
         say(f"no checkpoint given: {source.resolve()}")
     given = {name: value for name, value in options.items() if value is not None}

@@ -88,6 +88,7 @@ def fit(
     from kdc_edge.bench.case import Case
     from kdc_edge.bench.search import MODES, first_level, search
     from kdc_edge.cli.progress import MeasuringBar
+    from kdc_edge.hub import local
     from kdc_edge.noise_schedule import NoiseSchedule
     from kdc_edge.samplers import DEFAULT_SAMPLER, make_sampler
 
@@ -105,6 +106,7 @@ def fit(
             raise InputError(f"--out {path} is of no known kind: give it a name that ends in {', '.join(FILES)}")
     request = make_request(prompt, guidance_mode=None, guidance_interval="0.0:1.0", seed=seed, low_memory=False)
     base = Case(Path(), request, repeats, warmup, device=device, threads=threads)
+    checkpoint = local(checkpoint) if checkpoint else None
     if checkpoint is None and LATEST.exists():
         checkpoint = latest_checkpoint()
         say(f"no checkpoint given: {checkpoint.resolve()}")

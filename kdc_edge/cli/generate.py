@@ -40,7 +40,10 @@ def generate(
     prompt: Annotated[str | None, Argument(help="What the image shows.")] = None,
     bundle: Annotated[
         Path | None,
-        Option(help="A bundle, or a checkpoint (through torch); the smallest good one in bundles/ when not given."),
+        Option(
+            help="A bundle, a checkpoint (through torch), or hf:OWNER/NAME[@REVISION] of the hub; the smallest good one"
+            " in bundles/ when not given."
+        ),
     ] = None,
     prompts: Annotated[Path | None, Option(help="A text file with one prompt a line, instead of a prompt.")] = None,
     images: Annotated[int | None, Option(help="Images of each prompt; 1, or one a seed, when not given.")] = None,
@@ -84,6 +87,7 @@ def generate(
     del config
     from kdc_edge.checkpoints import Additions
     from kdc_edge.cli.progress import ProgressBar
+    from kdc_edge.hub import label, local
     from kdc_edge.image import save_png
     from kdc_edge.pipeline import describe, own_request
     from kdc_edge.prompts import read_prompts
@@ -94,6 +98,7 @@ def generate(
     texts = read_prompts(prompts) if prompts else [prompt or ""]
     wanted = list(prompts_and_seeds(texts, images, listed(seed, "--seed", int)))
     check_out(out, len(wanted))
+    bundle = local(bundle) if bundle else None
     if bundle is None:
         bundle = best_bundle()
         say(f"no bundle given: {bundle}, the smallest of good images that runs here")
@@ -124,7 +129,7 @@ def generate(
                 if done.pixels is not None:
                     asked = batch[done.step - 1]
                     path = out if out and out.suffix else free_name(out or Path(), asked.prompt, asked.seed)
-                    save_png(path, done.pixels, describe(asked, done.pixels, bundle.resolve().name))
+                    save_png(path, done.pixels, describe(asked, done.pixels, label(bundle)))
                     typer.echo(path)
             made += len(batch)
 

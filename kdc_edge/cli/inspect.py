@@ -22,9 +22,10 @@ def verify(
 ) -> None:
     """Check every file of a bundle against its hash."""
     from kdc_edge.bundle import Bundle
+    from kdc_edge.hub import local
 
     for path in bundles or all_bundles():
-        typer.echo(f"{visible(str(path))}: {Bundle.open(path).verify()} files unchanged")
+        typer.echo(f"{visible(str(path))}: {Bundle.open(local(path)).verify()} files unchanged")
 
 
 def info(
@@ -34,8 +35,10 @@ def info(
     """Describe a bundle or a checkpoint."""
     from kdc_edge.bundle import Bundle, kind_of
     from kdc_edge.diffusers_folder import read_model
+    from kdc_edge.hub import local
     from kdc_edge.text import megabytes, printable
 
+    folder = local(folder)
     if kind_of(folder) == "checkpoint":
         model = read_model(folder)
         facts = {"kind": "checkpoint", **model.model_dump(exclude={"scheduler"})}

@@ -112,7 +112,9 @@ def all_bundles() -> list[Path]:
 def bundles_in(given: Path) -> list[Path]:
     """A bundle itself, or every bundle in a folder of them; what is neither is refused when it is opened."""
     from kdc_edge.bundle import find_bundles, kind_of
+    from kdc_edge.hub import local
 
+    given = local(given)
     return [given] if kind_of(given) else find_bundles(given) or [given]
 
 

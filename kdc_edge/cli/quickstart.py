@@ -65,7 +65,7 @@ def _make(config: TrainConfig, work: Path, out: Path, repeats: int | None) -> No
     }
     bundles = _export(checkpoints["student"], work / "bundles")
 
-    scenes = [evaluation_scenes(GardenSource((s,)), 4)[i] for s in ("flower", "butterfly") for i in (0, 1, 3)]
+    scenes = [evaluation_scenes(GardenSource((s,)), 4)[i] for s in ("flower", "butterfly") for i in range(4)]
     requests = [replace(EVALUATION, prompt=s.caption, seed=config.seed + i) for i, s in enumerate(scenes)]
     images = _generate(checkpoints | {f"bundle {b.root.name}": b.root for b in bundles}, requests)
     folders = [checkpoints["student"], *(b.root for b in bundles)]

@@ -14,7 +14,11 @@ from kdc_edge.cli.project import Config, best_bundle, say
 
 def serve(
     bundle: Annotated[
-        Path | None, Option(help="A bundle, or a checkpoint (through torch); the best in bundles/ when not given.")
+        Path | None,
+        Option(
+            help="A bundle, a checkpoint (through torch), or hf:OWNER/NAME[@REVISION] of the hub; the best in bundles/"
+            " when not given."
+        ),
     ] = None,
     host: Annotated[str, Option(help="Address to listen at; 0.0.0.0 for every network.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port; 0 for a free one.")] = 8000,
@@ -37,6 +41,7 @@ def serve(
     """Serve a page that draws while one types, and images in the shape of OpenAI's interface."""
     del config
     from kdc_edge.errors import InputError, require
+    from kdc_edge.hub import label, local
     from kdc_edge.runtimes import open_pipeline
 
     uvicorn = require("uvicorn", extra="serve", purpose="kdc-edge serve")
@@ -46,11 +51,12 @@ def serve(
 
     if host not in ("127.0.0.1", "localhost", "::1") and token is None:
         say(f"--host {host} makes the server reachable from the network: give a --token to restrict it")
+    bundle = local(bundle) if bundle else None
     if bundle is None:
         bundle = best_bundle()
         say(f"no bundle given: {bundle}")
     pipeline = open_pipeline(bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, exact=exact)
-    worker = Worker(pipeline, name=bundle.resolve().name, waiting=waiting)
+    worker = Worker(pipeline, name=label(bundle), waiting=waiting)
     names = frozenset(allow_host or ()) | ({"*"} if host == "0.0.0.0" and token else frozenset({host}))
     app = make_app(worker, limits=Limits(images=max_images, steps=max_steps), token=token, hosts=names)
     listening = uvicorn.Config(
@@ -62,6 +68,7 @@ def serve(
         sock = listening.bind_socket()
     except SystemExit:  # uvicorn's word for a port that cannot be had
         raise InputError(f"--port {port} is not available on {host}: choose another, or 0 for a free one") from None
+    sock.listen()  # who comes between this line and the server's start waits
     say(f"http://{host}:{sock.getsockname()[1]}/{f'#token={token}' if token else ''}  (Ctrl-C ends)")
     try:
         server.run(sockets=[sock])

@@ -147,9 +147,11 @@ def _stage_defaults(given: Given[TrainConfig], settings: TrainConfig) -> dict[st
 
 
 def _announce(trainer: Trainer, run: Path) -> None:
+    from kdc_edge.hub import label
+
     config, view = trainer.config, trainer.view
     point_latest(run)
-    teacher = config.teacher.name
+    teacher = label(config.teacher)
     say(f"{config.student}: {view.inherited_tensors} of {view.student_tensors} weights inherited from {teacher}")
     say(f"on {view.device}{f' x {view.processes}' if view.processes > 1 else ''}, into {run}")
     if trainer.position.total:

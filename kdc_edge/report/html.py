@@ -66,6 +66,11 @@ def bullets(lines: Iterable[str], *, small: bool = False) -> Markup:
     return _block("bullets", lines, small)
 
 
+def folded(summary: str, lines: Iterable[str]) -> Markup:
+    """Lines behind a summary that opens them."""
+    return _block("folded", summary, lines)
+
+
 def tiles(figures: Sequence[tuple[str, str]]) -> Markup:
     """A few figures worth reading first: ("44 %", "fewer parameters")."""
     return _block("tiles", figures)

@@ -20,9 +20,10 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DecoderTiny
 from torch import Tensor, device, dtype, nn
 
 from kdc_edge.bundle import Model
-from kdc_edge.diffusers_folder import PICKLES, SUFFIXES, fetch, is_hub_id, read_shapes, refuse_links_out
+from kdc_edge.diffusers_folder import PICKLES, SUFFIXES, read_shapes, refuse_links_out
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import read_json
+from kdc_edge.hub import find_checkpoint
 from kdc_edge.presets import DecoderPreset
 from kdc_edge.runtimes.torch import read_network
 
@@ -108,8 +109,7 @@ def new_decoder(preset: DecoderPreset, latent_channels: int) -> Any:
 
 def find_decoder_folder(name: str) -> Path:
     """A folder of a small decoder, or a hub id. Raises CheckpointError."""
-    folder = Path(name)
-    return fetch(name, FILES) if is_hub_id(name) else folder
+    return find_checkpoint(name, FILES)
 
 
 def load_decoder(folder: Path, model: Model) -> SmallDecoder:

@@ -53,6 +53,21 @@ def test_a_decision_without_a_choice_says_what_is_nearest_or_that_all_failed() -
     assert "Where the time goes" not in page
 
 
+def test_what_was_not_measured_is_folded_and_random_weights_are_named() -> None:
+    rows = (FAST, FAILED, dataclasses.replace(GOOD, random_weights=True))
+    page = benchmark_page(Report(MACHINE, rows), [np.zeros((8, 8, 3), np.uint8)] * 3)
+    table, details = page[page.index("<table") : page.index("</table>")], page[page.index("<details>") :]
+    assert "coreml" not in table
+    assert "<summary>1 of 3 rows were not measured</summary>" in details
+    assert "coreml was not measured: needs macOS" in details
+    title = re.search("<title>(.*)</title>", page)
+    assert title is not None
+    assert "kdc-482m with random weights" in title[1]
+    assert page.count("The weights are random") == 3  # in short, beside the images, conditions
+    assert ", random weights</span>" in page
+    assert "random" not in benchmark_page(Report(MACHINE, (FAST, FAILED)))
+
+
 def test_the_data_in_the_page_is_the_report() -> None:
     report = Report(MACHINE, (FAST, FAILED), command="kdc-edge bench")
     page = benchmark_page(report)
@@ -182,7 +197,7 @@ def test_the_bars_show_what_an_image_takes_on_average() -> None:
 def test_rows_stand_by_their_time_and_the_chosen_one_is_marked() -> None:
     page = benchmark_page(Report(MACHINE, (FAILED, SLOW, GOOD, FAST)))
     rows = re.findall(r'<tr( class="marked")?><th scope="row">([^<]+)</th>', page)
-    assert rows == [("", "onnx-fp16"), (' class="marked"', "openvino-int8"), ("", "onnx-fp32"), ("", "coreml")]
+    assert rows == [("", "onnx-fp16"), (' class="marked"', "openvino-int8"), ("", "onnx-fp32")]
 
 
 def test_model_images_and_machine_stand_above_the_title() -> None:

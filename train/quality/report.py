@@ -11,6 +11,7 @@ from typing import Any
 from kdc_edge.bundle import Model
 from kdc_edge.checkpoints.assemble import read_sources
 from kdc_edge.files import write_atomic
+from kdc_edge.hub import hub_id, label
 from kdc_edge.pipeline import made_for
 from kdc_edge.text import markdown_table
 from kdc_edge.train.config import TrainConfig
@@ -104,9 +105,9 @@ def model_card(
         "signed forgetting (maximum before the last task minus last)": results.get("forgetting_signed"),
     }
     return CARD.substitute(
-        base_model=json.dumps(config.teacher.name),
+        base_model=json.dumps(hub_id(label(config.teacher)) or label(config.teacher)),
         student=config.student,
-        teacher=config.teacher.name,
+        teacher=label(config.teacher),
         sources=_sources(config.teacher),
         version=__version__,
         prediction=model.scheduler.get("prediction_type", "epsilon"),

@@ -35,7 +35,7 @@ from kdc_edge.diffusers_folder import TINY_VAE, hash_checkpoint, read_model
 from kdc_edge.errors import BundleError, CheckpointError, ParityError
 from kdc_edge.export.calibration import Calibration, calibrate
 from kdc_edge.export.components import ExportComponent, describe, load_component
-from kdc_edge.export.parity import IMAGES, check_parity
+from kdc_edge.export.parity import check_parity, images_of
 from kdc_edge.export.targets import ExportRequest
 from kdc_edge.files import atomic_folder, read_json
 from kdc_edge.formats import Format
@@ -82,21 +82,22 @@ def write_bundle(
         copy_configs(checkpoint, folder)
         copy_tokenizer(checkpoint / "tokenizer", folder / "tokenizer")
         components: dict[ComponentName, ComponentInfo] = {
-            name: _write_component(load_component(checkpoint, name, request.decoder), folder, write, interface)
-            for name in SOURCES
+            name: _write_component(request, name, folder, write, interface) for name in SOURCES
         }
-        own_checks = (finish(folder) if finish else None) or ()
+        with request.stage("writing the bundle's other files"):
+            own_checks = (finish(folder) if finish else None) or ()
+            files, checkpoint_sha256 = list_files(folder), hash_checkpoint(checkpoint)
         manifest = Manifest(
             target=row.target,
             precision=row.precision,
             model=model,
             components=components,
-            files=list_files(folder),
+            files=files,
             calibration=calibration.info if calibration else None,
             recipe=recipe,
             provenance=Provenance(
                 checkpoint=checkpoint.resolve().name,
-                checkpoint_sha256=hash_checkpoint(checkpoint),
+                checkpoint_sha256=checkpoint_sha256,
                 decoder=request.decoder and request.decoder.resolve().name,
                 decoder_sha256=request.decoder and hash_checkpoint(request.decoder),
                 packages=package_versions(PACKAGES),
@@ -106,8 +107,8 @@ def write_bundle(
         )
         if request.verify:
             with unproved(folder, manifest):
-                prompts = request.prompts or spread(own_prompts(checkpoint), IMAGES)
-                parity = check_parity(checkpoint, folder, row, prompts, request.decoder)
+                prompts = request.prompts or spread(own_prompts(checkpoint), images_of(model))
+                parity = check_parity(checkpoint, folder, row, prompts, request.decoder, request.stage)
             parity = parity.model_copy(update={"checks": [*parity.checks, *own_checks]})
             _demand(parity, row)
             manifest = manifest.model_copy(update={"parity": parity})
@@ -119,7 +120,8 @@ def calibrate_for(request: ExportRequest) -> Calibration | None:
     """Recorded U-Net inputs where the format is quantized on them."""
     if not request.format.calibrated:
         return None
-    return calibrate(request.checkpoint, request.calibration_prompts, request.calibration_samples)
+    with request.stage("recording the U-Net's inputs for calibration"):
+        return calibrate(request.checkpoint, request.calibration_prompts, request.calibration_samples)
 
 
 def spread(prompts: Sequence[str], count: int) -> list[str]:
@@ -128,11 +130,17 @@ def spread(prompts: Sequence[str], count: int) -> list[str]:
 
 
 def _write_component(
-    part: ExportComponent, folder: Path, write: Write, interface: Callable[[ExportComponent], Interface]
+    request: ExportRequest,
+    name: ComponentName,
+    folder: Path,
+    write: Write,
+    interface: Callable[[ExportComponent], Interface],
 ) -> ComponentInfo:
     """One component from file to file; its weights are in memory only while this runs."""
-    inputs, outputs = interface(part)
-    files = [f"{part.name}/{file}" for file in write(part, folder / part.name)]
+    with request.stage(f"converting {name}"):
+        part = load_component(request.checkpoint, name, request.decoder)
+        inputs, outputs = interface(part)
+        files = [f"{name}/{file}" for file in write(part, folder / name)]
     return ComponentInfo(files=files, class_name=part.class_name, inputs=inputs, outputs=outputs)
 
 

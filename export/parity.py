@@ -16,47 +16,61 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from kdc_edge.bundle import Check, Parity
+from kdc_edge.bundle import Bundle, Check, Model, Parity
 from kdc_edge.components import COMPONENTS, Component
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import KdcError
+from kdc_edge.export.kept import kept_reference, key_of
 from kdc_edge.export.reference import Call, record
+from kdc_edge.export.targets import Stage
 from kdc_edge.formats import Format
 from kdc_edge.pipeline import Pipeline, Request, own_request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.base import get_runtime, preferred_engine
 
 IMAGES = 2  # each one costs STEPS U-Net calls on both sides
+LARGE = 64  # latents a side; from here on one image takes a minute on two cores, and IMAGES is halved
 STEPS = 4  # enough to visit noise, structure and detail
 GUIDANCE = 4.0
 RECOGNIZABLE_DB = 20.0  # of two images that differ in a detail; images of two subjects are at about 10
 
 
 def check_parity(
-    checkpoint: Path, bundle: Path, row: Format, prompts: Sequence[str], decoder: Path | None = None
+    checkpoint: Path,
+    bundle: Path,
+    row: Format,
+    prompts: Sequence[str],
+    decoder: Path | None = None,
+    stage: Stage = lambda _: nullcontext(),
 ) -> Parity:
     """Compare the bundle with its checkpoint: one check a component, one for the images.
 
     `decoder` is the small decoder that the bundle has in place of the checkpoint's.
-    The checks are returned, passed or not. Raises CheckpointError when PyTorch itself computes no numbers.
+    `stage` gets what runs. The checks are returned, passed or not.
+    Raises CheckpointError when PyTorch itself computes no numbers.
     """
     base = Request("", steps=STEPS, guidance=GUIDANCE)
     base, _ = own_request(read_model(checkpoint), base, sampler=None, steps=None, guidance=None)
     requests = [replace(base, prompt=prompt, seed=i) for i, prompt in enumerate(prompts)]
-    reference = record(checkpoint, requests, decoder)  # its networks are gone when this returns
+    key = key_of(Bundle.open(bundle).manifest.provenance, requests)
+    reference = kept_reference(
+        key, lambda: record(checkpoint, requests, decoder, stage)
+    )  # its networks are gone by now
     candidate = open_pipeline(bundle)
-    checks = [
-        compare(name, reference.calls[name], candidate.components[name], row.min_component_psnr_db)
-        for name in COMPONENTS
-    ]
+    checks = []
+    for name in COMPONENTS:
+        with stage(f"proof: {name} on recorded inputs"):
+            checks.append(compare(name, reference.calls[name], candidate.components[name], row.min_component_psnr_db))
     in_32_bits = partial(open_pipeline, bundle, exact=True)
-    checks += check_images(reference.images, candidate, in_32_bits, requests, row)
+    with stage("proof: whole images"):
+        checks += check_images(reference.images, candidate, in_32_bits, requests, row)
     torch_version, engine = get_runtime("torch").version, get_runtime(preferred_engine(row).name)
     size = candidate.model.image_size
     return Parity(
@@ -66,6 +80,11 @@ def check_parity(
         f" of {base.sampler}, guidance {base.guidance:g}, worst case",
         checks=checks,
     )
+
+
+def images_of(model: Model) -> int:
+    """How many images the proof makes: twice as many where a step needs half the work, for want of guidance."""
+    return max(1, IMAGES // (2 if model.latent_size >= LARGE else 1)) * (1 if model.guided else 2)
 
 
 def compare(what: str, calls: Sequence[Call], component: Component, threshold_db: float) -> Check:

@@ -11,6 +11,7 @@ PyTorch networks takes its place, and `made_by` says so.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from kdc_edge.components import COMPONENTS, Component
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError, KdcError, require
+from kdc_edge.export.targets import Stage
 from kdc_edge.files import read_json
 from kdc_edge.noise import initial_latents
 from kdc_edge.pipeline import Pipeline, Request
@@ -56,17 +58,22 @@ class Reference:
     made_by: str  # the program and its noise schedule, in words
 
 
-def record(checkpoint: Path, requests: Sequence[Request], decoder: Path | None = None) -> Reference:
+def record(
+    checkpoint: Path,
+    requests: Sequence[Request],
+    decoder: Path | None = None,
+    stage: Stage = lambda _: nullcontext(),
+) -> Reference:
     """Generate the images in fp32 on the CPU; the requests share a sampler.
 
-    `decoder` is the folder of the small decoder that takes the place of the checkpoint's. Raises CheckpointError for
-    files that cannot be read, and where the images hold values that are no numbers.
+    `decoder` is the folder of the small decoder that takes the place of the checkpoint's; `stage` gets what runs.
+    Raises CheckpointError for files that cannot be read, and where the images hold values that are no numbers.
     """
     networks = {name: load_network(checkpoint, name) for name in COMPONENTS}
     decode = networks["vae_decoder"] if decoder is None else load_decoder(decoder, read_model(checkpoint))
     try:
         try:
-            return _record_diffusers(open_diffusers(checkpoint, networks, requests[0].sampler), decode, requests)
+            return _record_diffusers(open_diffusers(checkpoint, networks, requests[0].sampler), decode, requests, stage)
         except KdcError:
             raise
         except Exception as error:  # diffusers and transformers raise whatever comes
@@ -105,7 +112,7 @@ def open_diffusers(checkpoint: Path, networks: dict[str, Any], sampler: str) -> 
     return pipeline
 
 
-def _record_diffusers(pipeline: Any, decoder: Any, requests: Sequence[Request]) -> Reference:
+def _record_diffusers(pipeline: Any, decoder: Any, requests: Sequence[Request], stage: Stage) -> Reference:
     calls: dict[str, list[Call]] = {name: [] for name in COMPONENTS}
     vae = pipeline.vae
     original = vae.decode
@@ -131,7 +138,10 @@ def _record_diffusers(pipeline: Any, decoder: Any, requests: Sequence[Request]) 
     pipeline.text_encoder.register_forward_hook(text_encoder, with_kwargs=True)
     pipeline.unet.register_forward_hook(unet, with_kwargs=True)
     vae.decode = vae_decoder
-    images = [_generate(pipeline, request) for request in requests]
+    images = []
+    for number, request in enumerate(requests, 1):
+        with stage(f"proof: diffusers' image {number} of {len(requests)} in PyTorch"):
+            images.append(_generate(pipeline, request))
     version = require("diffusers", extra="export", purpose="the proof").__version__
     made_by = f"diffusers {version}, StableDiffusionPipeline with {type(pipeline.scheduler).__name__}"
     return Reference(calls, images, made_by)

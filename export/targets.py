@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +21,9 @@ from kdc_edge.formats import Format, find_format
 
 if TYPE_CHECKING:
     from kdc_edge.bundle import Bundle
+
+
+Stage = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class ExportRequest:
     calibration_samples: int | None = None  # U-Net calls; None: the target's default
     decoder: Path | None = None  # folder of a small decoder that replaces the checkpoint's
     command: str | None = None  # for the record
-    tell: Callable[[str], None] = lambda _: None  # gets progress and decisions, a line each
+    tell: Callable[[str], None] = lambda _: None  # gets decisions, a line each
+    stage: Stage = lambda _: nullcontext()  # gets what runs now, and holds as long as it runs
 
     def __post_init__(self) -> None:
         calibration = (self.calibration_prompts, self.calibration_samples)
@@ -85,9 +90,9 @@ class CoreMLOptions:
         default="original",
         metadata=flag("original (for the GPU), split-einsum (for the Neural Engine) or sdpa (fused; needs iOS18)."),
     )
-    unet_batch: int = field(
-        default=2,
-        metadata=flag("samples per U-Net call: 2 (both halves of guidance) or 1 (less memory)."),
+    unet_batch: int | None = field(
+        default=None,
+        metadata=flag("samples per U-Net call: 2 (both halves of guidance) or 1. Default: 1 without guidance, else 2."),
     )
     deployment_target: str = field(
         default="iOS17",
@@ -108,7 +113,7 @@ class CoreMLOptions:
     )
 
     def __post_init__(self) -> None:
-        if self.unet_batch not in (1, 2):
+        if self.unet_batch not in (None, 1, 2):
             raise InputError(f"--unet-batch {self.unet_batch} is not supported by Apple's package: use 2 or 1")
         _check_choice("deployment-target", self.deployment_target, ("iOS17", "iOS18"))
         _check_choice("attention", self.attention, ("original", "split-einsum", "sdpa"))

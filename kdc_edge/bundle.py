@@ -65,6 +65,11 @@ class Model(_Record):
     def image_size(self) -> int:
         return self.latent_size * self.vae_scale
 
+    @property
+    def guided(self) -> bool:
+        """Whether a step computes the U-Net for both halves of guidance; a guidance-free student needs one."""
+        return self.sampling is None or self.sampling.guidance > 1
+
 
 class Tensor(_Record):
     dtype: Text
@@ -117,7 +122,7 @@ class CalibrationInfo(_Record):
 
     prompts_sha256: Sha256  # of the prompts, one a line
     prompts: int = Field(ge=1)
-    samples: int = Field(ge=1)  # U-Net calls, both guidance halves in each
+    samples: int = Field(ge=1)  # U-Net calls, each with both halves where there is guidance
     seed: int
     sampler: Text
     steps: int = Field(ge=1)  # of each image, from which samples were taken at random

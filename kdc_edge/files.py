@@ -39,6 +39,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def user_cache() -> Path:
+    """The folder for what can be computed again: KDC_EDGE_CACHE, else `kdc-edge` in the system's place for caches.
+
+    Raises RuntimeError where there is no home folder.
+    """
+    if own := os.environ.get("KDC_EDGE_CACHE"):
+        return Path(own)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "kdc-edge"
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file beside its place, flush it to the disk, and rename it in."""
     data = content.encode() if isinstance(content, str) else content

@@ -74,6 +74,14 @@ def _locale() -> None:
     locale.setlocale(locale.LC_ALL, "")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's cache folder stays as it was, in child processes too; one for all workers of this session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDC_EDGE_CACHE", str(_shared(tmp_path_factory) / "cache"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "garden")

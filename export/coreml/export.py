@@ -52,8 +52,10 @@ def export(request: ExportRequest, options: CoreMLOptions) -> Bundle:
     export = _Export(request, read_model(request.checkpoint), options)
     calibration = None
     if budget is not None:
-        samples = MIXED_SAMPLES if request.calibration_samples is None else request.calibration_samples
-        calibration = calibrate(request.checkpoint, request.calibration_prompts, samples, samples_an_image=1)
+        own = MIXED_SAMPLES if export.model.guided else 2 * MIXED_SAMPLES
+        samples = own if request.calibration_samples is None else request.calibration_samples
+        with request.stage("recording the U-Net's inputs for calibration"):
+            calibration = calibrate(request.checkpoint, request.calibration_prompts, samples, samples_an_image=1)
         recipe = export.search(budget, calibration)
     return write_bundle(
         request,
@@ -74,7 +76,7 @@ class _Export:
     options: CoreMLOptions
 
     def interface(self, part: ExportComponent) -> Interface:
-        network = apple_network(part, self.model, unet_batch=self.options.unet_batch)
+        network = self._network(part)
         return dict(network.inputs), dict(network.outputs)
 
     def write(self, part: ExportComponent, folder: Path, recipe: Recipe | None) -> list[str]:
@@ -112,13 +114,17 @@ class _Export:
     def _half(self) -> bool:
         return self.request.precision != "fp32"
 
+    def _network(self, part: ExportComponent) -> AppleNetwork:
+        own = 2 if self.model.guided else 1
+        return apple_network(part, self.model, unet_batch=self.options.unet_batch or own)
+
     def _convert(self, part: ExportComponent) -> tuple[AppleNetwork, Any]:
         target = self.options.deployment_target
         if part.name == "unet":
             # For iOS 17 coremltools takes sdpa apart into the original, and tracing it holds no scores in memory.
             whole = self.options.attention == "original" and target == "iOS17"
             set_attention(part.module.unet, "sdpa" if whole else self.options.attention)
-        network = apple_network(part, self.model, unet_batch=self.options.unet_batch)
+        network = self._network(part)
         return network, convert(network, half=self._half, target=target)
 
 

@@ -171,6 +171,8 @@ class Search:
 
     def _compute(self) -> torch.Tensor:
         both = torch.cat([self._unet(**call, return_dict=False)[0] for call in self._inputs])  # (2N, C, h, w)
+        if self._guidance <= 1:  # (N, C, h, w): there are no halves
+            return both
         noise_pred: torch.Tensor = guided(both[::2], both[1::2], self._guidance)
         return noise_pred
 

@@ -54,7 +54,8 @@ def export(
         Option(metavar="FILE", help="int8, mixed: prompts, one per line. Default: the training captions."),
     ] = None,
     calibration_samples: Annotated[
-        int | None, Option(help="int8, mixed: U-Net calls to calibrate on. Default: 64; mixed 12.")
+        int | None,
+        Option(help="int8, mixed: U-Net calls to calibrate on. Default: 64, mixed 12; twice that without guidance."),
     ] = None,
     decoder: Annotated[
         str | None,
@@ -75,11 +76,14 @@ def export(
     given = {name: value for name, value in options.items() if value is not None}
     _refuse_other_targets(target, given)
     need_export("kdc-edge export")
+    from kdc_edge.cli.progress import Stages
     from kdc_edge.prompts import read_prompts
     from kdc_edge.runtimes.torch.small_decoder import find_decoder_folder
 
+    stages = Stages()
     request = ExportRequest(
-        source, out or BUNDLES / row.name, row.target, row.precision, verify=verify, command=command_line(), tell=say,
+        source, out or BUNDLES / row.name, row.target, row.precision, verify=verify, command=command_line(),
+        tell=stages.say, stage=stages,
         calibration_prompts=None if calibration_prompts is None else read_prompts(calibration_prompts),
         calibration_samples=calibration_samples,
         decoder=None if decoder is None else find_decoder_folder(decoder),
@@ -88,6 +92,7 @@ def export(
     if bundle.manifest.parity is None:
         say("not proved: --no-verify was given")
     else:
+        say(f"compared with {bundle.manifest.parity.reference}")
         for check in bundle.manifest.parity.checks:
             say(f"{check.what}: {check.text} (at least {check.threshold_db:.0f} dB)")
     say(megabytes(bundle.size_bytes))

@@ -53,6 +53,8 @@ def info(
         facts["size"] = megabytes(bundle.size_bytes)
         for check in manifest.parity.checks if manifest.parity else ():
             facts[f"parity {check.what}"] = check.text
+        if manifest.parity:
+            facts["compared with"] = manifest.parity.reference
         facts["proved by"] = manifest.parity.conditions if manifest.parity else "no proof: --no-verify was given"
         facts["made by"] = manifest.provenance.command
     if as_json:

@@ -1,4 +1,4 @@
-"""Progress on stderr: a rich bar on a terminal, a line now and then elsewhere.
+"""Progress on stderr: a rich bar or spinner on a terminal; elsewhere a line now and then, or one a stage.
 
 with ProgressBar(20) as progress:
     progress.step(1, "timestep 999")
@@ -6,13 +6,17 @@ with ProgressBar(20) as progress:
 with MeasuringBar(cases) as progress:
     for found in run(cases, tell=progress.tell):
         progress.say(found.row.name)
+
+with Stages()("converting unet"):
+    convert()
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -104,3 +108,52 @@ class MeasuringBar(ProgressBar):
 def _steps(case: Case) -> int:
     """Sampler steps of all images: where most of the time goes."""
     return case.request.steps * case.images
+
+
+class Stages:
+    """Work of unknown length, stage by stage; each ends with the time that it took.
+
+    with stages("converting the unet"):                       # "converting the unet ... 31.2 s"
+    """
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._open = False  # a line that waits for its time
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        begin, shown = time.monotonic(), visible(what)
+        if self._console.is_terminal:
+            with rich.progress.Progress(
+                rich.progress.SpinnerColumn(), rich.progress.TextColumn("{task.description}", markup=False),
+                rich.progress.TimeElapsedColumn(), console=self._console, transient=True,
+            ) as spinner:  # fmt: skip
+                spinner.add_task(shown)
+                yield
+            self.say(self._done(shown, begin))
+            return
+        self._write(f"{shown} ... ")
+        self._open = True
+        try:
+            yield
+        except BaseException:
+            self._end_line()
+            raise
+        self._write(f"{time.monotonic() - begin:.1f} s\n" if self._open else f"{self._done(shown, begin)}\n")
+        self._open = False
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the spinner or behind the line that is being written."""
+        self._end_line()
+        self._console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
+
+    def _done(self, what: str, begin: float) -> str:
+        return f"{what}: {time.monotonic() - begin:.1f} s"
+
+    def _end_line(self) -> None:
+        if self._open:
+            self._write("\n")
+        self._open = False
+
+    def _write(self, text: str) -> None:
+        print(text, end="", file=sys.stderr, flush=True)

@@ -1,7 +1,8 @@
-"""Progress where there is no terminal: a line now and then, printable, with the time to go."""
+"""Progress where there is no terminal: lines now and then with the time to go, or one a stage with its time."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,3 +49,26 @@ def test_measurements_are_weighed_by_their_steps(clock: list[float], capsys: pyt
         "50/80 measurement 2 of 2, b: image, 0:00:12 to go",
         "80/140 measurement 3 of 3, c: image, 0:00:22 to go",
     ]
+
+
+def test_a_stage_is_one_line_that_begins_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = Stages()
+    with stages("converting unet"):
+        assert capsys.readouterr().err == "converting unet ... "
+    assert re.fullmatch(r"\d+\.\d s\n", capsys.readouterr().err)
+
+
+def test_what_is_said_in_a_stage_has_its_own_line(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = Stages()
+    with stages("converting unet"):
+        stages.say("conv_in stays in [float]")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["converting unet ... ", "conv_in stays in [float]"]
+    assert re.fullmatch(r"converting unet: \d+\.\d s", lines[2])
+
+
+def test_a_stage_that_fails_ends_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = Stages()
+    with pytest.raises(ValueError, match="no"), stages("converting unet"):
+        raise ValueError("no")
+    assert capsys.readouterr().err == "converting unet ... \n"

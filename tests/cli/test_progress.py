@@ -10,7 +10,7 @@ import pytest
 
 from kdc_edge.bench.case import Case
 from kdc_edge.bench.runner import Doing
-from kdc_edge.cli.progress import LINE_EVERY_SEC, MeasuringBar, ProgressBar
+from kdc_edge.cli.progress import LINE_EVERY_SEC, MeasuringBar, ProgressBar, Stages
 from kdc_edge.pipeline import Request
 
 

@@ -31,6 +31,7 @@ from kdc_edge.bundle import (
     unproved,
     write_manifest,
 )
+from kdc_edge.checkpoints.assemble import read_sources
 from kdc_edge.diffusers_folder import TINY_VAE, hash_checkpoint, read_model
 from kdc_edge.errors import BundleError, CheckpointError, ParityError
 from kdc_edge.export.calibration import Calibration, calibrate
@@ -100,6 +101,7 @@ def write_bundle(
                 checkpoint_sha256=checkpoint_sha256,
                 decoder=request.decoder and request.decoder.resolve().name,
                 decoder_sha256=request.decoder and hash_checkpoint(request.decoder),
+                sources=read_sources(checkpoint),
                 packages=package_versions(PACKAGES),
                 command=request.command,
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

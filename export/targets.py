@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from kdc_edge.errors import InputError
+from kdc_edge.errors import InputError, unknown_choice
 from kdc_edge.formats import Format, find_format
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class CoreMLOptions:
 
 def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise InputError(f"--{option} {value!r} is unknown: choose from {', '.join(choices)}")
+        raise unknown_choice(f"--{option}", value, choices)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from kdc_edge.runtimes.pipeline import Pipeline, open_pipeline
 
 from kdc_edge.telemetry import switch_off
+from kdc_edge.version import __version__
 
-__version__ = "0.2.0"
 __all__ = ["Bundle", "KdcError", "Pipeline", "Request", "__version__", "open_pipeline"]
 
 _MODULES = {

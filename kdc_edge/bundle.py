@@ -137,11 +137,21 @@ class Recipe(_Record):
     psnr_db: float  # of the guided prediction on the calibration inputs, in PyTorch with these weights
 
 
+class Source(_Record):
+    """A file or folder that a checkpoint's weights come from, or those of its teacher."""
+
+    role: Literal["checkpoint", "vae", "lora", "embedding"]
+    name: Text
+    sha256: Sha256
+    weight: float | None = Field(default=None, allow_inf_nan=False)  # of a LoRA
+
+
 class Provenance(_Record):
     checkpoint: Text  # name of the source folder
     checkpoint_sha256: Sha256
     decoder: Text | None = None  # name of the small decoder's folder, where one took the place of the checkpoint's
     decoder_sha256: Sha256 | None = None
+    sources: list[Source] = Field(default=[], max_length=100)  # where the checkpoint was assembled from other files
     packages: dict[str, Text]
     command: Text | None = None
     created: Text

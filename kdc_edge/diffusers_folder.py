@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -31,6 +32,7 @@ WEIGHTS = {
 TINY_VAE = "AutoencoderTiny"  # the other class that a `vae` may have
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
 SAMPLING_FILE = "sampling.json"  # of a few-step student: kdc_edge.bundle.Sampling
+SOURCES_FILE = "sources.json"  # the files that its weights come from: kdc_edge.bundle.Source
 PROMPTS_FILE = "prompts.txt"  # captions that it was trained on, one a line: what to calibrate and prove it with
 PIPELINES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline", "StableDiffusionImg2ImgPipeline")
 # Settings of a U-Net that are null in every model that is used here, and what they make it.
@@ -82,9 +84,9 @@ def check_weights(folder: Path) -> None:
         raise CheckpointError(f"{folder} is no checkpoint: {MODEL_INDEX} is missing")
     parts = [folder / part for part in PARTS]
     inside = [p for part in parts for p in part.rglob("*")]
-    refuse_links_out(folder, [folder / MODEL_INDEX, folder / PROMPTS_FILE, *parts, *inside])
+    refuse_links_out(folder, [*(folder / name for name in (MODEL_INDEX, PROMPTS_FILE, SOURCES_FILE)), *parts, *inside])
     for network, name in WEIGHTS.items():
-        files = weight_files(folder / network)
+        files = weights_of(folder / network).files
         if not files:
             _refuse_pickle(folder / network)
             raise CheckpointError(f"{folder / network / name} is missing: the checkpoint is incomplete")
@@ -92,19 +94,69 @@ def check_weights(folder: Path) -> None:
             read_shapes(path)
 
 
-def weight_files(network: Path) -> list[Path]:
-    """The safetensors files of a network's folder: the one of the usual name, and those that a weight map names."""
-    single = network / WEIGHTS[network.name]
-    found = {single} if single.is_file() else set()
-    for path in network.glob("*.safetensors.index.json"):
-        names = read_json(path, CheckpointError).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-            raise CheckpointError(f"{path} holds no weight map: save the checkpoint again")
-        for name in set(names.values()):
-            if not name.endswith(".safetensors") or "/" in name or not (network / name).is_file():
-                raise CheckpointError(f"{path} names {name!r:.80}, no safetensors file beside it: save it again")
-            found.add(network / name)
-    return sorted(found)
+@dataclass(frozen=True)
+class Weights:
+    """The weight files of a network that are loaded: one, or those of an index; and those that are not."""
+
+    files: tuple[Path, ...]
+    index: Path | None = None
+    variant: str | None = None  # diffusers' word for the part of a file's name, such as fp16
+    others: tuple[str, ...] = ()  # the first files of other variants
+
+    @property
+    def note(self) -> str | None:
+        """A line for people where the choice was not plain."""
+        if not self.files or (self.variant is None and not self.others):
+            return None
+        rest = f", not {', '.join(self.others)}" if self.others else ""
+        taken = self.index or self.files[0]
+        return f"{taken.parent.name}: weights of {taken.name}{rest}"
+
+
+def weights_of(network: Path, kind: str | None = None) -> Weights:
+    """The safetensors files of a network's folder: those without a variant, else fp16, bf16, or another one.
+
+    Where a variant has one file and an index, diffusers takes the index and transformers the file. `kind` is the
+    network's name where the folder has another one. Raises CheckpointError for an index that leads nowhere.
+    """
+    kind = kind or network.name
+    stem = WEIGHTS[kind].removesuffix(".safetensors")
+    found: dict[str | None, Path] = {}
+    single = {_variant(rf"{stem}(?:\.(\w+))?\.safetensors", path): path for path in network.glob("*.safetensors")}
+    index = {
+        _variant(rf"{stem}\.safetensors\.index(?:\.(\w+))?\.json", path): path
+        for path in network.glob("*.safetensors.index*.json")
+    }
+    for paths in (index, single) if kind == "text_encoder" else (single, index):  # the later one wins
+        found |= {variant: path for variant, path in paths.items() if variant != ""}
+    order: list[str | None] = [None, "fp16", "bf16", *sorted(v for v in found if v and v != "non_ema"), "non_ema"]
+    chosen = next((variant for variant in order if variant in found), None)
+    if not found:
+        return Weights(())
+    taken = found.pop(chosen)
+    others = tuple(sorted(path.name for path in found.values()))
+    if taken.suffix == ".safetensors":
+        return Weights((taken,), None, chosen, others)
+    return Weights(tuple(_indexed(taken)), taken, chosen, others)
+
+
+def _variant(pattern: str, path: Path) -> str | None:
+    """The variant in a file's name, None for none; "" where it is no network's file."""
+    found = re.fullmatch(pattern, path.name)
+    return found[1] if found else ""
+
+
+def _indexed(path: Path) -> list[Path]:
+    """The files that an index names."""
+    names = read_json(path, CheckpointError).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{path} holds no weight map: save the checkpoint again")
+    files = []
+    for name in sorted(set(names.values())):
+        if not name.endswith(".safetensors") or "/" in name or not (path.parent / name).is_file():
+            raise CheckpointError(f"{path} names {name!r:.80}, no safetensors file beside it: save it again")
+        files.append(path.parent / name)
+    return files
 
 
 def refuse_links_out(folder: Path, paths: Iterable[Path]) -> None:
@@ -142,7 +194,7 @@ def read_model(folder: Path) -> Model:
     vae = _read_config(folder / "vae" / "config.json", AutoencoderKL=VAE, AutoencoderTiny=AUTOENCODER_TINY)
     text = _read_config(folder / "text_encoder" / "config.json", CLIPTextModel=TEXT_ENCODER)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", CheckpointError)
-    for problem in _obstacles(unet, vae, text):
+    for problem in obstacles(unet, vae, text):
         raise CheckpointError(f"{folder} cannot be used: {problem}")
     try:
         NoiseSchedule.from_config(scheduler)
@@ -184,10 +236,10 @@ def _check_class(path: Path, config: Mapping[str, object], known: Sequence[str])
     return str(name)
 
 
-def _obstacles(unet: Settings, vae: Settings, text: Settings) -> Iterator[str]:
+def obstacles(unet: Settings, vae: Settings, text: Settings) -> Iterator[str]:
     """Settings with which a network needs other inputs than latents, a timestep and the text's embedding."""
     for key, why in UNSUPPORTED.items():
-        if unet[key] is not None:
+        if unet.get(key) is not None:
             yield f"its U-Net has {key} = {unet[key]!r:.80}: {why}"
     channels = vae["latent_channels"]
     if unet["in_channels"] != channels:
@@ -220,11 +272,16 @@ def _latent_size(unet: Settings) -> object:
 
 def count_parameters(network: Path) -> int:
     """The number of weights in a network's safetensors files, from their headers."""
-    return sum(math.prod(shape) for path in weight_files(network) for shape in read_shapes(path).values())
+    return sum(math.prod(shape) for path in weights_of(network).files for shape in read_shapes(path).values())
 
 
 def read_shapes(path: Path) -> Mapping[str, list[int]]:
-    """The tensors' names and shapes in a safetensors file; the weights are not read. Raises CheckpointError.
+    """The tensors' names and shapes in a safetensors file; the weights are not read. Raises CheckpointError."""
+    return read_header(path)[0]
+
+
+def read_header(path: Path) -> tuple[Mapping[str, list[int]], Mapping[str, object]]:
+    """Names and shapes of a safetensors file's tensors, and its metadata. Raises CheckpointError.
 
     The header is checked against the file: known types, sizes that fit, tensors side by side up to the file's end.
     """
@@ -247,7 +304,8 @@ def read_shapes(path: Path) -> Mapping[str, list[int]]:
             end = after
         if end != size - 8 - length:
             raise ValueError("it ends elsewhere than its header says")
-        return {name: info["shape"] for name, info in tensors.items()}
+        metadata = header.get("__metadata__")
+        return {name: info["shape"] for name, info in tensors.items()}, metadata if isinstance(metadata, dict) else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no safetensors file: {one_line(error)}") from None
 

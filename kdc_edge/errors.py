@@ -72,16 +72,17 @@ class MissingPackageError(KdcError):
     """An optional package is needed."""
 
 
-def unknown_choice(option: str, value: object, choices: Iterable[str]) -> UsageError:
-    """The error for a value that is none of the choices, with the nearest of them.
+def unknown_choice(option: str, value: object, choices: Iterable[str], words: str | None = None) -> UsageError:
+    """The error for a value that is none of the choices, with the nearest of them; `words` instead of "is unknown".
 
     >>> str(unknown_choice("--schedule", "cosin", ("cosine", "constant")))
     "--schedule 'cosin' is unknown, did you mean cosine? Choose from cosine, constant"
     """
     names = list(choices)
-    near = difflib.get_close_matches(str(value), names, n=1)
-    hint = f", did you mean {near[0]}? Choose" if near else ": choose"
-    return UsageError(f"{option} {value!r} is unknown{hint} from {', '.join(names)}")
+    lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(str(value).lower()[:80], lower, n=1, cutoff=0.7)
+    hint = f", did you mean {lower[near[0]]}? Choose" if near else ": choose"
+    return UsageError(f"{words or f'{option} {value!r:.80} is unknown'}{hint} from {', '.join(names)}")
 
 
 def require(package: str, *, extra: str, purpose: str) -> ModuleType:

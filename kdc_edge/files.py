@@ -4,7 +4,8 @@ with atomic_folder(Path("bundles/onnx-fp16")) as temporary:
     (temporary / "model.onnx").write_bytes(...)     # on an error: the old folder, untouched
 
 What is being written is hidden and locked: `.NAME.part-new` for a folder, `.NAME.part` for a file. The lock ends with
-its process, so a part without one was left by a process that was killed, and the next writer removes it.
+its process, so a part without one was left by a process that was killed, and the next writer removes it. The same
+holds for the system's folder of temporary files and `.kdc-edge-part-…`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -30,6 +32,7 @@ if sys.platform != "win32":
 MAX_JSON_BYTES = 16 * 2**20
 MAX_PATH_CHARS = 1000
 MAX_NAME_BYTES = 255
+TEMPORARY = ".kdc-edge-part-"  # how a temporary folder's name begins
 PART, OLD = ".part-new", ".part-old"  # of a folder: what comes, and what goes where two folders cannot be exchanged
 
 
@@ -121,6 +124,26 @@ def _take_place(part: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def exclusive(lock: Path) -> Iterator[None]:
+    """One process at a time; the others wait. `lock` is an empty file, which stays."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _lock(lock, wait=True, flags=os.O_RDWR | os.O_CREAT)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def user_cache() -> Path:
+    """The folder of what can be made again: KDC_EDGE_CACHE, or kdc-edge in the system's cache folder of the user."""
+    if own := os.environ.get("KDC_EDGE_CACHE"):
+        return Path(own)
+    homes = {"win32": os.environ.get("LOCALAPPDATA"), "darwin": Path.home() / "Library" / "Caches"}
+    home = homes.get(sys.platform) or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "kdc-edge"
+
+
 def recover_folder(out: Path) -> None:
     """Put back the folder that a process left aside when it was killed in the middle of `_take_place`."""
     old = _beside(out, OLD)
@@ -147,6 +170,29 @@ def _clear_left_over(folder: Path) -> None:
             lock = _lock(part)
             shutil.rmtree(part, ignore_errors=True)
             os.close(lock)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder in the system's place for temporary files, removed when the block ends."""
+    # Those of killed processes go first.
+    place = Path(tempfile.gettempdir())
+    if sys.platform != "win32":  # without locks, whose process lives is not known
+        for left in place.glob(f"{TEMPORARY}*"):
+            with suppress(OSError):  # in use, another user's, or gone
+                lock = _lock(left)
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(lock)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=place))
+        with suppress(FileNotFoundError, BlockingIOError):  # taken for left over between these two lines: once more
+            lock = _lock(folder)
+            break
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 def _beside(out: Path, suffix: str) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdc_edge.errors import InputError
+from kdc_edge.errors import unknown_choice
 from kdc_edge.text import markdown_table
 
 
@@ -71,14 +71,14 @@ def targets() -> tuple[str, ...]:
 
 
 def find_format(target: str, precision: str) -> Format:
-    """The row of a target and precision; raises InputError naming the choices."""
+    """The row of a target and precision; raises UsageError naming the choices."""
     for row in FORMATS:
         if (row.target, row.precision) == (target, precision):
             return row
     known = [f.precision for f in FORMATS if f.target == target]
     if not known:
-        raise InputError(f"unknown target {target!r}: choose from {', '.join(targets())}")
-    raise InputError(f"{target} has no precision {precision!r}: choose from {', '.join(known)}")
+        raise unknown_choice("--target", target, targets())
+    raise unknown_choice("--precision", precision, known, f"{target} has no precision {precision!r:.80}")
 
 
 def formats_table() -> str:

@@ -20,7 +20,10 @@ from pathlib import Path
 
 import psutil
 
-from kdc_edge import __version__
+from kdc_edge.errors import InputError
+from kdc_edge.version import __version__
+
+MAX_THREADS_PER_CORE = 8  # more only wait for each other
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,31 @@ def this_machine() -> Machine:
         os=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
         processor=this_processor(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        cores=cores(),
         memory_bytes=memory.total,
         available_bytes=memory.available,
     )
+
+
+def cores() -> int | None:
+    """Logical processors, as many as this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise InputError for a number of threads that no engine should start here: thousands take a machine down."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise InputError(f"--threads {threads} is too few: use 1 or more")
+    here = cores() or 1
+    if threads > (most := MAX_THREADS_PER_CORE * here):
+        raise InputError(f"--threads {threads} is too many for {here} cores: use {here}, and at most {most}")
+
+
+def free_memory_bytes() -> int:
+    """What can be allocated now, swap included."""
+    return int(psutil.virtual_memory().available + psutil.swap_memory().free)
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str]:

@@ -21,16 +21,20 @@ import psutil
 
 from kdc_edge.bundle import Model
 from kdc_edge.components import COMPONENTS, Component, Shapes, SupportsPrepare, SupportsStart
-from kdc_edge.errors import InputError, KdcError
+from kdc_edge.errors import InputError, KdcError, unknown_choice
+from kdc_edge.hardware import free_memory_bytes
 from kdc_edge.image import to_pixels
 from kdc_edge.noise import NormalStreams
 from kdc_edge.samplers import DEFAULT_SAMPLER, SAMPLERS, NoiseSchedule, make_sampler, sampler_for
+from kdc_edge.text import megabytes
 from kdc_edge.tokenizer import Tokenizer
 
 Stage = Literal["load", "compile", "tokenize", "text_encoder", "unet", "scheduler", "vae_decoder"]
 GuidanceMode = Literal["batched", "sequential"]
 MAX_SIDE = 4096  # pixels
 MAX_BATCH = 16  # images
+# The least that a decoder holds at the image's own size: the input and the output of a layer of 32 channels, fp32.
+LEAST_BYTES_A_PIXEL = 2 * 32 * 4
 ATTENTION_HEADS = 8  # at the U-Net's full resolution, where its activations are largest
 
 
@@ -192,12 +196,12 @@ class Pipeline:
         shared = {"prompt": "", "negative_prompt": "", "seed": 0, "latents": None}
         if any(replace(r, **shared) != replace(request, **shared) for r in requests):  # type: ignore[arg-type]
             raise InputError("images of one batch share steps, guidance, sampler and size: make these one by one")
-        self.latent_shape(request)
+        _check_memory(self.latent_shape(request), self.model.vae_scale)
         make_sampler(request.sampler, self.schedule, request.steps)
         if not 0 <= request.guidance <= 100:  # also refuses nan
             raise InputError(f"--guidance {request.guidance} is out of range: use 1 (none) to 20 or so, at most 100")
         if request.guidance_mode not in (None, *get_args(GuidanceMode)):
-            raise InputError(f"--guidance-mode {request.guidance_mode!r} is unknown: use batched or sequential")
+            raise unknown_choice("--guidance-mode", request.guidance_mode, get_args(GuidanceMode))
         begin, end = request.guidance_interval
         if not 0 <= begin < end <= 1:
             raise InputError(
@@ -251,6 +255,17 @@ class Pipeline:
             "unet": unet,
             "vae_decoder": [{"latent_sample": (n, *latent)} for n in sorted(decoded)],
         }
+
+
+def _check_memory(latents: tuple[int, int, int, int], vae_scale: int) -> None:
+    """Raise InputError where not even the decoder's activations fit what is free; no bound of what is needed in all."""
+    *_, height, width = (side * vae_scale for side in latents)
+    need, free = height * width * LEAST_BYTES_A_PIXEL, free_memory_bytes()
+    if need > free:
+        raise InputError(
+            f"--width {width} --height {height} needs more than {megabytes(need)} for the decoder's activations alone,"
+            f" and {megabytes(free)} are free: use a smaller size"
+        )
 
 
 def own_request(

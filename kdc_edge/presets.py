@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kdc_edge.errors import InputError
+from kdc_edge.errors import InputError, unknown_choice
 
 Config = Mapping[str, object]
 
@@ -121,16 +121,16 @@ def find_decoder(name: str | None, vae_scale: int) -> DecoderPreset:
             return preset
     if not fitting:
         raise InputError(f"no decoder preset makes {vae_scale} pixels a latent each way, as this checkpoint's VAE does")
-    found = "does not fit this checkpoint" if name in {d.name for d in DECODERS} else "is unknown"
-    raise InputError(f"--preset {name!r} {found}: choose from {', '.join(p.name for p in fitting)}")
+    words = f"--preset {name!r} does not fit this checkpoint" if name in {d.name for d in DECODERS} else None
+    raise unknown_choice("--preset", name, [p.name for p in fitting], words)
 
 
-def find_preset(name: str) -> Preset:
-    """A preset by name; raises InputError naming the choices."""
+def find_preset(name: str, option: str = "--preset") -> Preset:
+    """A preset by name; raises UsageError naming the choices, and the option that the name came by."""
     for preset in PRESETS:
         if preset.name == name:
             return preset
-    raise InputError(f"unknown preset {name!r}: choose from {', '.join(p.name for p in PRESETS)}")
+    raise unknown_choice(option, name, [p.name for p in PRESETS])
 
 
 def recognise(unet_config: Config) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import count, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ class Tokenizer:
         self.end_id = end_id
         self.pad_id = pad_id
         self.max_length = max_length
+        self._several = _several(words)
 
     @classmethod
     def clip(cls) -> Tokenizer:
@@ -100,6 +102,15 @@ class Tokenizer:
             max_length=_read_length(config, config_path),
         )
 
+    @property
+    def size(self) -> int:
+        """How many tokens there are, added ones included; ids are below it."""
+        return self._words.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def tokens(self) -> frozenset[str]:
+        return frozenset(self._words.get_vocab(with_added_tokens=True))
+
     def encode(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Ids of the texts: (B, max_length). What is too long is cut off; `overflow` tells what that is.
 
@@ -122,6 +133,7 @@ class Tokenizer:
         """The end of the text that `encode` cuts off; "" when all of it fits."""
         offsets = self._encode(text).offsets
         fits = self.max_length - 2
+        text = self._spread(text)
         return text[offsets[fits][0] :] if len(offsets) > fits else ""
 
     def _encode(self, text: str) -> tokenizers.Encoding:
@@ -134,10 +146,31 @@ class Tokenizer:
                 f"the prompt holds half a character (a lone surrogate) at {error.start}: write it anew"
             ) from None
         for most in READ_CHARS:
-            found = self._words.encode(text[:most], add_special_tokens=False)
+            found = self._words.encode(self._spread(text[:most]), add_special_tokens=False)
             if most >= len(text) or len(found.ids) > self.max_length:
                 break
         return found
+
+    def _spread(self, text: str) -> str:
+        """Tokens of several vectors written out, as diffusers' maybe_convert_prompt does: <x> to <x> <x>_1 <x>_2."""
+        if not self._several:
+            return text
+        there = set(self._words.encode(text, add_special_tokens=False).tokens)
+        for token, all_of_it in self._several.items():
+            if token in there:
+                text = text.replace(token, all_of_it)
+        return text
+
+
+def _several(words: tokenizers.Tokenizer) -> dict[str, str]:
+    """Added tokens that others continue, named with _1, _2, ...: the token -> all of them."""
+    added = {token.content for token in words.get_added_tokens_decoder().values()}
+    found = {}
+    for token in sorted(added):
+        rest = takewhile(added.__contains__, (f"{token}_{i}" for i in count(1)))
+        if more := list(rest):
+            found[token] = " ".join([token, *more])
+    return found
 
 
 def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:

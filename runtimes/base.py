@@ -21,8 +21,9 @@ from typing import Protocol, cast
 
 from kdc_edge.bundle import Bundle, ComponentInfo
 from kdc_edge.components import COMPONENTS, Component, Shapes, SupportsPrepare
-from kdc_edge.errors import InputError
+from kdc_edge.errors import InputError, UsageError, unknown_choice
 from kdc_edge.formats import Format
+from kdc_edge.hardware import check_threads
 
 __all__ = [
     "COMPONENTS",
@@ -50,7 +51,7 @@ class Device:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a component is opened. Engines ignore options they do not support."""
+    """How a component is opened. Engines ignore options they do not support. InputError for a number of threads."""
 
     device: str | None = None  # the engine's default when None
     threads: int | None = None
@@ -58,6 +59,9 @@ class LoadOptions:
     cache: Path | None = None  # a folder for compiled networks
     exact: bool = False  # compute in fp32 where the engine would choose fewer bits
     check: bool = True  # compare a bundle's files with the hashes of its manifest first
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
 
 
 DEFAULTS = LoadOptions()
@@ -106,9 +110,9 @@ ENGINES: dict[str, Engine] = {
 
 
 def get_runtime(name: str) -> Runtime:
-    """The engine of that name; raises InputError when unknown, MissingPackageError when absent."""
+    """The engine of that name; raises UsageError when unknown, MissingPackageError when absent."""
     if name not in ENGINES:
-        raise InputError(f"unknown engine {name!r}: choose from {', '.join(ENGINES)}")
+        raise unknown_choice("--engine", name, ENGINES)
     if ENGINES[name].platform not in (None, sys.platform):
         raise InputError(f"{name} needs Apple's frameworks, which only macOS has: use --engine mil here")
     return cast(Runtime, importlib.import_module(ENGINES[name].module).RUNTIME)
@@ -208,7 +212,7 @@ def open_component(folder: Path, name: str, options: LoadOptions) -> tuple[Bundl
 
 
 def check_device(runtime: Runtime, device: str | None) -> str:
-    """The device's name as the engine spells it, its default for None. Raises InputError naming the devices here."""
+    """The device's name as the engine spells it, its default for None. Raises UsageError naming the devices here."""
     names = [d.name for d in runtime.devices()]
     if device is None:
         return names[0]
@@ -217,4 +221,5 @@ def check_device(runtime: Runtime, device: str | None) -> str:
             return name
     elsewhere: Mapping[str, str] = getattr(runtime, "elsewhere", {})  # device -> the package that brings it
     hint = f"; {device} needs {elsewhere[device.upper()]}" if device.upper() in elsewhere else ""
-    raise InputError(f"{runtime.name} has no device {device!r} here: choose from {', '.join(names)}{hint}")
+    words = f"{runtime.name} has no device {device!r:.80} here"
+    raise UsageError(f"{unknown_choice('--device', device, names, words)}{hint}")

@@ -21,11 +21,10 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 import numpy as np
-import psutil
 
 from kdc_edge.components import Component, Execution, Shapes
 from kdc_edge.errors import BundleError, InputError, KdcError, require
-from kdc_edge.hardware import this_processor
+from kdc_edge.hardware import free_memory_bytes, this_processor
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, open_component
 from kdc_edge.text import one_line
 
@@ -194,7 +193,7 @@ def _settings(device: str, threads: int | None, *, exact: bool) -> dict[str, Any
 def _demand_memory(weights: Path) -> None:
     """Raise KdcError when what is free cannot hold the weights: better a line now than a killed process later."""
     need = weights.stat().st_size + WORKING_BYTES
-    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    free = free_memory_bytes()
     if need > free:
         raise _too_little_memory(weights, free)
 

@@ -21,10 +21,12 @@ from PIL import Image
 
 from kdc_edge import pipeline as path
 from kdc_edge.bundle import Bundle, Model, kind_of
+from kdc_edge.checkpoints.assemble import is_single_file, open_checkpoint
 from kdc_edge.components import COMPONENTS
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.formats import find_format
+from kdc_edge.hardware import check_threads
 from kdc_edge.image import preview
 from kdc_edge.pipeline import Request, own_request
 from kdc_edge.runtimes.base import (
@@ -80,7 +82,7 @@ class Pipeline(path.Pipeline):
         exact: bool = False,
         check: bool = True,
     ) -> Self:
-        """Open a bundle, or through torch a checkpoint folder; components are loaded when they are needed.
+        """Open a bundle, or through torch a checkpoint (a folder, a single file). Components are loaded when needed.
 
         `device` names one for all ("CPU"), or one a component ("unet=GPU,text_encoder=CPU"). `low_memory` trades
         speed for memory: one component and one image at a time, and the engine's savings. `cache` is a folder for
@@ -89,9 +91,10 @@ class Pipeline(path.Pipeline):
         Raises a KdcError for everything that can be seen before a network is loaded.
         """
         folder = Path(folder)
+        if is_single_file(folder):
+            folder = open_checkpoint(folder)
         bundle, model, chosen = _choose(folder, engine)
-        if threads is not None and threads < 1:
-            raise InputError(f"--threads {threads} is too few: use 1 or more")
+        check_threads(threads)
         if bundle and check:
             bundle.check("tokenizer")
         tokenizer = Tokenizer.from_folder(folder / "tokenizer")

@@ -12,7 +12,7 @@ import hashlib
 import locale
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ import pytest
 from tests.report.browser import CHROMIUM
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import torch
 
     from kdc_edge.export.components import ExportComponent
@@ -88,10 +89,27 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """From here on, an export in this process takes the graph of a network of this shape, with its own weights in it.
+def traced_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the graphs of `traced_once` lie; of all workers."""
+    folder = _shared(tmp_path_factory) / "traced"
+    folder.mkdir(exist_ok=True)
+    return folder
 
-    The graph is traced with weights that are all different, so that each of its tensors is recognised by its values.
+
+@pytest.fixture(scope="session")
+def traced_once(traced_folder: Path) -> Iterator[None]:
+    """From here on, an export in this process takes the graph of a network of its shape, with its own weights in it."""
+    from kdc_edge.export.onnx import export as onnx
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx, "trace", cached_trace(traced_folder))
+        yield
+
+
+def cached_trace(folder: Path) -> Callable[..., ir.Model]:
+    """What takes the place of the export's `trace`: graphs of networks of a shape that was traced before, in `folder`.
+
+    A graph is traced with weights that are all different, so that each of its tensors is recognised by its values.
     """
     import onnx_ir as ir
     import torch
@@ -99,8 +117,6 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     from kdc_edge.export.onnx import export as onnx
 
-    folder = _shared(tmp_path_factory) / "traced"
-    folder.mkdir(exist_ok=True)
     original = onnx.trace
 
     def trace(part: ExportComponent, sizes: Mapping[str, int] | None = None) -> ir.Model:
@@ -116,7 +132,9 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
                 model = original(dataclasses.replace(part, module=module), sizes)
                 for value in model.graph.initializers.values():
                     value.metadata_props["weight"] = _origin(value.const_value.numpy(), module.state_dict())
-                ir.save(ir.external_data.load_to_model(model), kept)
+                new = kept.with_suffix(".new")  # whoever dies here
+                ir.save(ir.external_data.load_to_model(model), new)
+                new.replace(kept)
         model, weights = ir.load(kept), part.module.state_dict()
         for value in model.graph.initializers.values():
             if name := value.metadata_props.pop("weight"):
@@ -125,9 +143,7 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
                 value.const_value = ir.tensor(array.reshape(value.const_value.shape.numpy()), name=value.name)
         return model
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx, "trace", trace)
-        yield
+    return trace
 
 
 def _origin(array: np.ndarray, weights: Mapping[str, torch.Tensor]) -> str:

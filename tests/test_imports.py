@@ -87,5 +87,5 @@ def test_the_contract_of_the_device_path_names_every_module_of_it() -> None:
         ".".join(name.split(".")[: 3 if name.startswith("kdc_edge.runtimes") else 2])
         for name in modules(ROOT / "kdc_edge", "kdc_edge")
     }
-    others = {"", ".__main__", ".cli", ".export", ".train", ".runtimes", ".runtimes.torch"}
+    others = {"", ".__main__", ".cli", ".checkpoints", ".export", ".train", ".runtimes", ".runtimes.torch"}
     assert sorted(rooms - {f"kdc_edge{name}" for name in others}) == sorted(contract["source_modules"])

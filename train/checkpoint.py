@@ -1,4 +1,4 @@
-"""Teachers found, checkpoints written: complete diffusers folders that `StableDiffusionPipeline.from_pretrained` opens.
+"""Checkpoints written: complete diffusers folders that `StableDiffusionPipeline.from_pretrained` opens.
 
 teacher = find_teacher("garden")                     # or a folder, or a hub id such as "owner/name"
 init_checkpoint(Path("student"), find_preset("kdc-482m"), teacher, seed=0)
@@ -16,35 +16,21 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from kdc_edge.bundle import Model
-from kdc_edge.diffusers_folder import PROMPTS_FILE, SAMPLING_FILE, SUFFIXES, check_weights, fetch, is_hub_id, read_model
+from kdc_edge.checkpoints.parts import copy_part, write_small_parts
+from kdc_edge.diffusers_folder import PROMPTS_FILE, SAMPLING_FILE, SOURCES_FILE, check_weights
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import atomic_folder, read_json, write_atomic
 from kdc_edge.presets import SCHEDULER, TEXT_ENCODERS, VAES, Preset
 from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.torch import load_network
-from kdc_edge.tokenizer import CLIP_FOLDER, write_vocabulary
+from kdc_edge.tokenizer import write_vocabulary
 from kdc_edge.train.student import Account, make_student
+from kdc_edge.train.teachers import GARDEN_TEACHER, find_teacher
 
-GARDEN_TEACHER = Path(__file__).parent / "assets" / "garden-teacher"
+__all__ = ["GARDEN_TEACHER", "find_teacher", "init_checkpoint", "write_checkpoint"]
 
 PARTS = ("text_encoder", "tokenizer", "vae", "scheduler")  # that a student takes from its teacher
 NOT_KEPT = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a teacher that no student has
-HUB_FILES = (
-    "model_index.json",
-    "tokenizer/*",
-    "scheduler/*.json",
-    *(f"{n}/*" for n in ("text_encoder", "unet", "vae")),
-)
-HUB_LEFT = ("*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.fp16.*", "*.non_ema.*")
-
-
-def find_teacher(name: str) -> Path:
-    """`garden` is the teacher that ships; else a diffusers folder, or a hub id. Raises CheckpointError."""
-    folder = GARDEN_TEACHER if name == "garden" else Path(name)
-    if name != "garden" and is_hub_id(name):
-        folder = fetch(name, HUB_FILES, ignored=HUB_LEFT)
-    read_model(folder)  # refuses a teacher that cannot be used, before any work
-    return folder
 
 
 def write_checkpoint(
@@ -64,7 +50,9 @@ def write_checkpoint(
     check_weights(parts_from)
     with atomic_folder(out, marker="model_index.json") as folder, quiet():
         for part in PARTS:
-            _copy_part(parts_from / part, folder / part)
+            copy_part(parts_from / part, folder / part)
+        if (parts_from / SOURCES_FILE).is_file():
+            shutil.copyfile(parts_from / SOURCES_FILE, folder / SOURCES_FILE)
         write_vocabulary(folder / "tokenizer")
         index = read_json(parts_from / "model_index.json", CheckpointError)
         index |= {name: [None, None] for name in NOT_KEPT} | {"requires_safety_checker": False}
@@ -96,49 +84,12 @@ def init_checkpoint(out: Path, preset: Preset, teacher: Path | None, *, seed: in
         AutoencoderKL(**VAES[preset.family]).save_pretrained(folder / "vae")
         student, account = make_student(preset, None, seed=seed)
         student.save_pretrained(folder / "unet")
-        _write_small_parts(folder)
+        write_small_parts(folder, {"_class_name": "DDIMScheduler", **SCHEDULER})
         _let_others_read(folder)
     return account
-
-
-def _copy_part(source: Path, target: Path) -> None:
-    """What a checkpoint loads from a part, and nothing that lies about there."""
-    for path in sorted(source.rglob("*")):
-        if path.suffix in SUFFIXES and path.is_file():
-            place = target / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, place)
 
 
 def _let_others_read(folder: Path) -> None:
     """safetensors writes for its owner alone."""
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
-
-
-def _write_small_parts(folder: Path) -> None:
-    """Tokenizer, scheduler and index of a Stable Diffusion 1.x pipeline, as diffusers writes them."""
-    shutil.copytree(CLIP_FOLDER, folder / "tokenizer")
-    token = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": 77,
-        "pad_token": "<|endoftext|>",
-        **token,
-    }
-    write_atomic(folder / "tokenizer" / "tokenizer_config.json", json.dumps(config, indent=2))
-    scheduler = {"_class_name": "DDIMScheduler", **SCHEDULER}
-    write_atomic(folder / "scheduler" / "scheduler_config.json", json.dumps(scheduler, indent=2))
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    write_atomic(folder / "model_index.json", json.dumps(index, indent=2))

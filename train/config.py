@@ -67,7 +67,9 @@ class TaskConfig(Settings):
 class TrainConfig(TaskConfig):
     """A training run of a student."""
 
-    teacher: Path = setting(MISSING, "A diffusers folder, a hub id, or `garden`, the one that ships.", "Student")
+    teacher: Path = setting(
+        MISSING, "A diffusers folder, a .safetensors file, a hub id, or `garden`, the one that ships.", "Student"
+    )
     student: str = setting("garden-student", "A preset: see kdc-edge init -h.", "Student")
     start: Path | None = setting(None, "Checkpoint whose U-Net the student starts from.", "Student")
     inherit: bool = setting(True, "Start from the teacher's weights.", "Student")

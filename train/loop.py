@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
@@ -74,6 +75,23 @@ class TaskDone:
     scores: dict[str, Score]  # of every task of the run
 
 
+def check_run(config: TrainConfig, run: Path, *, resume: bool) -> tuple[Accelerator, Model, ImageMetrics]:
+    """Refuse at once, with a KdcError, what a run would refuse; nothing is written. What was opened for it."""
+    accelerator = make_accelerator(config, run)
+    find_preset(config.student, "--student")
+    model = read_model(config.teacher)
+    image_size(config, model)
+    find_objective(config.objective).check(config, model)
+    metrics = ImageMetrics(config.metric_weights, accelerator.device)
+    if config.quality != "auto":
+        check_quality(config.quality, config, metrics)
+    if resume and (run / "config.json").is_file():
+        check_same(config, read_json(run / "config.json", KdcError))
+    else:
+        refuse_foreign_folder(run, None)
+    return accelerator, model, metrics
+
+
 class Trainer:
     """One run, from its start or from its newest saved state.
 
@@ -90,14 +108,7 @@ class Trainer:
         say: Say = lambda _: None,
     ) -> None:
         self.config, self.run_folder = config, run
-        self.accelerator = make_accelerator(config, run)
-        find_preset(config.student)
-        model = read_model(config.teacher)
-        image_size(config, model)
-        find_objective(config.objective)
-        metrics = ImageMetrics(config.metric_weights, self.accelerator.device)
-        if config.quality != "auto":
-            check_quality(config.quality, config, metrics)
+        self.accelerator, model, metrics = check_run(config, run, resume=resume)
         self._claim_folder(resume)  # after what can be refused at once
         self.watch = watch or Stopwatch()
         learning = prepare_learning(config, model, self.accelerator, run, watch=self.watch, say=say)
@@ -130,7 +141,6 @@ class Trainer:
             for half in self.run_folder.glob(".config.json.*"):
                 half.unlink()
         if resume and path.is_file():
-            check_same(self.config, read_json(path, KdcError))
             return
 
         def claim() -> None:

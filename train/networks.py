@@ -116,7 +116,7 @@ def prepare_learning(
 ) -> Learning:  # fmt: skip
     """Load the networks and let the launch prepare them; `autocast` is the accelerator's where None."""
     teacher_unet = load_network(config.teacher, "unet")
-    preset = find_preset(config.student)
+    preset = find_preset(config.student, "--student")
     network, inherited = make_student(preset, teacher_unet, seed=config.seed, inherit_weights=config.inherit)
     if config.start is not None:
         inherited = start_from(network, config.start)

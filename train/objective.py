@@ -81,6 +81,10 @@ class Objective(ABC):
         self.alphas_cumprod = torch.tensor(setup.schedule.alphas_cumprod, dtype=torch.float32).to(setup.device)
         self.previous_student: UNet2DConditionModel | None = None
 
+    @classmethod  # noqa: B027 - most have nothing to refuse
+    def check(cls, config: TrainConfig, model: Model) -> None:
+        """Raise InputError for settings that do not fit the teacher, before any work."""
+
     def ships(self, model: Model) -> Model:
         """The model that students of this objective are: the teacher's, unless scheduler or sampling change."""
         return model

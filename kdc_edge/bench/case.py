@@ -19,6 +19,7 @@ from kdc_edge.bundle import Bundle, Model, kind_of
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError, KdcError
 from kdc_edge.formats import find_format
+from kdc_edge.hardware import check_threads
 from kdc_edge.pipeline import GuidanceMode, Request, own_request
 
 TORCH = "torch:"  # in front of a checkpoint's folder
@@ -40,12 +41,14 @@ class Case:
     threads: int | None = None  # None: the engine's default
     low_memory: bool = False  # one component in memory at a time, loaded within each image
     prompts: tuple[str, ...] = ()  # an image of each, from seeds that count up, after what is timed
+    check: bool = True  # compare a bundle's files with the hashes of its manifest
 
     def __post_init__(self) -> None:
         if self.repeats is not None and self.repeats < 1:
             raise InputError(f"--repeats {self.repeats} measures nothing: use 1 or more")
         if self.warmup < 0:
             raise InputError(f"--warmup {self.warmup} is negative: use 0 or more")
+        check_threads(self.threads)
         if self.request.latents is not None:
             raise InputError("a benchmark draws its noise from the seed: give no latents")
 

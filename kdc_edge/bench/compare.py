@@ -27,7 +27,7 @@ from rich.table import Table
 from kdc_edge.bench.record import Report, Row
 from kdc_edge.bench.tables import UNKNOWN, digits, markdown_text, plain_text
 from kdc_edge.bench.values import count_threads, timing, values
-from kdc_edge.errors import InputError
+from kdc_edge.errors import unknown_choice
 from kdc_edge.text import csv_cell, markdown_table, megabytes
 
 DRAWS = 2000
@@ -165,7 +165,7 @@ def _name(row: Row) -> str:
 
 
 def render_changes(changes: Sequence[Change], format: str) -> str:
-    """The changes as text; raises InputError for a format that there is not."""
+    """The changes as text; raises UsageError for a format that there is not."""
     if format == "json":
         return json.dumps([asdict(change) for change in changes], indent=2, allow_nan=False) + "\n"
     if format == "csv":
@@ -179,7 +179,7 @@ def render_changes(changes: Sequence[Change], format: str) -> str:
         escaped = ([markdown_text(cell) for cell in cells] for cells in rows)
         return f"{markdown_table(HEADER, escaped, align='llrrrrl')}\n{NOTE}\n"
     if format != "table":
-        raise InputError(f"--compare has no --format {format}: choose from table, md, csv, json")
+        raise unknown_choice("--format", format, ("table", "md", "csv", "json"), f"--compare has no --format {format}")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for header in HEADER:
         words = header in ("Row", "What", "Verdict")

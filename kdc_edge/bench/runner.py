@@ -11,11 +11,8 @@ Whatever goes wrong in a process, a refusal, a crash or the kernel's out-of-memo
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -27,6 +24,8 @@ from pydantic import TypeAdapter
 from kdc_edge.bench.case import Case, describe
 from kdc_edge.bench.record import Disturbance, Row, Timing, Timings
 from kdc_edge.bench.sensors import disturbances, peak_rss_of, pss_of
+from kdc_edge.files import temporary_folder
+from kdc_edge.processes import python_module
 from kdc_edge.text import last_line
 
 WORKER = "kdc_edge.bench.worker"  # the program of the child process
@@ -145,11 +144,11 @@ def _one_process(
     case: Case, timeout_sec: float | None, tell: Callable[[Doing], None]
 ) -> tuple[Outcome, np.ndarray | None, np.ndarray | None]:
     """What came of it, the image, and those of the prompts; none where it failed."""
-    with tempfile.TemporaryDirectory(prefix="kdc-edge-bench-") as out:
-        outcome = _run_child(Job(case, time.perf_counter(), Path(out)), timeout_sec, tell)
+    with temporary_folder() as out:
+        outcome = _run_child(Job(case, time.perf_counter(), out), timeout_sec, tell)
         if outcome.failure is not None:
             return outcome, None, None
-        with np.load(Path(out) / "images.npz", allow_pickle=False) as found:
+        with np.load(out / "images.npz", allow_pickle=False) as found:
             return outcome, found["pixels"], found["prompt_images"]
 
 
@@ -217,15 +216,6 @@ def _run_child(job: Job, timeout_sec: float | None, tell: Callable[[Doing], None
         return replace(seen, failure=f"the process was ended by {name}{hint}")
     said = last_line(log.read_text("utf-8", "replace"), "it said nothing")
     return replace(seen, failure=f"the process ended with code {status}: {said}")
-
-
-def python_module(name: str) -> tuple[list[str], dict[str, str]]:
-    """Command and environment that run a module in a child process.
-
-    It finds the modules that this process finds, and (-P) none that lie in the current folder.
-    """
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    return [sys.executable, "-P", "-m", name], {**os.environ, "PYTHONPATH": path}
 
 
 class _Memory:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kdc_edge.bench.record import Row, Timing, Timings
-from kdc_edge.errors import InputError
+from kdc_edge.errors import InputError, unknown_choice
 
 STAGES = tuple(f.name for f in fields(Timings))
 METRICS = ("prompt_accuracy", "exact", "clip_score")
@@ -117,7 +117,7 @@ class Limit:
         """'psnr=30'; raises InputError."""
         name, _, bound = text.partition("=")
         if name not in NAMES:
-            raise InputError(f"--fail-{side} {text!r}: {name!r} is not measured: choose from {', '.join(NAMES)}")
+            raise unknown_choice("", name, NAMES, f"--fail-{side} {text!r:.80}: {name!r:.80} is not measured")
         try:
             number = float(bound)
         except ValueError:

@@ -35,6 +35,7 @@ def work(job: Job) -> Outcome:
         device=case.device,
         threads=case.threads,
         low_memory=case.low_memory,
+        check=case.check,
     )
     try:
         found = measure(opened, case, started=job.started, tell=_Teller(job.out / "doing.json"))

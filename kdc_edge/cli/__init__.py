@@ -23,6 +23,15 @@ __all__ = ["main"]
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 WORDS = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
 RESEND_SEC = 0.05
+OTHER_NAMES = {  # of options in other programs -> here
+    "--num-inference-steps": "--steps",
+    "--num_inference_steps": "--steps",
+    "--cfg": "--guidance",
+    "--cfg-scale": "--guidance",
+    "--guidance_scale": "--guidance",
+    "--sampler": "--scheduler",
+    "--num-images": "--images",
+}
 
 
 class _Ends:
@@ -117,11 +126,20 @@ def _outcome(error: BaseException) -> tuple[int, str | None]:
     usage = getattr(error, "format_message", None)  # typer's, whatever it is built on
     if usage is None:
         return getattr(error, "exit_code", 1), message(explain(error))
+    _suggest_ours(error)
     command = getattr(getattr(error, "ctx", None), "command_path", "kdc-edge")
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()  # type: ignore[attr-defined]
         return 2, None
     return 2, message(f"{usage().rstrip('.')}: see {command} -h")
+
+
+def _suggest_ours(error: BaseException) -> None:
+    """Let an error about an option of other programs name ours, where the command has it."""
+    ours = OTHER_NAMES.get(getattr(error, "option_name", ""))
+    parameters = getattr(getattr(getattr(error, "ctx", None), "command", None), "params", ())
+    if ours and any(ours in parameter.opts for parameter in parameters):
+        error.possibilities = [ours]  # type: ignore[attr-defined]
 
 
 def _flush_or_drop() -> None:

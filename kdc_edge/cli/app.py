@@ -45,7 +45,7 @@ app.command("formats")(inspect.formats)
 
 def _version(asked: bool) -> None:
     if asked:
-        from kdc_edge import __version__
+        from kdc_edge.version import __version__
 
         typer.echo(f"kdc-edge {__version__}")
         raise typer.Exit

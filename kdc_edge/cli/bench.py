@@ -9,9 +9,18 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 import typer
 from typer import Argument, Option
 
-from kdc_edge.cli.options import Engine, Guidance, GuidanceInterval, LowMemory, guidance_modes, listed, make_request
+from kdc_edge.cli.options import (
+    Check,
+    Engine,
+    Guidance,
+    GuidanceInterval,
+    LowMemory,
+    guidance_modes,
+    listed,
+    make_request,
+)
 from kdc_edge.cli.project import Config, all_bundles, command_line, say
-from kdc_edge.errors import InputError, KdcError
+from kdc_edge.errors import InputError, KdcError, unknown_choice
 
 if TYPE_CHECKING:
     from kdc_edge.bench.case import Case
@@ -54,6 +63,7 @@ def bench(
     ] = None,
     threads: Annotated[str | None, Option(metavar="N[,N]", help="Of the engine.")] = None,
     low_memory: LowMemory = False,
+    check: Check = True,
     budget_sec: Annotated[
         float | None, Option(help="For the whole; what is not reached is a row that says so.")
     ] = None,
@@ -84,7 +94,7 @@ def bench(
     from kdc_edge.bench.values import Limit
 
     if format not in get_args(ReportFormat):
-        raise InputError(f"--format {format!r} is unknown: choose from {', '.join(get_args(ReportFormat))}")
+        raise unknown_choice("--format", format, get_args(ReportFormat))
     if compare is not None:
         _write(_compared(*compare, format), out)
         return
@@ -100,7 +110,9 @@ def bench(
     single = device is None or "=" in device  # a device for each component, not one after the other
     cases = grid(
         bundles or all_bundles(),
-        Case(Path(), request, repeats, warmup, engine, device, low_memory=low_memory, prompts=tuple(asked)),
+        Case(
+            Path(), request, repeats, warmup, engine, device, low_memory=low_memory, check=check, prompts=tuple(asked)
+        ),
         devices=[] if single else listed(device or "", "--device", str),
         threads=listed(threads, "--threads", int) if threads is not None else [],
         steps=listed(steps, "--steps", int) if steps is not None else [],

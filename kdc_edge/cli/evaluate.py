@@ -51,15 +51,17 @@ def evaluate(
     """Measure a checkpoint: of the garden offline, of other data with what weight files are here."""
     del config
     need_training("kdc-edge eval")
+    from kdc_edge.checkpoints import open_checkpoint
     from kdc_edge.diffusers_folder import hash_checkpoint, read_model
-    from kdc_edge.train.checkpoint import find_teacher
     from kdc_edge.train.quality.evaluate import evaluate_tasks, open_generator
     from kdc_edge.train.quality.metrics import ImageMetrics
     from kdc_edge.train.quality.precisions import refuse_strangers
+    from kdc_edge.train.teachers import find_teacher
 
     if images < 2:
         raise InputError(f"--images {images} is too few: use 2 or more")
     checkpoint, run = _find(what)
+    checkpoint = open_checkpoint(checkpoint, say=say)
     folders = [folder for given in bundles or () for folder in bundles_in(given)]
     if folders:
         refuse_strangers(folders, hash_checkpoint(checkpoint))

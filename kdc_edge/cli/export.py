@@ -11,6 +11,7 @@ from typing import Annotated, Any, Optional, get_type_hints
 import typer
 from typer import Argument, Option
 
+from kdc_edge.cli.options import EmbeddingFiles, LoraFiles, PredictionType, Vae
 from kdc_edge.cli.project import BUNDLES, Config, command_line, latest_checkpoint, need_export, say
 from kdc_edge.errors import InputError
 from kdc_edge.export.targets import TARGETS, ExportRequest, Target, export_checkpoint
@@ -45,7 +46,9 @@ def _fields(target: Target) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
 
 @with_target_options
 def export(
-    checkpoint: Annotated[Path | None, Argument(help="A diffusers folder. Default: from the latest run.")] = None,
+    checkpoint: Annotated[
+        Path | None, Argument(help="A diffusers folder or a .safetensors file. Default: from the latest run.")
+    ] = None,
     target: Annotated[str, Option(help=f"One of {', '.join(targets())}.")] = "onnx",
     precision: Annotated[str | None, Option(help=f"See kdc-edge formats. Default: {DEFAULT_PRECISION}.")] = None,
     out: Annotated[Path | None, Option(help="Folder of the bundle. Default: bundles/TARGET-PRECISION.")] = None,
@@ -62,6 +65,10 @@ def export(
         Option(metavar="DIR", help="Small decoder instead of the VAE's: a folder of AutoencoderTiny, or a hub id."),
     ] = None,
     verify: Annotated[bool, Option("--verify/--no-verify", help="Compare the result with PyTorch.")] = True,
+    vae: Vae = None,
+    lora: LoraFiles = None,
+    embedding: EmbeddingFiles = None,
+    prediction_type: PredictionType = None,
     config: Config = None,
     **options: Any,
 ) -> None:
@@ -75,6 +82,9 @@ def export(
         say(f"no checkpoint given: {source.resolve()}")
     given = {name: value for name, value in options.items() if value is not None}
     _refuse_other_targets(target, given)
+    from kdc_edge.checkpoints import Additions, open_checkpoint
+
+    source = open_checkpoint(source, Additions.parse(vae, lora, embedding, prediction_type), say=say)
     need_export("kdc-edge export")
     from kdc_edge.cli.progress import Stages
     from kdc_edge.prompts import read_prompts

@@ -16,7 +16,7 @@ from typer import Argument, Option
 
 from kdc_edge.cli.options import Guidance, Json, guidance_modes, listed, make_request
 from kdc_edge.cli.project import BUNDLES, LATEST, Config, command_line, latest_checkpoint, need_export, say
-from kdc_edge.errors import InputError, KdcError
+from kdc_edge.errors import InputError, KdcError, unknown_choice
 from kdc_edge.formats import FORMATS, GOOD_PSNR_DB, Format
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _wanted(names: str | None) -> list[Format]:
         known = {row.name: row for row in FORMATS}
         asked = listed(names, "--formats", str)
         if unknown := [name for name in asked if name not in known]:
-            raise InputError(f"--formats {unknown[0]!r} is unknown: choose from {', '.join(known)}, or all")
+            raise unknown_choice("--formats", unknown[0], [*known, "all"])
         return [known[name] for name in asked]
     return [row for row in FORMATS if row.precision != "mixed" and _measurable(row)]
 
@@ -218,16 +218,11 @@ def _candidates(bundles: Sequence[Bundle], budget: Budget, request: Request, **g
 
 def _export(checkpoint: Path, row: Format, out: Path) -> str | None:
     """kdc-edge export in a child process, whose memory is free before anything is measured; why it failed."""
-    import subprocess
-
-    from kdc_edge.bench.runner import python_module
+    from kdc_edge.processes import run_module
     from kdc_edge.text import last_line
 
-    program, environment = python_module("kdc_edge")
     options = ["export", checkpoint, "--target", row.target, "--precision", row.precision, "--out", out]
-    done = subprocess.run(
-        [*program, *map(str, options)], env=environment, capture_output=True, text=True, errors="replace", check=False
-    )
+    done = run_module("kdc_edge", options)
     return last_line(done.stderr, "it said nothing").removeprefix("kdc-edge: ") if done.returncode else None
 
 

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
@@ -14,17 +14,24 @@ from typer import Argument, Option
 from kdc_edge.cli.options import (
     Check,
     Device,
+    EmbeddingFiles,
     Engine,
     Exact,
     GuidanceInterval,
     GuidanceModeOption,
+    LoraFiles,
     LowMemory,
+    PredictionType,
     Threads,
+    Vae,
     listed,
     make_request,
 )  # fmt: skip
 from kdc_edge.cli.project import Config, best_bundle, say
 from kdc_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from kdc_edge.checkpoints import Additions
 
 NAME_CHARS, NAME_BYTES = 60, 150  # of a prompt in a file's name
 
@@ -67,10 +74,15 @@ def generate(
     ] = None,
     exact: Exact = False,
     check: Check = True,
+    vae: Vae = None,
+    lora: LoraFiles = None,
+    embedding: EmbeddingFiles = None,
+    prediction_type: PredictionType = None,
     config: Config = None,
 ) -> None:
     """Generate images, without PyTorch where a bundle is given."""
     del config
+    from kdc_edge.checkpoints import Additions
     from kdc_edge.cli.progress import ProgressBar
     from kdc_edge.image import save_png
     from kdc_edge.pipeline import describe, own_request
@@ -85,6 +97,7 @@ def generate(
     if bundle is None:
         bundle = best_bundle()
         say(f"no bundle given: {bundle}, the smallest of good images that runs here")
+    bundle = _opened(bundle, Additions.parse(vae, lora, embedding, prediction_type))
     request = make_request(
         "", negative_prompt=negative_prompt, guidance_mode=guidance_mode,
         guidance_interval=guidance_interval, width=width, height=height, low_memory=low_memory,
@@ -114,6 +127,19 @@ def generate(
                     save_png(path, done.pixels, describe(asked, done.pixels, bundle.resolve().name))
                     typer.echo(path)
             made += len(batch)
+
+
+def _opened(folder: Path, additions: Additions) -> Path:
+    """A bundle as it is; a checkpoint as a diffusers folder, with what is put to it."""
+    from kdc_edge.bundle import kind_of
+    from kdc_edge.checkpoints import open_checkpoint
+    from kdc_edge.checkpoints.assemble import is_single_file
+
+    if kind_of(folder) == "checkpoint" or is_single_file(folder):
+        return open_checkpoint(folder, additions, say=say)
+    if additions:
+        raise InputError("a bundle is fixed: give --vae, --lora, --embedding and --prediction-type to kdc-edge export")
+    return folder
 
 
 def prompts_and_seeds(prompts: list[str], images: int | None, seeds: list[int]) -> Iterator[tuple[str, int]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from kdc_edge.errors import InputError
+from kdc_edge.errors import InputError, unknown_choice
 
 if TYPE_CHECKING:
     from kdc_edge.pipeline import GuidanceMode, Request
@@ -27,6 +28,35 @@ Engine = Annotated[str | None, typer.Option(help="See kdc-edge devices.")]
 Device = Annotated[
     str | None, typer.Option(help="One for all, or one a component: unet=GPU,text_encoder=CPU. See kdc-edge devices.")
 ]
+_CHECKPOINT = "Checkpoint"  # the panel of what is put to a checkpoint before it is used
+Vae = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE|DIR", rich_help_panel=_CHECKPOINT,
+        help="VAE instead of the checkpoint's: a .safetensors file, or a diffusers folder.",
+    ),
+]  # fmt: skip
+LoraFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora", metavar="FILE[:WEIGHT]", rich_help_panel=_CHECKPOINT,
+        help="LoRA to fuse, kohya's or PEFT's format; may be repeated.",
+    ),
+]  # fmt: skip
+EmbeddingFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--embedding", metavar="FILE[:TOKEN]", rich_help_panel=_CHECKPOINT,
+        help="Textual inversion to add as a token; may be repeated.",
+    ),
+]  # fmt: skip
+PredictionType = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_CHECKPOINT,
+        help="epsilon, v_prediction or sample: what the U-Net predicts, where the checkpoint's files do not say it.",
+    ),
+]  # fmt: skip
 Threads = Annotated[int | None, typer.Option(help="Of the engine.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Exact = Annotated[
@@ -76,5 +106,5 @@ def guidance_modes(text: str) -> list[GuidanceMode]:
 
     found = listed(text, "--guidance-mode", str)
     if unknown := [mode for mode in found if mode not in get_args(GuidanceMode)]:
-        raise InputError(f"--guidance-mode {unknown[0]!r} is unknown: use batched or sequential")
+        raise unknown_choice("--guidance-mode", unknown[0], get_args(GuidanceMode))
     return found

@@ -34,42 +34,54 @@ def quickstart(
     """Train two tasks with and without replay, export, prove, generate, bench: one HTML report."""
     need_training("kdc-edge quickstart")
     need_export("kdc-edge quickstart")
-    from kdc_edge.cli.quickstart_report import Story, write_report
-    from kdc_edge.files import refuse_foreign_folder
-    from kdc_edge.image import grid, save_png
+    from kdc_edge.files import atomic_folder
     from kdc_edge.train.checkpoint import GARDEN_TEACHER
-    from kdc_edge.train.data.sources import GardenSource
     from kdc_edge.train.data.tasks import Task
-    from kdc_edge.train.quality.evaluate import EVALUATION, evaluation_scenes
 
-    refuse_foreign_folder(out, None)
     config = given.make(
         teacher=GARDEN_TEACHER, tasks=(Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies")),
         save_every=given.values["steps"], log_with="none", keep=1,
     )  # fmt: skip
-    trained = _train(config, out / "runs")
+    with atomic_folder(out) as work:
+        _make(config, work, out, repeats)
+    typer.echo(out / "report.html")
+
+
+def _make(config: TrainConfig, work: Path, out: Path, repeats: int | None) -> None:
+    """Everything, in `work`, which becomes `out`."""
+    from kdc_edge.bench.record import to_json
+    from kdc_edge.cli.quickstart_report import Story, write_report
+    from kdc_edge.files import write_atomic
+    from kdc_edge.image import grid, save_png
+    from kdc_edge.train.checkpoint import GARDEN_TEACHER
+    from kdc_edge.train.data.sources import GardenSource
+    from kdc_edge.train.quality.evaluate import EVALUATION, evaluation_scenes
+
+    trained = _train(config, work / "runs")
     checkpoints = {
         "teacher": GARDEN_TEACHER,
         "student": trained.kept.run_folder / "checkpoint",
         "student without replay": trained.bare.run_folder / "checkpoint",
     }
-    bundles = _export(checkpoints["student"], out / "bundles")
+    bundles = _export(checkpoints["student"], work / "bundles")
 
     scenes = [evaluation_scenes(GardenSource((s,)), 4)[i] for s in ("flower", "butterfly") for i in (0, 1, 3)]
     requests = [replace(EVALUATION, prompt=s.caption, seed=config.seed + i) for i, s in enumerate(scenes)]
     images = _generate(checkpoints | {f"bundle {b.root.name}": b.root for b in bundles}, requests)
     folders = [checkpoints["student"], *(b.root for b in bundles)]
-    report = _bench(folders, replace(requests[0], steps=20), repeats, out / "bench.json")
+    report = _bench(folders, replace(requests[0], steps=20), repeats)
+    rows = tuple(replace(row, folder=str(out / Path(row.folder).relative_to(work))) for row in report.rows)
+    report = replace(report, rows=rows)
+    write_atomic(work / "bench.json", to_json(report))
 
     shown = [p for name in ("teacher", "student", "bundle onnx-fp16") for p in images[name]]
-    save_png(out / "images.png", grid(shown, len(requests)).repeat(2, axis=0).repeat(2, axis=1), None)
+    save_png(work / "images.png", grid(shown, len(requests)).repeat(2, axis=0).repeat(2, axis=1), None)
     story = Story(
         config=config, teacher_scores=trained.teacher_scores,
         runs={"with replay": trained.kept, "without replay": trained.bare}, prompts=[s.caption for s in scenes],
         conditions=requests[0].conditions, images=images, bundles=bundles, bench=report,
     )  # fmt: skip
-    write_report(out / "report.html", story)
-    typer.echo(out / "report.html")
+    write_report(work / "report.html", story)
 
 
 @dataclass(frozen=True)
@@ -140,17 +152,14 @@ def _generate(folders: Mapping[str, Path], requests: Sequence[Request]) -> dict[
     return images
 
 
-def _bench(folders: Sequence[Path], request: Request, repeats: int | None, out: Path) -> Report:
-    """Measure each in fresh processes, and write the record to `out`."""
+def _bench(folders: Sequence[Path], request: Request, repeats: int | None) -> Report:
+    """Measure each in fresh processes."""
     from kdc_edge.bench.case import Case
-    from kdc_edge.bench.record import Report, here, to_json
+    from kdc_edge.bench.record import Report, here
     from kdc_edge.bench.runner import measure_in_fresh_process
-    from kdc_edge.files import write_atomic
 
     rows = []
     for folder in folders:
         say(f"measuring {folder.name}")
         rows.append(measure_in_fresh_process(Case(folder, request, repeats)).row)
-    report = Report(here(), tuple(rows), command=command_line())
-    write_atomic(out, to_json(report))
-    return report
+    return Report(here(), tuple(rows), command=command_line())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
+from kdc_edge.cli.options import EmbeddingFiles, LoraFiles, PredictionType, Vae
 from kdc_edge.cli.project import LATEST, Config, need_training, new_run, point_latest, say
 from kdc_edge.cli.settings import Given, flags
 from kdc_edge.errors import InputError
@@ -39,15 +40,16 @@ def train(
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the plan: steps, memory, disk; train nothing.")] = False,
     benchmark: Annotated[int, Option(metavar="N", help="Measure N steps and stop; nothing is kept.")] = 0,
+    vae: Vae = None,
+    lora: LoraFiles = None,
+    embedding: EmbeddingFiles = None,
+    prediction_type: PredictionType = None,
     config: Config = None,
 ) -> None:
     """Distil a student from a teacher, task after task, with latent replay."""
-    need_training("kdc-edge train")
-    from kdc_edge.train.checkpoint import find_teacher
+    from kdc_edge.checkpoints import Additions
     from kdc_edge.train.data.tasks import parse_tasks
-    from kdc_edge.train.distributed import make_accelerator, on_main_process
-    from kdc_edge.train.loop import Trainer
-    from kdc_edge.train.runs import begin_stage, continue_run
+    from kdc_edge.train.teachers import find_teacher
 
     if resume and out is None and not LATEST.exists():
         raise InputError("there is no run to resume in runs/: start without --resume")
@@ -65,11 +67,17 @@ def train(
             say(f"no task given{'' if config else ' and no kdc-edge.toml here'}: taking the garden, {' '.join(task)}")
         settings = given.make(tasks=parse_tasks(task, caption or ()))
         settings = replace(settings, **arguments(settings, _stage_defaults(given, settings)))
-    settings = replace(settings, teacher=find_teacher(str(settings.teacher)))
-    if dry_run:
-        from kdc_edge.train.tools.plan import make_plan
+    additions = Additions.parse(vae, lora, embedding, prediction_type)
+    if (resume or continue_from) and "teacher" not in given.typed:  # the run's teacher has them already
+        additions = Additions()
+    settings = replace(settings, teacher=find_teacher(str(settings.teacher), additions, say=say))
+    need_training("kdc-edge train")
+    from kdc_edge.train.distributed import make_accelerator, on_main_process
+    from kdc_edge.train.loop import Trainer
+    from kdc_edge.train.runs import begin_stage, continue_run
 
-        typer.echo("\n".join(make_plan(settings).lines()))
+    if dry_run:
+        _dry_run(settings, run, resume=resume, source=continue_from, learns=bool(task))
         return
     if benchmark:
         _benchmark(settings, benchmark)
@@ -99,12 +107,29 @@ def _continued(given: Given[TrainConfig], run: Path, tasks: tuple[Task, ...]) ->
     if not tasks and not {"objective", "phases"} & given.typed:
         raise InputError("--continue-from needs a --task NAME=SOURCE to add, or an --objective for another stage")
     if stage:
-        settings = replace(settings, **arguments(settings, FEW_STEP_STAGE[find_preset(saved.student).family]))
+        settings = replace(
+            settings, **arguments(settings, FEW_STEP_STAGE[find_preset(saved.student, "--student").family])
+        )
     settings = given.change(settings, **({"tasks": tasks} if tasks else {}))
     for s in settings_of(given.kind):
         if s.of(settings) != s.of(saved):
             say(f"{s.option} {s.of(settings)} (the run had {s.of(saved)})")
     return settings
+
+
+def _dry_run(settings: TrainConfig, run: Path, *, resume: bool, source: Path | None, learns: bool) -> None:
+    """Print the plan, or refuse what the run would refuse; nothing is written."""
+    from kdc_edge.train.loop import check_run
+    from kdc_edge.train.runs import begin_stage, continue_run
+    from kdc_edge.train.tools.plan import make_plan
+
+    if source:
+        prepare = continue_run if learns else begin_stage
+        settings = prepare(source, run, settings, write_once=lambda _: None)
+    check_run(settings, run, resume=resume)
+    for one in settings.tasks:
+        one.open()
+    typer.echo("\n".join(make_plan(settings).lines()))
 
 
 def _stage_defaults(given: Given[TrainConfig], settings: TrainConfig) -> dict[str, Any]:
@@ -113,7 +138,7 @@ def _stage_defaults(given: Given[TrainConfig], settings: TrainConfig) -> dict[st
 
     if settings.objective != "phased":
         return {}
-    stage = FEW_STEP_STAGE[find_preset(settings.student).family]
+    stage = FEW_STEP_STAGE[find_preset(settings.student, "--student").family]
     defaults = {s.name: s.default for s in settings_of(given.kind)}
     found = {n: v for n, v in stage.items() if n not in given.typed and given.values[n] == defaults[n]}
     for name, value in found.items():
@@ -135,12 +160,11 @@ def _announce(trainer: Trainer, run: Path) -> None:
 
 def _benchmark(settings: TrainConfig, steps: int) -> None:
     """Measure and print; the run's folder is temporary."""
-    import tempfile
-
+    from kdc_edge.files import temporary_folder
     from kdc_edge.train.tools.benchmark import measure_run
 
-    with tempfile.TemporaryDirectory(prefix="kdc-edge-") as folder:
-        typer.echo("\n".join(measure_run(settings, Path(folder) / "run", steps).lines()))
+    with temporary_folder() as folder:
+        typer.echo("\n".join(measure_run(settings, folder / "run", steps).lines()))
 
 
 def _follow(trainer: Trainer) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
+from kdc_edge.cli.options import Vae
 from kdc_edge.cli.project import RUNS, Config, need_training, say
 from kdc_edge.cli.settings import Given, flags
 from kdc_edge.errors import InputError
@@ -25,7 +26,9 @@ GARDEN = ("flowers=garden:flowers", "butterflies=garden:butterflies", "fish=gard
 @flags(DecoderConfig)
 def train_decoder(
     given: Given[DecoderConfig],
-    checkpoint: Annotated[str, Option("--from", metavar="CHECKPOINT", help="A folder, a hub id, or `garden`.")],
+    checkpoint: Annotated[
+        str, Option("--from", metavar="CHECKPOINT", help="A folder, a .safetensors file, a hub id, or `garden`.")
+    ],
     task: Annotated[
         list[str] | None,
         Option(metavar="NAME=SOURCE", help="A task; those of the checkpoint's run by default, or all of the garden."),
@@ -33,18 +36,21 @@ def train_decoder(
     caption: Annotated[list[str] | None, Option(metavar="[TASK=]TEMPLATE", help="As in kdc-edge train.")] = None,
     out: Annotated[Path | None, Option(help="The output's folder; runs/decoder-PRESET when not given.")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on with --out.")] = False,
+    vae: Vae = None,
     config: Config = None,
 ) -> None:
     """Distil the VAE's decoder into a small one, for kdc-edge export --decoder."""
     del config
-    need_training("kdc-edge train-decoder")
+    from kdc_edge.checkpoints import Additions
     from kdc_edge.diffusers_folder import read_model
     from kdc_edge.presets import find_decoder
-    from kdc_edge.train.checkpoint import find_teacher
+    from kdc_edge.train.teachers import find_teacher
+
+    folder = find_teacher(checkpoint, Additions(vae=vae), say=say)
+    need_training("kdc-edge train-decoder")
     from kdc_edge.train.data.tasks import parse_tasks
     from kdc_edge.train.tools.decoder import DecoderTrainer
 
-    folder = find_teacher(checkpoint)
     run = folder.parent if (folder.parent / "config.json").is_file() else None
     if task is None and run is None and checkpoint != "garden":
         raise InputError("this checkpoint belongs to no run: say what to decode, e.g. --task flowers=garden:flowers")

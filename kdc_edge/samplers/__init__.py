@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from kdc_edge.diffusers_defaults import SCHEDULERS, scheduler_settings
-from kdc_edge.errors import InputError
+from kdc_edge.errors import InputError, unknown_choice
 from kdc_edge.noise import Noise, NormalStream
 from kdc_edge.noise_schedule import NoiseSchedule, is_integer
 from kdc_edge.samplers.base import Sampler
@@ -125,11 +125,11 @@ def make_sampler(
 
     Samplers that draw noise go on with `noise`, the stream that the initial latents were drawn from; without one,
     with a stream from `seed` as it is after `initial_latents(shape, seed)`.
-    Raises InputError for an unknown name, a config with a setting that the sampler does not have, or a number of
-    steps that it cannot take.
+    Raises UsageError for an unknown name, InputError for a config with a setting that the sampler does not have, or a
+    number of steps that it cannot take.
     """
     if name not in SAMPLERS:
-        raise InputError(f"there is no sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
+        raise unknown_choice("--scheduler", name, SAMPLERS)
     kind = SAMPLERS[name]
     obstacle = kind.obstacle(schedule.config or {})
     if obstacle:

@@ -31,7 +31,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from kdc_edge import __version__
 from kdc_edge.bundle import Model
 from kdc_edge.errors import InputError
 from kdc_edge.image import encode_png, preview
@@ -40,8 +39,10 @@ from kdc_edge.pipeline import own_request
 from kdc_edge.samplers import SAMPLERS
 from kdc_edge.serve.worker import Busy, Done, Event, Failed, Finished, Job, Step, Worker
 from kdc_edge.text import invalid_field, printable
+from kdc_edge.version import __version__
 
 MAX_BODY_BYTES = 64 * 1024
+MAX_PROMPT_CHARS = 2000  # of a prompt that are read; a model reads 77 tokens of them
 BODY_SEC = 10.0  # that a client has to send its body
 RETRY_SEC = 5
 MAX_PENDING_STEPS = 4  # events of steps that wait for a slow client; older ones are worth nothing
@@ -62,16 +63,21 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="ignore")  # clients send `model`, `user`, `quality` and the like
 
-    prompt: Annotated[str, Field(max_length=2000)]
+    prompt: str
     n: Annotated[int, Field(ge=1)] = 1
     size: Annotated[str, Field(pattern=r"^(auto|\d{1,5}x\d{1,5})$")] = "auto"
     response_format: Literal["b64_json"] = "b64_json"
     stream: bool = False
-    negative_prompt: Annotated[str, Field(max_length=2000)] = ""
+    negative_prompt: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None  # a random one where None
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     scheduler: str | None = None
+
+    @property
+    def revised(self) -> dict[str, str]:
+        """What OpenAI's interface names beside an image whose prompt is not the client's: it was too long."""
+        return {"revised_prompt": self.prompt[:MAX_PROMPT_CHARS]} if len(self.prompt) > MAX_PROMPT_CHARS else {}
 
     def requests(self, model: Model, limits: Limits) -> list[ImageRequest]:
         """One request an image, with seeds that count up. Raises InputError beyond the limits."""
@@ -86,8 +92,11 @@ class Body(BaseModel):
         if self.scheduler is not None and self.scheduler not in SAMPLERS:
             raise InputError(f"scheduler is {self.scheduler!r:.40}: choose from {', '.join(SAMPLERS)}")
         request, _ = own_request(
-            model, ImageRequest(self.prompt, self.negative_prompt, width=width, height=height), sampler=self.scheduler,
-            steps=self.num_inference_steps, guidance=self.guidance_scale,
+            model,
+            ImageRequest(
+                self.prompt[:MAX_PROMPT_CHARS], self.negative_prompt[:MAX_PROMPT_CHARS], width=width, height=height
+            ),
+            sampler=self.scheduler, steps=self.num_inference_steps, guidance=self.guidance_scale,
         )  # fmt: skip
         return [replace(request, seed=(seed + i) % 2**64) for i in range(self.n)]
 
@@ -203,18 +212,18 @@ class _Server:
         except Busy as error:
             raise HTTPException(503, str(error), headers={"Retry-After": str(RETRY_SEC)}) from None
         if body.stream:
-            return StreamingResponse(self._stream(events, job), media_type="text/event-stream")
-        return await _collect(request, events, job)
+            return StreamingResponse(self._stream(events, job, body.revised), media_type="text/event-stream")
+        return await _collect(request, events, job, body.revised)
 
-    async def _stream(self, events: _Events, job: Job) -> AsyncIterator[str]:
+    async def _stream(self, events: _Events, job: Job, revised: dict[str, str]) -> AsyncIterator[str]:
         """Server-Sent Events until the job ends; a client that goes away cancels it."""
         try:
             async for event in events:
-                yield self._as_text(event)
+                yield self._as_text(event, revised)
         finally:
             job.cancel()
 
-    def _as_text(self, event: Event) -> str:
+    def _as_text(self, event: Event, revised: dict[str, str]) -> str:
         if isinstance(event, Step):
             model = self.worker.pipeline.model
             small = preview(event.latents / model.scaling_factor, model.vae_scale)[0]
@@ -222,7 +231,10 @@ class _Server:
                 "step", image=event.image, step=event.step, steps=event.steps, preview=_base64(encode_png(small))
             )
         if isinstance(event, Done):
-            return _sse("image", image=event.image, b64_json=_base64(event.png), seed=event.seed, seconds=event.seconds)
+            return _sse(
+                "image", image=event.image, b64_json=_base64(event.png), seed=event.seed, seconds=event.seconds,
+                **revised,
+            )  # fmt: skip
         return _sse("error", message=event.message) if isinstance(event, Failed) else _sse("done")
 
 
@@ -247,14 +259,14 @@ class _Events:
                 return
 
 
-async def _collect(request: Request, events: _Events, job: Job) -> Response:
+async def _collect(request: Request, events: _Events, job: Job, revised: dict[str, str]) -> Response:
     """All images in one answer; a client that goes away cancels the job."""
     images: list[dict[str, object]] = []
 
     async def gather() -> str | None:
         async for event in events:
             if isinstance(event, Done):
-                images.append({"b64_json": _base64(event.png), "seed": event.seed})
+                images.append({"b64_json": _base64(event.png), "seed": event.seed, **revised})
             elif isinstance(event, Failed):
                 return event.message
         return None

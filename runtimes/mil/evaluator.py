@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from kdc_edge import __version__
 from kdc_edge.components import Component
 from kdc_edge.errors import BundleError, KdcError
 from kdc_edge.runtimes.apple_layout import PROGRAM, adapt, in_turn, packages_of
@@ -25,6 +24,7 @@ from kdc_edge.runtimes.mil.ops import KERNELS
 from kdc_edge.runtimes.mil.program import NUMPY, Operation, Program, TensorType, Value, read_program
 from kdc_edge.runtimes.mil.weights import CONSTEXPR
 from kdc_edge.text import one_line
+from kdc_edge.version import __version__
 
 ITERABLE = {"values"}  # arguments that are lists even when they hold one value
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kdc_edge.components import Component, Execution
-from kdc_edge.diffusers_folder import TINY_VAE, check_weights
+from kdc_edge.diffusers_folder import TINY_VAE, check_weights, weights_of
 from kdc_edge.errors import CheckpointError, InputError, require
 from kdc_edge.files import read_json
 from kdc_edge.quiet import quiet
@@ -44,20 +44,22 @@ def load_network(checkpoint: Path, component: str) -> Any:
     folder = checkpoint / subfolder
     if component == "vae_decoder" and read_json(folder / "config.json", CheckpointError).get("_class_name") == TINY_VAE:
         class_name = TINY_VAE
-    return read_network(getattr(require(package, extra="train", purpose="reading a checkpoint"), class_name), folder)
+    network_class = getattr(require(package, extra="train", purpose="reading a checkpoint"), class_name)
+    return read_network(network_class, folder, variant=weights_of(folder).variant)
 
 
-def read_network(network_class: Any, folder: Path, *, without: str = "\n") -> Any:
+def read_network(network_class: Any, folder: Path, *, without: str = "\n", variant: str | None = None) -> Any:
     """A network of diffusers' or transformers' from its folder: fp32, on the CPU, eval, no gradients.
 
-    Weights whose names begin with `without` may be missing. Raises CheckpointError as `load_network` does.
+    `variant` is of its weight files' names, such as fp16. Weights whose names begin with `without` may be missing.
+    Raises CheckpointError as `load_network` does.
     """
     class_name = network_class.__name__
     dtype = {"dtype" if network_class.__module__.startswith("transformers") else "torch_dtype": _torch.float32}
     try:
         with quiet():
             network, found = network_class.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **dtype
+                folder, use_safetensors=True, local_files_only=True, output_loading_info=True, variant=variant, **dtype
             )
     except MemoryError:
         raise

@@ -68,9 +68,9 @@ def make_pipeline(work: Callable[[str], None] = lambda _: None) -> Pipeline:
 
 
 def open_fake(
-    folder: Path, *, engine: str | None, device: str | None, threads: int | None, low_memory: bool
+    folder: Path, *, engine: str | None, device: str | None, threads: int | None, low_memory: bool, check: bool
 ) -> Pipeline:
-    print(f"engines talk: {folder} {engine} {device} {threads} {low_memory}")
+    print(f"engines talk: {folder} {engine} {device} {threads} {low_memory} {check}")
     return make_pipeline()
 
 

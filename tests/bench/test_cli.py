@@ -101,7 +101,8 @@ def test_limits_set_the_exit_code(bundle: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_measured_is_one_line(arguments: list[str], words: str, bundle: Path, tmp_path: Path) -> None:
-    assert words in complaint("bench", bundle, *arguments, cwd=tmp_path)
+    code = 2 if "choose from" in words else 1  # a choice that does not exist
+    assert words in complaint("bench", bundle, *arguments, cwd=tmp_path, code=code)
 
 
 def test_an_engine_that_is_not_installed_is_a_row(bundle: Path, tmp_path: Path) -> None:

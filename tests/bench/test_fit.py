@@ -286,10 +286,10 @@ def test_a_bundle_for_another_machine_is_a_row_when_all_formats_are_asked_for(
 def test_budgets_that_cannot_be_read_or_met_by_nothing(checkpoint: Path, tmp_path: Path) -> None:
     assert "--max-size 'much' is no size" in complaint("fit", checkpoint, "--max-size", "much", cwd=tmp_path)
     assert "--max-sec 0 is no time" in complaint("fit", checkpoint, "--max-sec", 0, cwd=tmp_path)
-    assert "'magic'" in complaint("fit", checkpoint, "--scheduler", "ddim,magic", cwd=tmp_path)
+    assert "'magic'" in complaint("fit", checkpoint, "--scheduler", "ddim,magic", cwd=tmp_path, code=2)
     assert "0 steps" in complaint("fit", checkpoint, "--steps", "20,0", cwd=tmp_path)
-    assert "'loud' is unknown" in complaint("fit", checkpoint, "--guidance-mode", "loud", cwd=tmp_path)
-    assert "onnx-int3" in complaint("fit", checkpoint, "--formats", "onnx-int3", cwd=tmp_path)
+    assert "'loud' is unknown" in complaint("fit", checkpoint, "--guidance-mode", "loud", cwd=tmp_path, code=2)
+    assert "onnx-int3" in complaint("fit", checkpoint, "--formats", "onnx-int3", cwd=tmp_path, code=2)
     assert ".html" in complaint("fit", checkpoint, "--out", "fit.doc", cwd=tmp_path)
     assert "nothing to measure" in complaint("fit", checkpoint, "--no-export", cwd=tmp_path)
     assert "nothing to measure" in complaint("fit", checkpoint, "--max-size", "1MB", cwd=tmp_path)

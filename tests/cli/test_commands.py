@@ -95,7 +95,8 @@ def test_seeds_repeat(bundle: Path, tmp_path: Path) -> None:
     ],
 )
 def test_values_that_cannot_be_get_one_line(bundle: Path, tmp_path: Path, arguments: list[object], words: str) -> None:
-    assert words in complaint("generate", "x", "--bundle", bundle, *arguments, cwd=tmp_path)
+    code = 2 if arguments[0] in ("--scheduler", "--device") else 1  # a choice that does not exist
+    assert words in complaint("generate", "x", "--bundle", bundle, *arguments, cwd=tmp_path, code=code)
 
 
 def test_a_prompt_of_ten_thousand_characters_is_cut_and_said(bundle: Path, tmp_path: Path) -> None:
@@ -123,10 +124,10 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
     assert "kdc-edge export" in complaint("generate", "x", cwd=tmp_path)
     assert "kdc-edge train" in complaint("export", cwd=tmp_path)
     assert "nowhere" in complaint("export", "nowhere", cwd=tmp_path)
-    assert "int3" in complaint("export", "nowhere", "--precision", "int3", cwd=tmp_path)
-    assert "abacus" in complaint("export", "nowhere", "--target", "abacus", cwd=tmp_path)
+    assert "int3" in complaint("export", "nowhere", "--precision", "int3", cwd=tmp_path, code=2)
+    assert "abacus" in complaint("export", "nowhere", "--target", "abacus", cwd=tmp_path, code=2)
     assert "nowhere" in complaint("train", "--teacher", "nowhere", cwd=tmp_path)
-    assert "kdc-9000" in complaint("train", "--student", "kdc-9000", cwd=tmp_path)
+    assert "kdc-9000" in complaint("train", "--student", "kdc-9000", cwd=tmp_path, code=2)
     assert "no run to resume" in complaint("train", "--resume", cwd=tmp_path)
     assert "nowhere.toml" in complaint("bench", "--config", "nowhere.toml", cwd=tmp_path)
 

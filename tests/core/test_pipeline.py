@@ -127,7 +127,7 @@ def test_requests_that_differ_in_more_than_prompt_and_seed_are_no_batch(pipeline
         pipeline.check()
 
 
-@pytest.mark.parametrize(("max_batch", "free", "sizes"), [(16, 10**12, [6]), (4, 10**12, [3, 3]), (16, 0, [1] * 6)])
+@pytest.mark.parametrize(("max_batch", "free", "sizes"), [(16, 10**12, [6]), (4, 10**12, [3, 3]), (16, 10**7, [1] * 6)])
 def test_batches_are_of_one_size_that_memory_allows(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, max_batch: int, free: int, sizes: list[int]
 ) -> None:

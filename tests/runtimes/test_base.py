@@ -110,7 +110,7 @@ def test_what_the_engine_chose_is_told(bundle: Path, checkpoint: Path) -> None:
 
 
 def test_what_cannot_be_opened(bundle: Path, checkpoint: Path) -> None:
-    with pytest.raises(InputError, match="unknown engine 'abacus'"):
+    with pytest.raises(InputError, match="--engine 'abacus' is unknown"):
         get_runtime("abacus")
     with pytest.raises(InputError, match="torch cannot run onnx-fp16: choose from onnxruntime"):
         open_pipeline(bundle, engine="torch")

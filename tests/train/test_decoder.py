@@ -162,7 +162,7 @@ def test_settings_that_cannot_be_are_named(cache: Path, change: dict[str, object
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path: Path, checkpoint: Path) -> None:
     given = ("train-decoder", "--from")
     assert "no checkpoint at" in complaint(*given, tmp_path / "nowhere", cwd=tmp_path)
-    assert "'taesd' does not fit" in complaint(*given, "garden", "--preset", "taesd", cwd=tmp_path)
+    assert "'taesd' does not fit" in complaint(*given, "garden", "--preset", "taesd", cwd=tmp_path, code=2)
     assert "belongs to no run" in complaint(*given, checkpoint, cwd=tmp_path)
     assert "unknown data source" in complaint(*given, "garden", "--task", "a=moon:x", cwd=tmp_path)
 

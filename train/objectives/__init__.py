@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from kdc_edge.errors import unknown_choice
-from kdc_edge.train.objective import Objective, Setup
+from kdc_edge.train.objective import Objective
 from kdc_edge.train.objectives.distillation import Distillation
 from kdc_edge.train.objectives.phased import Phased
 
-Factory = Callable[[Setup], Objective]
-
-OBJECTIVES: dict[str, Factory] = {
+OBJECTIVES: dict[str, type[Objective]] = {
     "distillation": Distillation,
     "phased": Phased,
 }
 
 
-def find_objective(name: str) -> Factory:
+def find_objective(name: str) -> type[Objective]:
     """The objective of this name; raises InputError, as for an unknown choice."""
     if name not in OBJECTIVES:
         raise unknown_choice("--objective", name, tuple(OBJECTIVES))

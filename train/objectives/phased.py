@@ -25,6 +25,7 @@ from kdc_edge.bundle import Model, Sampling
 from kdc_edge.errors import InputError
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.pipeline import guided
+from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.batch import Batch
 from kdc_edge.train.objective import Objective, Setup
 
@@ -113,6 +114,11 @@ class Phased(Objective):
         self.bins = self.settings.phases
         self.grid = Grid(self.settings.phases, self.settings.grid_points, self.schedule.num_train_timesteps)
         self.jump = Jump(self.schedule, setup.device)
+
+    @classmethod
+    def check(cls, config: TrainConfig, model: Model) -> None:
+        settings = config.few_steps
+        Grid(settings.phases, settings.grid_points, NoiseSchedule.from_config(model.scheduler).num_train_timesteps)
 
     def ships(self, model: Model) -> Model:
         """DDIM with trailing timesteps down to the image itself, a step a phase, without guidance."""

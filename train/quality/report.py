@@ -8,8 +8,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from kdc_edge import __version__
 from kdc_edge.bundle import Model
+from kdc_edge.checkpoints.assemble import read_sources
 from kdc_edge.files import write_atomic
 from kdc_edge.pipeline import made_for
 from kdc_edge.text import markdown_table
@@ -26,6 +26,7 @@ from kdc_edge.train.quality.evaluate import (
 )
 from kdc_edge.train.quality.metrics import NETWORKS
 from kdc_edge.train.runs import Position
+from kdc_edge.version import __version__
 
 CARD = Template("""\
 ---
@@ -39,7 +40,7 @@ tags: ["stable-diffusion", "knowledge-distillation", "continual-learning", "kdc-
 
 A `$student` U-Net distilled from `$teacher` by kdc-edge $version
 ($prediction prediction), task after task, with latent replay.
-
+$sources
 ## Trained on
 
 $tasks
@@ -106,6 +107,7 @@ def model_card(
         base_model=json.dumps(config.teacher.name),
         student=config.student,
         teacher=config.teacher.name,
+        sources=_sources(config.teacher),
         version=__version__,
         prediction=model.scheduler.get("prediction_type", "epsilon"),
         tasks="\n".join(f"{i}. {t.name}: `{t.source}`" for i, t in enumerate(config.tasks, 1)),
@@ -117,6 +119,16 @@ def model_card(
         last=markdown_table(("task", "values"), last),
         conditions=results["conditions"],
     )
+
+
+def _sources(teacher: Path) -> str:
+    """The files that a teacher was assembled from, with their hashes; empty where it was not."""
+    lines = [
+        f"- {source.role} `{source.name}`{'' if source.weight is None else f', weight {source.weight:g}'}:"
+        f" SHA-256 `{source.sha256}`\n"
+        for source in read_sources(teacher)
+    ]
+    return "\nThe teacher's files:\n\n" + "".join(lines) if lines else ""
 
 
 def _earlier_settings(config: TrainConfig, settings: Mapping[str, Mapping[str, str]]) -> str:

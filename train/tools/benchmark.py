@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import resource
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
+from kdc_edge.files import temporary_folder
 from kdc_edge.train.checkpoint import GARDEN_TEACHER, find_teacher
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.batch import Batch
@@ -66,8 +66,8 @@ class Speed:
 
 def measure(recipe: str, config: TrainConfig, steps: int) -> Speed:
     """One of RECIPES, in a folder that is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="kdc-edge-") as folder:
-        run = Path(folder) / "run"
+    with temporary_folder() as folder:
+        run = folder / "run"
         if recipe == OURS:
             return measure_run(config, run, steps)
         return measure_plain(config, run, steps, half=recipe == PLAIN_FP16)

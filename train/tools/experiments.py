@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kdc_edge.errors import InputError
+from kdc_edge.errors import InputError, unknown_choice
 from kdc_edge.files import read_json, write_atomic
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import LossWeights, TrainConfig
@@ -69,7 +69,7 @@ def cells(grids: Sequence[str], size: Size, conditions: Sequence[str] = ()) -> l
     """Seed by seed, so that an interrupted grid has whole seeds; raises InputError for what does not exist."""
     for grid in grids:
         if grid not in GRIDS:
-            raise InputError(f"--grid {grid} is unknown: choose from {', '.join(GRIDS)}")
+            raise unknown_choice("--grid", grid, GRIDS)
     found = [Cell(grid, c, seed) for seed in range(size.seeds) for grid in grids for c in GRIDS[grid]]
     chosen = [cell for cell in found if not conditions or cell.condition in conditions]
     if not chosen:

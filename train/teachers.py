@@ -1,0 +1,15 @@
+"""The teacher of a run, found: `garden`, or any checkpoint that kdc_edge.checkpoints opens. Imports no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from kdc_edge.checkpoints.assemble import NOTHING, Additions, open_checkpoint
+
+GARDEN_TEACHER = Path(__file__).parent / "assets" / "garden-teacher"
+
+
+def find_teacher(name: str, additions: Additions = NOTHING, *, say: Callable[[str], None] = lambda _: None) -> Path:
+    """`garden` ships with kdc-edge; else a diffusers folder, a single file, or a hub id. Raises CheckpointError."""
+    return open_checkpoint(GARDEN_TEACHER if name == "garden" else name, additions, say=say)

@@ -135,15 +135,6 @@ def exclusive(lock: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def user_cache() -> Path:
-    """The folder of what can be made again: KDC_EDGE_CACHE, or kdc-edge in the system's cache folder of the user."""
-    if own := os.environ.get("KDC_EDGE_CACHE"):
-        return Path(own)
-    homes = {"win32": os.environ.get("LOCALAPPDATA"), "darwin": Path.home() / "Library" / "Caches"}
-    home = homes.get(sys.platform) or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "kdc-edge"
-
-
 def recover_folder(out: Path) -> None:
     """Put back the folder that a process left aside when it was killed in the middle of `_take_place`."""
     old = _beside(out, OLD)

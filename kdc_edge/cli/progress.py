@@ -6,6 +6,9 @@ with ProgressBar(20) as progress:
 with MeasuringBar(cases) as progress:
     for found in run(cases, tell=progress.tell):
         progress.say(found.row.name)
+
+with Stages()("converting unet"):
+    convert()
 """
 
 from __future__ import annotations

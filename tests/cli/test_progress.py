@@ -1,4 +1,4 @@
-"""Progress where there is no terminal: a line now and then with the time to go, or one a stage with its time."""
+"""Progress where there is no terminal: lines now and then with the time to go, or one a stage with its time."""
 
 from __future__ import annotations
 

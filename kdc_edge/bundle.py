@@ -27,6 +27,8 @@ from kdc_edge.files import inside, read_json, recover_folder, sha256, write_atom
 from kdc_edge.text import decibels, invalid_field
 
 MANIFEST = "kdc-edge.json"
+# The garden's few-step student, which ships; docs/few-steps.md says how it was made.
+DEMO_BUNDLE = Path(__file__).parent / "assets" / "demo"
 MODEL_INDEX = "model_index.json"  # diffusers' and optimum's; bundles and checkpoints have it
 FORMAT_VERSION = 1
 OF_THE_HUB = ("README.md", ".gitattributes")  # a model card and git's settings, in every repository

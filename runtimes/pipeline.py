@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from kdc_edge import pipeline as path
-from kdc_edge.bundle import Bundle, Model, kind_of
+from kdc_edge.bundle import DEMO_BUNDLE, Bundle, Model, kind_of
 from kdc_edge.checkpoints.assemble import is_single_file, open_checkpoint
 from kdc_edge.components import COMPONENTS
 from kdc_edge.diffusers_folder import read_model
@@ -73,7 +73,7 @@ class Pipeline(path.Pipeline):
     @classmethod
     def open(
         cls,
-        folder: Path | str,
+        folder: Path | str = DEMO_BUNDLE,
         *,
         engine: str | None = None,
         device: str | None = None,

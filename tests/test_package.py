@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -37,7 +38,8 @@ def python(code: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The distributions, kdc_edge and kdc_edge_garden."""
     out = tmp_path_factory.mktemp("wheel")
     source = out / "source"  # a build leaves folders behind: not in the working tree
     names = subprocess.run(
@@ -55,8 +57,39 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         else:
             target.write_bytes(path.read_bytes())
     code = f"import setuptools.build_meta as b; b.build_wheel({str(out)!r})"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, cwd=source)
-    return zipfile.ZipFile(next(out.glob("*.whl")))
+    for folder in (source, source / "train" / "assets"):
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, cwd=folder)
+    return {path.name.split("-")[0]: path for path in out.glob("*.whl")}
+
+
+@pytest.fixture
+def wheel(wheels: dict[str, Path]) -> zipfile.ZipFile:
+    return zipfile.ZipFile(wheels["kdc_edge"])
+
+
+def test_the_wheel_for_devices_is_small(wheels: dict[str, Path]) -> None:
+    assert wheels["kdc_edge"].stat().st_size < 5_000_000
+
+
+def test_the_gardens_weights_are_a_distribution_of_their_own(wheels: dict[str, Path], tmp_path: Path) -> None:
+    """Installed beside a wheel that has none, they are found; without them one line says what to install."""
+    for name in ("kdc_edge", "kdc_edge_garden"):
+        zipfile.ZipFile(wheels[name]).extractall(tmp_path / name)
+    code = "from kdc_edge.train.teachers import find_teacher; print(find_teacher('garden'))"
+    for folders, found in (
+        (["kdc_edge", "kdc_edge_garden"], str(tmp_path / "kdc_edge_garden" / "kdc_edge_garden" / "garden-teacher")),
+        (["kdc_edge"], "pip install 'kdc-edge[garden]'"),
+    ):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(tmp_path / folder) for folder in folders)}
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert found in done.stdout + done.stderr
 
 
 def test_every_module_and_asset_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
@@ -65,6 +98,7 @@ def test_every_module_and_asset_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
         for room, inside in ROOMS.items()
         for path in (ROOT / room).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and not _through_link(path, ROOT / room)
+        if not path.is_relative_to(ROOT / "train" / "assets")  # a distribution of its own
     }
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert found == expected

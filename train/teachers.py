@@ -6,10 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kdc_edge.checkpoints.assemble import NOTHING, Additions, open_checkpoint
+from kdc_edge.train.garden.assets import GARDEN_TEACHER, need_garden
 
-GARDEN_TEACHER = Path(__file__).parent / "assets" / "garden-teacher"
+__all__ = ["GARDEN_TEACHER", "find_teacher"]
 
 
 def find_teacher(name: str, additions: Additions = NOTHING, *, say: Callable[[str], None] = lambda _: None) -> Path:
     """`garden` ships with kdc-edge; else a diffusers folder, a single file, or a hub id. Raises CheckpointError."""
+    if name == "garden":
+        need_garden("the garden's teacher")
     return open_checkpoint(GARDEN_TEACHER if name == "garden" else name, additions, say=say)

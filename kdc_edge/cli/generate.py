@@ -101,7 +101,6 @@ def generate(
     bundle = local(bundle) if bundle else None
     if bundle is None:
         bundle = best_bundle()
-        say(f"no bundle given: {bundle}, the smallest of good images that runs here")
     bundle = _opened(bundle, Additions.parse(vae, lora, embedding, prediction_type))
     request = make_request(
         "", negative_prompt=negative_prompt, guidance_mode=guidance_mode,

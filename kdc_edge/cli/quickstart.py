@@ -35,11 +35,11 @@ def quickstart(
     need_training("kdc-edge quickstart")
     need_export("kdc-edge quickstart")
     from kdc_edge.files import atomic_folder
-    from kdc_edge.train.checkpoint import GARDEN_TEACHER
     from kdc_edge.train.data.tasks import Task
+    from kdc_edge.train.teachers import find_teacher
 
     config = given.make(
-        teacher=GARDEN_TEACHER, tasks=(Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies")),
+        teacher=find_teacher("garden"), tasks=(Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies")),
         save_every=given.values["steps"], log_with="none", keep=1,
     )  # fmt: skip
     with atomic_folder(out) as work:

@@ -54,7 +54,6 @@ def serve(
     bundle = local(bundle) if bundle else None
     if bundle is None:
         bundle = best_bundle()
-        say(f"no bundle given: {bundle}")
     pipeline = open_pipeline(bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, exact=exact)
     worker = Worker(pipeline, name=label(bundle), waiting=waiting)
     names = frozenset(allow_host or ()) | ({"*"} if host == "0.0.0.0" and token else frozenset({host}))

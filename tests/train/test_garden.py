@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kdc_edge.train.garden.judge import ASSET, LABELS, load_judge
+from kdc_edge.train.garden.assets import JUDGE
+from kdc_edge.train.garden.judge import LABELS, load_judge
 from kdc_edge.train.garden.scenes import BACKGROUNDS, SUBJECTS, Scene, draw_scenes, render, render_many, scenes
 
 
@@ -56,7 +57,7 @@ def test_the_judge_is_right_99_times_in_100_on_every_attribute_of_fresh_renders(
     chosen = [s for subject in SUBJECTS for s in draw_scenes(subject, 150, seed=99, split="all")]
     found = load_judge().agreement(render_many(chosen, seed=99), chosen)
     assert {name: found[name] >= 0.99 for name in LABELS} == dict.fromkeys(LABELS, True), found
-    assert ASSET.stat().st_size < 2**20
+    assert JUDGE.stat().st_size < 2**20
 
 
 def test_the_judge_sees_when_an_image_is_not_what_was_asked() -> None:

@@ -1,7 +1,7 @@
 """The judge: a small network that reads a garden image's attributes back, so that prompts can be checked.
 
 Its answers give the prompt accuracy of a generator; its features, the place before the answers, give the
-Fréchet distance that larger projects take from an Inception network. It ships with the package.
+Fréchet distance that larger projects take from an Inception network. Its weights are the garden's (assets.py).
 
     judge = load_judge()
     judge.read(images)          # uint8 (N, 64, 64, 3) -> {"color": ["red", ...], ...}
@@ -18,9 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from kdc_edge.train.garden.assets import JUDGE, need_garden
 from kdc_edge.train.garden.scenes import BACKGROUNDS, COLORS, COUNTS, PATTERNS, SUBJECTS, Scene
-
-ASSET = Path(__file__).parents[1] / "assets" / "judge" / "judge.safetensors"
 
 LABELS: dict[str, tuple[str, ...]] = {
     "subject": SUBJECTS,
@@ -96,8 +95,10 @@ def targets(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     return {n: torch.tensor([labels.index(s.attributes[n]) for s in scenes]) for n, labels in LABELS.items()}
 
 
-def load_judge(path: Path = ASSET) -> Judge:
-    """The trained judge that ships with the package, ready to answer."""
+def load_judge(path: Path = JUDGE) -> Judge:
+    """The trained judge, ready to answer. Raises MissingPackageError where the garden's weights are not installed."""
+    if path == JUDGE:
+        need_garden("the garden's judge")
     judge = Judge()
     judge.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     return judge.eval().requires_grad_(False)

@@ -28,7 +28,7 @@ def test_a_dry_run_prints_the_card_with_the_bundles_own_rows(bundle: Path, tmp_p
     assert "## Measured\n\n| Bundle |" in shown
     assert "| mine |" in shown
     assert "another-checkpoints" not in shown
-    assert MACHINE.processor in shown
+    assert r"- Machine: A \<fast\> processor, 2 cores" in shown
     assert shown.rstrip().splitlines()[-1] == "vae_decoder/model.onnx"
     report.write_text(to_json(Report(MACHINE, rows[1:])))
     with pytest.raises(InputError, match=r"has no row of .*: measure it with kdc-edge bench"):

@@ -1,11 +1,11 @@
-"""Text to image: prompt -> tokens -> text embeddings -> latents -> image, as a generator of steps.
+"""Text (and image) to image: prompt -> tokens -> text embeddings -> latents -> image, as a generator of steps.
 
     pipeline = open_pipeline("bundles/onnx-fp16")                    # kdc_edge.runtimes
     for progress in pipeline.run(Request("a red flower", seed=1)):
         print(progress.stage, progress.step, progress.steps)
     image = progress.pixels                                          # uint8 (H, W, 3)
 
-Consumers draw progress, preview, time, or stop. An engine gives the three components (components.py); everything
+Consumers draw progress, preview, time, or stop. An engine gives the components (components.py); everything
 between them is numpy. Several requests at once are a batch: each image equals the one that its request makes alone,
 but for rounding.
 """
@@ -14,20 +14,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
 import psutil
 
 from kdc_edge.bundle import Model
-from kdc_edge.components import COMPONENTS, Component, Shapes, SupportsPrepare, SupportsStart
+from kdc_edge.components import COMPONENTS, OPTIONAL, Component, Shapes, SupportsPrepare, SupportsStart
+from kdc_edge.editing import ENCODER, Begin, Edit, check_edits, encode_edits, read_edit, require_encoder
 from kdc_edge.errors import InputError, KdcError
 from kdc_edge.image import to_pixels
+from kdc_edge.image_files import ImageLike
 from kdc_edge.noise import NormalStreams
 from kdc_edge.samplers import DEFAULT_SAMPLER, SAMPLERS, NoiseSchedule, make_sampler, sampler_for
 from kdc_edge.tokenizer import Tokenizer
 
-Stage = Literal["load", "compile", "tokenize", "text_encoder", "unet", "scheduler", "vae_decoder"]
+Stage = Literal["load", "compile", "tokenize", "text_encoder", "vae_encoder", "unet", "scheduler", "vae_decoder"]
 GuidanceMode = Literal["batched", "sequential"]
 MAX_SIDE = 4096  # pixels
 MAX_BATCH = 16  # images
@@ -54,6 +57,7 @@ class Request:
     width: int | None = None  # pixels; the model's own size when None
     height: int | None = None
     latents: np.ndarray | None = None  # unit normal (1, C, h, w); drawn from the seed when None
+    edit: Edit | None = None  # an image to begin with, and perhaps a mask
 
     def guided(self, step: int, steps: int) -> bool:
         """Is this step, counted from 0, one of those with guidance?"""
@@ -66,6 +70,11 @@ class Request:
         if self.guidance_mode is None:
             return self.guidance_interval == (0.0, 1.0)
         return self.guidance_mode == "batched"
+
+    @property
+    def skipped(self) -> int:
+        """The first steps, which are left out where there is an image to begin with."""
+        return 0 if self.edit is None else self.edit.skipped(self.steps)
 
     @property
     def conditions(self) -> str:
@@ -108,13 +117,19 @@ class Pipeline:
         """Make the images of one batch, yielding after each stage.
 
         A step yields twice, after the U-Net and after the scheduler; the decoder yields after each image. Requests
-        of a batch differ in prompt, negative prompt, seed and latents only. Raises InputError as `check` does.
+        of a batch differ in prompt, negative prompt, seed, latents, image and mask only. Raises InputError as `check`
+        does.
         """
         self.check(*requests)
         request, count = requests[0], len(requests)
         noise = NormalStreams([r.seed for r in requests])
+        edits = [r.edit for r in requests if r.edit is not None]
+        drawn = noise.draw((count, *self.latent_shape(request)[1:])) if edits else None
         latents = self._initial_latents(requests, noise)  # (B, C, h, w)
+        if edits and edits[0].mask is not None:
+            noise.draw(latents.shape)  # diffusers encodes the image without its masked part too, and drops it
         sampler = make_sampler(request.sampler, self.schedule, request.steps, noise=noise)
+        sampler.skip(request.skipped)
 
         input_ids = self._tokenize(requests)  # (B or 2B, 77)
         yield Progress("tokenize", 1, 1)
@@ -123,19 +138,29 @@ class Pipeline:
         hidden = self.components["text_encoder"](input_ids=input_ids)  # (B or 2B, 77, D)
         yield Progress("text_encoder", 1, 1)
 
-        latents = latents * np.float32(sampler.init_noise_sigma)
+        begin: Begin | None = None
+        if drawn is not None:
+            begin = encode_edits(
+                self.components[ENCODER], edits, drawn=drawn, noise=latents, scaling_factor=self.model.scaling_factor
+            )
+            yield Progress("vae_encoder", 1, 1)
+        latents = begin.start(sampler) if begin else latents * np.float32(sampler.init_noise_sigma)
         unet, steps = self.components["unet"], len(sampler.timesteps)
-        for i, timestep in enumerate(sampler.timesteps):
+        for i in range(sampler.first, steps):
+            timestep = int(sampler.timesteps[i])
+            at = partial(Progress, step=i + 1 - sampler.first, steps=steps - sampler.first, timestep=timestep)
             sample = sampler.scale_model_input(latents, i)
             if request.guided(i, steps):
-                cond, uncond = _predict_both(unet, sample, int(timestep), hidden, batched=request.batched)
-                yield Progress("unet", i + 1, steps, timestep=int(timestep))
+                cond, uncond = _predict_both(unet, sample, timestep, hidden, batched=request.batched)
+                yield at("unet")
                 noise_pred = guided(cond, uncond, float(request.guidance))
             else:
-                noise_pred = _predict(unet, sample, int(timestep), hidden[:count])
-                yield Progress("unet", i + 1, steps, timestep=int(timestep))
+                noise_pred = _predict(unet, sample, timestep, hidden[:count])
+                yield at("unet")
             latents = sampler.step(noise_pred, i, latents)
-            yield Progress("scheduler", i + 1, steps, timestep=int(timestep), latents=latents)
+            if begin is not None:
+                latents = begin.hold(latents, sampler, i)
+            yield at("scheduler", latents=latents)
         del unet  # a pipeline that is short of memory drops it before it loads the decoder
 
         decoder, latents = self.components["vae_decoder"], latents / np.float32(self.model.scaling_factor)
@@ -175,24 +200,29 @@ class Pipeline:
         """
         self.check(request)
         wanted = self._shapes([request], self._tokenize([request]))
-        for i, name in enumerate(COMPONENTS, 1):
+        names = [name for name in (*COMPONENTS, *OPTIONAL) if name in wanted]
+        for i, name in enumerate(names, 1):
             component = self.components[name]
-            yield Progress("load", i, 3)
+            yield Progress("load", i, len(names))
             if not isinstance(component, SupportsPrepare):
                 continue
             for inputs in wanted[name]:
                 component.prepare(inputs)
-            yield Progress("compile", i, 3)
+            yield Progress("compile", i, len(names))
 
     def check(self, *requests: Request) -> None:
         """Raise InputError for what cannot be made, or not in one batch, before any work."""
         if not requests:
             raise InputError("no image is asked for: give at least one prompt")
         request = requests[0]
-        shared = {"prompt": "", "negative_prompt": "", "seed": 0, "latents": None}
+        shared = {"prompt": "", "negative_prompt": "", "seed": 0, "latents": None, "edit": None}
         if any(replace(r, **shared) != replace(request, **shared) for r in requests):  # type: ignore[arg-type]
             raise InputError("images of one batch share steps, guidance, sampler and size: make these one by one")
-        self.latent_shape(request)
+        _, _, *sides = self.latent_shape(request)
+        height, width = (side * self.model.vae_scale for side in sides)
+        check_edits([r.edit for r in requests], (height, width), request.steps)
+        if request.edit is not None:
+            require_encoder(self.components)
         make_sampler(request.sampler, self.schedule, request.steps)
         if not 0 <= request.guidance <= 100:  # also refuses nan
             raise InputError(f"--guidance {request.guidance} is out of range: use 1 (none) to 20 or so, at most 100")
@@ -205,6 +235,12 @@ class Pipeline:
             )
         NormalStreams([r.seed for r in requests])
         self.tokenizer.encode([text for r in requests for text in (r.negative_prompt, r.prompt)])
+
+    def read_edit(self, request: Request, image: ImageLike, **options: Any) -> Edit:
+        """An image (and a mask) at the request's size: see `editing.read_edit`. Raises InputError."""
+        require_encoder(self.components)
+        _, _, height, width = self.latent_shape(request)
+        return read_edit(image, (width * self.model.vae_scale, height * self.model.vae_scale), **options)
 
     def latent_shape(self, request: Request) -> tuple[int, int, int, int]:
         """(1, C, h, w) for the request; raises InputError for a size that the model cannot make."""
@@ -240,17 +276,19 @@ class Pipeline:
         """The inputs that each component will be called with."""
         request, count = requests[0], len(requests)
         _, *latent = self.latent_shape(request)
-        guided_steps = {request.batched and request.guided(i, request.steps) for i in range(request.steps)}
+        taken = range(request.skipped, request.steps)
+        guided_steps = {request.batched and request.guided(i, request.steps) for i in taken}
         unet: list[Shapes] = [
             {"sample": (b, *latent), "timestep": (1,), "encoder_hidden_states": (b, input_ids.shape[1], -1)}
             for b in sorted(2 * count if both else count for both in guided_steps)
         ]
         decoded = {min(self.decoder_batch, count - start) for start in range(0, count, self.decoder_batch)}
+        image = (1, 3, *(side * self.model.vae_scale for side in latent[1:]))
         return {
             "text_encoder": [{"input_ids": input_ids.shape}],
             "unet": unet,
             "vae_decoder": [{"latent_sample": (n, *latent)} for n in sorted(decoded)],
-        }
+        } | ({} if request.edit is None else {ENCODER: [{"sample": image}]})
 
 
 def own_request(
@@ -300,6 +338,7 @@ def _predict_both(
 
 def describe(request: Request, pixels: np.ndarray, model_name: str) -> dict[str, object]:
     """The generation parameters that go into the PNG, in the words that common user interfaces read."""
+    edited = {} if request.edit is None else {"Denoising strength": request.edit.strength}
     return {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
@@ -309,5 +348,6 @@ def describe(request: Request, pixels: np.ndarray, model_name: str) -> dict[str,
         "Seed": request.seed,
         "Size": f"{pixels.shape[1]}x{pixels.shape[0]}",
         "Model": model_name,
+        **edited,
         "Generator": "kdc-edge",
     }

@@ -2,6 +2,7 @@
 
     pipeline = kdc_edge.Pipeline.open("bundles/openvino-int8")
     pipeline("a red flower", seed=1).images[0].save("flower.png")
+    pipeline("a blue flower", image="flower.png", strength=0.6).images[0].save("blue.png")
     for step in pipeline.stream("a red flower", seed=1):
         show(step.preview)                                              # uint8 (h, w, 3)
 
@@ -21,11 +22,13 @@ from PIL import Image
 
 from kdc_edge import pipeline as path
 from kdc_edge.bundle import Bundle, Model, kind_of
-from kdc_edge.components import COMPONENTS
+from kdc_edge.components import COMPONENTS, OPTIONAL
 from kdc_edge.diffusers_folder import read_model
+from kdc_edge.editing import Edit
 from kdc_edge.errors import InputError
 from kdc_edge.formats import find_format
 from kdc_edge.image import preview
+from kdc_edge.image_files import ImageLike
 from kdc_edge.pipeline import Request, own_request
 from kdc_edge.runtimes.base import (
     ENGINES,
@@ -98,15 +101,16 @@ class Pipeline(path.Pipeline):
         runtime = get_runtime(chosen.name)
         named = split_devices(device)
         kept = None if cache is None else Path(cache)
+        names = [*COMPONENTS, *(c for c in OPTIONAL if bundle is None or c in bundle.manifest.components)]
         options = {
             c: LoadOptions(
                 check_device(runtime, named.get(c, named.get(""))), threads, low_memory, kept, exact, check=False
             )
-            for c in COMPONENTS
+            for c in names
         }
         components = LoadedComponents(
             lambda c: runtime.load(folder, c, options[c]), low_memory=low_memory, compile_ahead=chosen.compiles_ahead,
-            check=bundle.check if bundle and check else None,
+            check=bundle.check if bundle and check else None, names=names,
         )  # fmt: skip
         return cls(model, tokenizer, components, max_batch=1 if low_memory else path.MAX_BATCH)
 
@@ -114,6 +118,9 @@ class Pipeline(path.Pipeline):
         self,
         prompt: str | Sequence[str],
         *,
+        image: ImageLike | None = None,
+        strength: float | None = None,
+        mask_image: ImageLike | None = None,
         negative_prompt: str = Request.negative_prompt,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -127,7 +134,8 @@ class Pipeline(path.Pipeline):
 
         Steps, guidance and scheduler are the model's own where None: a few-step student's, or the checkpoint's
         scheduler with 20 steps and guidance 7.5. Image i, counted over all prompts, has the seed `seed` + i; or give a
-        list with one seed an image.
+        list with one seed an image. `image` (a path, a PIL image or a file's bytes) is what all images begin with:
+        `strength` times the steps are taken, 0.8 by default, 1 with a `mask_image`, whose white part is repainted.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if num_images_per_prompt < 1:
@@ -138,6 +146,7 @@ class Pipeline(path.Pipeline):
             self.model, Request("", negative_prompt, width=width, height=height), sampler=scheduler,
             steps=num_inference_steps, guidance=guidance_scale,
         )  # fmt: skip
+        request = replace(request, edit=self._edit(request, image, strength, mask_image))
         requests = [replace(request, prompt=p, seed=s) for p, s in zip(prompts, seeds, strict=True)]
         made = [pixels for batch in self.batches(requests) for pixels in self.generate_batch(batch)]
         return Images([Image.fromarray(pixels) for pixels in made], seeds)
@@ -146,6 +155,9 @@ class Pipeline(path.Pipeline):
         self,
         prompt: str,
         *,
+        image: ImageLike | None = None,
+        strength: float | None = None,
+        mask_image: ImageLike | None = None,
         negative_prompt: str = Request.negative_prompt,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -159,8 +171,18 @@ class Pipeline(path.Pipeline):
             self.model, Request(prompt, negative_prompt, seed=seed, width=width, height=height), sampler=scheduler,
             steps=num_inference_steps, guidance=guidance_scale,
         )  # fmt: skip
+        request = replace(request, edit=self._edit(request, image, strength, mask_image))
         self.check(request)
         return self._stream(request)
+
+    def _edit(
+        self, request: Request, image: ImageLike | None, strength: float | None, mask: ImageLike | None
+    ) -> Edit | None:
+        if image is None:
+            if mask is not None or strength is not None:
+                raise InputError("a mask or a strength is given without an image to change: give one")
+            return None
+        return self.read_edit(request, image, strength=strength, mask=mask)
 
     def _stream(self, request: Request) -> Iterator[Step]:
         last: Step | None = None
@@ -192,10 +214,10 @@ def split_devices(device: str | None) -> dict[str, str]:
     found: dict[str, str] = {}
     for part in device.split(",") if device else ():
         component, _, name = part.strip().rpartition("=")
-        if component not in ("", *COMPONENTS) or not name or component in found:
+        if component not in ("", *COMPONENTS, *OPTIONAL) or not name or component in found:
             raise InputError(
                 f"--device {device!r} is not understood: use CPU, or unet=GPU,text_encoder=CPU with components"
-                f" {', '.join(COMPONENTS)}"
+                f" {', '.join((*COMPONENTS, *OPTIONAL))}"
             )
         found[component] = name
     return found

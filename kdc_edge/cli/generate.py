@@ -36,6 +36,14 @@ def generate(
         Option(help="A bundle, or a checkpoint (through torch); the smallest good one in bundles/ when not given."),
     ] = None,
     prompts: Annotated[Path | None, Option(help="A text file with one prompt a line, instead of a prompt.")] = None,
+    image: Annotated[
+        Path | None, Option(help="An image to begin with, resized to the size asked for; needs a vae_encoder.")
+    ] = None,
+    mask: Annotated[Path | None, Option(help="With --image: white is repainted, black stays.")] = None,
+    strength: Annotated[
+        float | None,
+        Option(help="With --image: the share of the steps that are taken, 0.8, or 1 with a mask. Lower changes less."),
+    ] = None,
     images: Annotated[int | None, Option(help="Images of each prompt; 1, or one a seed, when not given.")] = None,
     steps: Annotated[int | None, Option(help="Steps of the sampler; 20, or those of a few-step student.")] = None,
     guidance: Annotated[
@@ -79,6 +87,8 @@ def generate(
 
     if (prompt is None) == (prompts is None):
         raise typer.BadParameter("give a prompt, or --prompts with a file of them")
+    if image is None and (mask, strength) != (None, None):
+        raise typer.BadParameter("--mask and --strength are for --image: give the image to change")
     texts = read_prompts(prompts) if prompts else [prompt or ""]
     wanted = list(prompts_and_seeds(texts, images, listed(seed, "--seed", int)))
     check_out(out, len(wanted))
@@ -96,6 +106,8 @@ def generate(
     request, note = own_request(pipeline.model, request, sampler=scheduler, steps=steps, guidance=guidance)
     if note:
         say(note)
+    if image is not None:
+        request = replace(request, edit=pipeline.read_edit(request, image, strength=strength, mask=mask))
     batches = pipeline.batches([replace(request, prompt=text, seed=number) for text, number in wanted])
     for text in texts:
         if cut := pipeline.tokenizer.overflow(text):

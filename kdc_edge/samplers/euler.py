@@ -32,6 +32,9 @@ class Euler(BaseSampler):
     def scale_model_input(self, sample: Latents, i: int) -> Latents:
         return sample / math.hypot(self.sigmas[i], 1)
 
+    def add_noise(self, latents: Latents, noise: Latents, i: int) -> Latents:
+        return latents + np.float32(self.sigmas[i]) * noise
+
     def slope(self, noise_pred: Latents, i: int, sample: Latents) -> Latents:
         """dx / dsigma at the i-th noise level: the noise in the sample, beside x0 within its bounds."""
         sigma = self.sigmas[i]
@@ -64,6 +67,8 @@ class Heun(Euler):
 
     Visits every timestep but the first twice: as the end of one step and the start of the next.
     """
+
+    calls_a_step = 2
 
     def __init__(self, schedule: NoiseSchedule, steps: int, *, karras: bool = False) -> None:
         super().__init__(schedule, steps, karras=karras)

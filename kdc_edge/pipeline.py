@@ -27,6 +27,7 @@ from kdc_edge.errors import InputError, KdcError
 from kdc_edge.image import to_pixels
 from kdc_edge.image_files import ImageLike
 from kdc_edge.noise import NormalStreams
+from kdc_edge.prompt_weights import MAX_CHUNKS, Tokens, plain, weighted
 from kdc_edge.samplers import DEFAULT_SAMPLER, SAMPLERS, NoiseSchedule, make_sampler, sampler_for
 from kdc_edge.tokenizer import Tokenizer
 
@@ -58,6 +59,8 @@ class Request:
     height: int | None = None
     latents: np.ndarray | None = None  # unit normal (1, C, h, w); drawn from the seed when None
     edit: Edit | None = None  # an image to begin with, and perhaps a mask
+    # Read brackets as weights, and what is longer than one prompt's tokens in chunks (prompt_weights.py).
+    weighted: bool = False
 
     def guided(self, step: int, steps: int) -> bool:
         """Is this step, counted from 0, one of those with guidance?"""
@@ -105,7 +108,9 @@ class Pipeline:
         *,
         max_batch: int = MAX_BATCH,  # images that `batches` puts together at most
         decoder_batch: int = 1,  # images in one call of the decoder; an exported one takes 1
+        max_chunks: int = MAX_CHUNKS,  # of a prompt; 1 where the U-Net's text length is fixed
     ) -> None:
+        self.max_chunks = max_chunks
         self.model = model
         self.tokenizer = tokenizer
         self.components = components
@@ -121,6 +126,8 @@ class Pipeline:
         does.
         """
         self.check(*requests)
+        if len(self._lengths(requests)) > 1:
+            raise InputError("prompts of one batch need equally many chunks of 75 tokens: make these one by one")
         request, count = requests[0], len(requests)
         noise = NormalStreams([r.seed for r in requests])
         edits = [r.edit for r in requests if r.edit is not None]
@@ -131,11 +138,11 @@ class Pipeline:
         sampler = make_sampler(request.sampler, self.schedule, request.steps, noise=noise)
         sampler.skip(request.skipped)
 
-        input_ids = self._tokenize(requests)  # (B or 2B, 77)
+        tokens = self._tokenize(requests)  # of B or 2B texts
         yield Progress("tokenize", 1, 1)
         if isinstance(self.components, SupportsStart):
-            self.components.start("unet", self._shapes(requests, input_ids)["unet"])
-        hidden = self.components["text_encoder"](input_ids=input_ids)  # (B or 2B, 77, D)
+            self.components.start("unet", self._shapes(requests, tokens)["unet"])
+        hidden = tokens.join(self.components["text_encoder"](input_ids=tokens.ids))  # (B or 2B, 77, D)
         yield Progress("text_encoder", 1, 1)
 
         begin: Begin | None = None
@@ -189,6 +196,8 @@ class Pipeline:
         _, _, height, width = self.latent_shape(requests[0])
         # An upper bound: attention matrices at full resolution, both halves of the guidance, fp32.
         bytes_an_image = 2 * ATTENTION_HEADS * (height * width) ** 2 * 4
+        if len(self._lengths(requests)) > 1:
+            return [[request] for request in requests]  # padded to one length, a prompt would make another image
         most = min(self.max_batch, psutil.virtual_memory().available // 2 // bytes_an_image, len(requests))
         size = next((n for n in range(most, 0, -1) if len(requests) % n == 0), 1)
         return [requests[start : start + size] for start in range(0, len(requests), size)]
@@ -265,27 +274,39 @@ class Pipeline:
             latents[i] = request.latents[0]
         return latents
 
-    def _tokenize(self, requests: Sequence[Request]) -> np.ndarray:
-        """Ids of the prompts (B, 77), then of the negative prompts where there is guidance."""
+    def _lengths(self, requests: Sequence[Request]) -> set[int]:
+        """The numbers of chunks that the requests need, each with its negative prompt."""
+        if len(requests) == 1 or not requests[0].weighted:
+            return {1}
+        return {self._tokenize([request]).chunks for request in requests}
+
+    def _tokenize(self, requests: Sequence[Request]) -> Tokens:
+        """The prompts, then the negative prompts where there is guidance."""
         texts = [r.prompt for r in requests]
         if requests[0].guidance > 1:
             texts += [r.negative_prompt for r in requests]
-        return self.tokenizer.encode(texts)
+        if not requests[0].weighted:
+            return plain(self.tokenizer, texts)
+        return weighted(self.tokenizer, texts, max_chunks=self.max_chunks)
 
-    def _shapes(self, requests: Sequence[Request], input_ids: np.ndarray) -> dict[str, list[Shapes]]:
+    def _shapes(self, requests: Sequence[Request], tokens: Tokens) -> dict[str, list[Shapes]]:
         """The inputs that each component will be called with."""
         request, count = requests[0], len(requests)
         _, *latent = self.latent_shape(request)
         taken = range(request.skipped, request.steps)
         guided_steps = {request.batched and request.guided(i, request.steps) for i in taken}
         unet: list[Shapes] = [
-            {"sample": (b, *latent), "timestep": (1,), "encoder_hidden_states": (b, input_ids.shape[1], -1)}
+            {
+                "sample": (b, *latent),
+                "timestep": (1,),
+                "encoder_hidden_states": (b, tokens.length, -1),
+            }
             for b in sorted(2 * count if both else count for both in guided_steps)
         ]
         decoded = {min(self.decoder_batch, count - start) for start in range(0, count, self.decoder_batch)}
         image = (1, 3, *(side * self.model.vae_scale for side in latent[1:]))
         return {
-            "text_encoder": [{"input_ids": input_ids.shape}],
+            "text_encoder": [{"input_ids": tokens.ids.shape}],
             "unet": unet,
             "vae_decoder": [{"latent_sample": (n, *latent)} for n in sorted(decoded)],
         } | ({} if request.edit is None else {ENCODER: [{"sample": image}]})

@@ -30,6 +30,7 @@ from kdc_edge.formats import find_format
 from kdc_edge.image import preview
 from kdc_edge.image_files import ImageLike
 from kdc_edge.pipeline import Request, own_request
+from kdc_edge.prompt_weights import MAX_CHUNKS
 from kdc_edge.runtimes.base import (
     ENGINES,
     Engine,
@@ -112,7 +113,13 @@ class Pipeline(path.Pipeline):
             lambda c: runtime.load(folder, c, options[c]), low_memory=low_memory, compile_ahead=chosen.compiles_ahead,
             check=bundle.check if bundle and check else None, names=names,
         )  # fmt: skip
-        return cls(model, tokenizer, components, max_batch=1 if low_memory else path.MAX_BATCH)
+        # A graph of fixed text length reads one chunk of a long prompt; ours all have one.
+        text = [bundle.component("unet")[0].inputs.get("encoder_hidden_states")] if bundle else []
+        fixed = any(info is None or not isinstance(info.shape[1], str) for info in text)
+        return cls(
+            model, tokenizer, components, max_batch=1 if low_memory else path.MAX_BATCH,
+            max_chunks=1 if fixed else MAX_CHUNKS,
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -129,6 +136,7 @@ class Pipeline(path.Pipeline):
         scheduler: str | None = None,
         width: int | None = None,
         height: int | None = None,
+        plain_prompt: bool = False,
     ) -> Images:
         """Make images, in batches where memory allows. Raises InputError for what cannot be made.
 
@@ -136,6 +144,7 @@ class Pipeline(path.Pipeline):
         scheduler with 20 steps and guidance 7.5. Image i, counted over all prompts, has the seed `seed` + i; or give a
         list with one seed an image. `image` (a path, a PIL image or a file's bytes) is what all images begin with:
         `strength` times the steps are taken, 0.8 by default, 1 with a `mask_image`, whose white part is repainted.
+        Brackets in prompts are weights, (red:1.3) and [faint], unless `plain_prompt` is set.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if num_images_per_prompt < 1:
@@ -143,8 +152,8 @@ class Pipeline(path.Pipeline):
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         seeds = spread_seeds(seed, len(prompts))
         request, _ = own_request(
-            self.model, Request("", negative_prompt, width=width, height=height), sampler=scheduler,
-            steps=num_inference_steps, guidance=guidance_scale,
+            self.model, Request("", negative_prompt, width=width, height=height, weighted=not plain_prompt),
+            sampler=scheduler, steps=num_inference_steps, guidance=guidance_scale,
         )  # fmt: skip
         request = replace(request, edit=self._edit(request, image, strength, mask_image))
         requests = [replace(request, prompt=p, seed=s) for p, s in zip(prompts, seeds, strict=True)]
@@ -165,11 +174,13 @@ class Pipeline(path.Pipeline):
         scheduler: str | None = None,
         width: int | None = None,
         height: int | None = None,
+        plain_prompt: bool = False,
     ) -> Iterator[Step]:
         """Make one image, yielding after each step; the last one has the image. Stop by closing the generator."""
         request, _ = own_request(
-            self.model, Request(prompt, negative_prompt, seed=seed, width=width, height=height), sampler=scheduler,
-            steps=num_inference_steps, guidance=guidance_scale,
+            self.model,
+            Request(prompt, negative_prompt, seed=seed, width=width, height=height, weighted=not plain_prompt),
+            sampler=scheduler, steps=num_inference_steps, guidance=guidance_scale,
         )  # fmt: skip
         request = replace(request, edit=self._edit(request, image, strength, mask_image))
         self.check(request)

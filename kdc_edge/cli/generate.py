@@ -60,6 +60,9 @@ def generate(
         Option(help="A sampler, such as dpm++2m-karras, euler-a, unipc or lcm; the checkpoint's own when not given."),
     ] = None,
     negative_prompt: Annotated[str, Option(help="What the image should not show.")] = "",
+    plain_prompt: Annotated[
+        bool, Option("--plain-prompt", help="Take brackets as text; else (red:1.3) and [faint] are weights.")
+    ] = False,
     width: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     out: Annotated[
@@ -82,6 +85,7 @@ def generate(
     from kdc_edge.cli.progress import ProgressBar
     from kdc_edge.image import save_png
     from kdc_edge.pipeline import describe, own_request
+    from kdc_edge.prompt_weights import overflow
     from kdc_edge.prompts import read_prompts
     from kdc_edge.runtimes import open_pipeline
 
@@ -98,6 +102,7 @@ def generate(
     request = make_request(
         "", negative_prompt=negative_prompt, guidance_mode=guidance_mode,
         guidance_interval=guidance_interval, width=width, height=height, low_memory=low_memory,
+        weighted=not plain_prompt,
     )  # fmt: skip
     pipeline = open_pipeline(
         bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, cache=cache, exact=exact,
@@ -110,8 +115,15 @@ def generate(
         request = replace(request, edit=pipeline.read_edit(request, image, strength=strength, mask=mask))
     batches = pipeline.batches([replace(request, prompt=text, seed=number) for text, number in wanted])
     for text in texts:
-        if cut := pipeline.tokenizer.overflow(text):
-            say(f"the prompt is longer than the model reads: left out is {cut[:80]!r}")
+        if plain_prompt:
+            if cut := pipeline.tokenizer.overflow(text):
+                say(f"the prompt is longer than the model reads: left out is {cut[:80]!r}")
+        elif (tokens := overflow(pipeline.tokenizer, text, max_chunks=pipeline.max_chunks)) > 0:
+            exported = "; this bundle's U-Net has a fixed text length, a checkpoint's reads more"
+            say(
+                f"the prompt is longer than the model reads: left out are its last {tokens} tokens"
+                f"{exported if pipeline.max_chunks == 1 else ''}"
+            )
     made = 0
     with ProgressBar(request.steps * len(wanted)) as progress:
         for batch in batches:

@@ -90,8 +90,8 @@ class Body(BaseModel):
         if self.scheduler is not None and self.scheduler not in SAMPLERS:
             raise InputError(f"scheduler is {self.scheduler!r:.40}: choose from {', '.join(SAMPLERS)}")
         request, _ = own_request(
-            model, ImageRequest(self.prompt, self.negative_prompt, width=width, height=height), sampler=self.scheduler,
-            steps=self.num_inference_steps, guidance=self.guidance_scale,
+            model, ImageRequest(self.prompt, self.negative_prompt, width=width, height=height, weighted=True),
+            sampler=self.scheduler, steps=self.num_inference_steps, guidance=self.guidance_scale,
         )  # fmt: skip
         return [replace(request, seed=(seed + i) % 2**64) for i in range(self.n)]
 

@@ -13,6 +13,7 @@ from typer import Argument, Option
 
 from kdc_edge.cli.options import EmbeddingFiles, LoraFiles, PredictionType, Vae
 from kdc_edge.cli.project import BUNDLES, Config, command_line, latest_checkpoint, need_export, say
+from kdc_edge.components import OPTIONAL
 from kdc_edge.errors import InputError
 from kdc_edge.export.targets import TARGETS, ExportRequest, Target, export_checkpoint
 from kdc_edge.formats import DEFAULT_PRECISION, find_format, targets
@@ -64,6 +65,10 @@ def export(
         str | None,
         Option(metavar="DIR", help="Small decoder instead of the VAE's: a folder of AutoencoderTiny, or a hub id."),
     ] = None,
+    extra: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        Option("--with", metavar="COMPONENT", help=f"Add an optional component: {', '.join(OPTIONAL)}. Repeatable."),
+    ] = None,
     verify: Annotated[bool, Option("--verify/--no-verify", help="Compare the result with PyTorch.")] = True,
     vae: Vae = None,
     lora: LoraFiles = None,
@@ -98,7 +103,7 @@ def export(
         tell=stages.say, stage=stages,
         calibration_prompts=None if calibration_prompts is None else read_prompts(calibration_prompts),
         calibration_samples=calibration_samples,
-        decoder=None if decoder is None else find_decoder_folder(decoder),
+        decoder=None if decoder is None else find_decoder_folder(decoder), extra=tuple(dict.fromkeys(extra or ())),
     )  # fmt: skip
     bundle = export_checkpoint(request, TARGETS[row.target].options(**given))
     if bundle.manifest.parity is None:

@@ -62,6 +62,15 @@ class TaskConfig(Settings):
         if len({t.name for t in self.tasks}) < len(self.tasks):
             raise InputError("two tasks have the same name: every --task needs its own")
 
+    @classmethod
+    def load(cls, run: Path) -> Self:
+        """The configuration that a run was started with; raises CheckpointError where there is none."""
+        path = run / "config.json"
+        try:
+            return cls.from_json(read_json(path, CheckpointError))
+        except InputError as error:
+            raise CheckpointError(f"{path} is no run's configuration: {error}") from None
+
 
 @dataclass(frozen=True)
 class TrainConfig(TaskConfig):
@@ -120,15 +129,6 @@ class TrainConfig(TaskConfig):
     log_with: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
         "tensorboard", "Tracker of losses and sample sheets.", "Run", free=True
     )
-
-    @classmethod
-    def load(cls, run: Path) -> Self:
-        """The configuration that a run was started with; raises CheckpointError where there is none."""
-        path = run / "config.json"
-        try:
-            return cls.from_json(read_json(path, CheckpointError))
-        except InputError as error:
-            raise CheckpointError(f"{path} is no run's configuration: {error}") from None
 
 
 @dataclass(frozen=True)

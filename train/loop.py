@@ -114,6 +114,8 @@ class Trainer:
             self._restore()
             if config.quality == "auto" and self.position.metric and self.position.task < len(config.tasks):
                 check_quality(self.position.metric.lstrip("-"), config, metrics)
+            for task in config.tasks[: self.position.task]:  # refused before training, not after it
+                self.evaluator.evaluation_set(task)
         self.tracker = Tracker(self.accelerator, config, run, since=self.position.total)
 
     def _new_buffer(self) -> ReplayBuffer:

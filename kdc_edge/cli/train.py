@@ -135,12 +135,15 @@ def _announce(trainer: Trainer, run: Path) -> None:
 
 def _benchmark(settings: TrainConfig, steps: int) -> None:
     """Measure and print; the run's folder is temporary."""
-    import tempfile
-
+    from kdc_edge.train.distributed import make_accelerator, temporary_folder
     from kdc_edge.train.tools.benchmark import measure_run
 
-    with tempfile.TemporaryDirectory(prefix="kdc-edge-") as folder:
-        typer.echo("\n".join(measure_run(settings, Path(folder) / "run", steps).lines()))
+    settings = replace(settings, log_with="none")
+    accelerator = make_accelerator(settings, Path())
+    with temporary_folder(accelerator) as folder:
+        speed = measure_run(settings, folder / "run", steps)
+    if accelerator.is_main_process:
+        typer.echo("\n".join(speed.lines()))
 
 
 def _follow(trainer: Trainer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.train.data.batch import Batch
 from kdc_edge.train.data.tasks import parse_task
 from kdc_edge.train.loop import StepDone, Trainer
+from kdc_edge.train.quality.evaluation_set import EvaluationSet
 from kdc_edge.train.quality.metrics import ImageMetrics
 from kdc_edge.train.runs import continue_run, list_states
+from tests.cli.test_commands import run
 from tests.train.test_loop import TASKS, config, weights
 from tests.train.test_sources import class_folders
 
@@ -145,6 +148,38 @@ def test_a_run_is_continued_without_the_data_of_its_tasks(tmp_path: Path) -> Non
     assert "Earlier tasks were trained with other settings:" in card
     assert "| photos | `--learning-rate` | 0.001 |" in card
     assert "| photos | `--steps`" not in card
+
+
+def test_the_kept_evaluation_set_follows_eval_images_and_serves_eval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer images are the first of the kept ones, more are made from the data, or refused before training."""
+    photos = class_folders(tmp_path / "photos")
+    for broken in ("red_rose/broken.jpg", "red_rose/cut.png", "blue bell/tiny.png"):
+        (photos / broken).unlink()
+    first, small = tmp_path / "first", config(tasks=(parse_task(f"photos=imagefolder:{photos}"),), steps=1)
+    finish(Trainer(small, first))
+    evaluator = Trainer(small, first, resume=True).evaluator
+
+    def kept(images: int) -> EvaluationSet:
+        return replace(evaluator, images=images).evaluation_set(small.tasks[0])
+
+    assert len(kept(3).asked.prompts) == 3
+    found = kept(2)
+    assert [len(part) for part in (found.asked.prompts, found.asked.references, found.latents)] == [2, 2, 2]
+    shutil.rmtree(photos)
+    with pytest.raises(InputError, match=r"--eval-images 5 is more than the 3 that the run kept of photos.*: use 3"):
+        kept(5)
+    joined = continue_run(first, tmp_path / "more", config(tasks=TASKS[:1], eval_images=5))
+    with pytest.raises(InputError, match="--eval-images 5 is more"):
+        Trainer(joined, tmp_path / "more", resume=True)
+    monkeypatch.setattr(
+        ImageMetrics, "measure", lambda _, images, references, *__: {"kid": len(images), "fid": len(references)}
+    )
+    done = run("eval", first, "--json", "--images", 4, "--steps", 1, cwd=tmp_path)
+    assert "photos: 3 images: the run kept no more" in done.stderr
+    assert json.loads(done.stdout)["scores"] == {"photos": {"kid": 3, "fid": 3}}
+    assert json.loads(done.stdout)["conditions"].startswith("3 images a task")
 
 
 def test_resuming_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -273,27 +273,24 @@ class Evaluated:
 
 def evaluate_tasks(
     generate: Generator,
-    tasks: Sequence[Task],
+    tasks: Mapping[str, Asked],
     *,
-    images: int,
-    size: int,
     metrics: ImageMetrics,
     teacher: Generator | None = None,
     seed: int = 7,
 ) -> dict[str, Evaluated]:
-    """Score a generator on each task; `teacher` makes the images that LPIPS compares with.
+    """Score a generator on what is asked of each task; `teacher` makes the images that LPIPS compares with.
 
-    `size` is that of the reference images, in pixels. Raises InputError where nothing can be measured.
+    Raises InputError where nothing can be measured.
     """
     found = {}
-    for task in tasks:
-        asked = ask(task, images, size=size)
+    for name, asked in tasks.items():
         paired = teacher(asked.prompts, seed=seed) if teacher and not asked.scenes else None
         made = generate(asked.prompts, seed=seed)
         score = score_images(made, asked, metrics, paired=paired)
         if not score.values:
-            raise InputError(f"nothing can be measured on {task.name}: {'; '.join(metrics.missing())}")
-        found[task.name] = Evaluated(score, made)
+            raise InputError(f"nothing can be measured on {name}: {'; '.join(metrics.missing())}")
+        found[name] = Evaluated(score, made)
     return found
 
 

@@ -21,7 +21,7 @@ from kdc_edge.train.distributed import any_process, on_main_process
 from kdc_edge.train.losses import mean_squared_error
 from kdc_edge.train.networks import Teacher
 from kdc_edge.train.quality.evaluate import Score, ask, score_images
-from kdc_edge.train.quality.evaluation_set import EvaluationSet, is_kept, key_of
+from kdc_edge.train.quality.evaluation_set import EvaluationSet, kept_images, key_of
 from kdc_edge.train.quality.metrics import ImageMetrics
 
 EVALUATION_NOISE = 7  # the seed of every evaluation's noise
@@ -62,11 +62,20 @@ class Evaluator:
             return EvaluationSet(ask(task, self.images, size=self.teacher.size), latents)
         path = self.folder / f"{task.name}.safetensors"
         key = key_of(task, size=self.teacher.size, vae_sha256=self.teacher.vae_sha256)
-        if any_process(self.accelerator, not is_kept(path, key)):
-            asked = ask(task, self.images, size=self.teacher.size)
-            made = EvaluationSet(asked, self.teacher.test_latents(task, self.images))
-            on_main_process(self.accelerator, lambda: made.save(path, key))
-        return EvaluationSet.load(path)
+        kept = kept_images(path, key)
+        if any_process(self.accelerator, kept < self.images):
+            try:
+                asked = ask(task, self.images, size=self.teacher.size)
+                made = EvaluationSet(asked, self.teacher.test_latents(task, self.images))
+            except InputError as error:
+                if not kept:
+                    raise
+                raise InputError(
+                    f"--eval-images {self.images} is more than the {kept} that the run kept of {task.name}, whose data"
+                    f" cannot be read ({error}): use {kept}"
+                ) from None
+            on_main_process(self.accelerator, lambda: made.save(path, key, images=self.images))
+        return EvaluationSet.load(path).first(self.images)
 
     def score(self, unet: UNet2DConditionModel, task: Task, *, network: nn.Module, model: Model | None = None) -> Score:
         """The quality of a U-Net's images on a task.

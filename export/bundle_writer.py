@@ -31,7 +31,7 @@ from kdc_edge.bundle import (
     unproved,
     write_manifest,
 )
-from kdc_edge.diffusers_folder import TINY_VAE, hash_checkpoint, read_model
+from kdc_edge.diffusers_folder import TINY_VAE, hash_checkpoint, read_model, training_note
 from kdc_edge.errors import BundleError, CheckpointError, ParityError
 from kdc_edge.export.calibration import Calibration, calibrate
 from kdc_edge.export.components import ExportComponent, describe, load_component
@@ -97,6 +97,7 @@ def write_bundle(
             provenance=Provenance(
                 checkpoint=checkpoint.resolve().name,
                 checkpoint_sha256=hash_checkpoint(checkpoint),
+                training=training_note(checkpoint),
                 decoder=request.decoder and request.decoder.resolve().name,
                 decoder_sha256=request.decoder and hash_checkpoint(request.decoder),
                 packages=package_versions(PACKAGES),

@@ -135,6 +135,7 @@ class Recipe(_Record):
 class Provenance(_Record):
     checkpoint: Text  # name of the source folder
     checkpoint_sha256: Sha256
+    training: Text | None = None  # what a checkpoint of an unfinished run says of itself
     decoder: Text | None = None  # name of the small decoder's folder, where one took the place of the checkpoint's
     decoder_sha256: Sha256 | None = None
     packages: dict[str, Text]

@@ -60,13 +60,14 @@ def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
 
 def make_optimizer(config: TrainConfig, student: nn.Module) -> torch.optim.Optimizer:
     """AdamW, fused, or its 8-bit form."""
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay,
+    }  # fmt: skip
     if config.optimizer == "adamw8bit":
         bitsandbytes = require("bitsandbytes", extra="adam8bit", purpose="--optimizer adamw8bit")
-        eight_bit: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
-            student.parameters(), lr=config.learning_rate, weight_decay=0.01
-        )
+        eight_bit: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(student.parameters(), **settings)
         return eight_bit
-    return torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.01, fused=True)
+    return torch.optim.AdamW(student.parameters(), fused=True, **settings)
 
 
 class Student:

@@ -13,7 +13,7 @@ import typer
 from typer import Argument, Option
 
 from kdc_edge.cli.options import Json
-from kdc_edge.cli.project import LATEST, Config, bundles_in, need_training, say
+from kdc_edge.cli.project import LATEST, Config, bundles_in, need_training, run_of, say
 from kdc_edge.errors import CheckpointError, InputError, KdcError
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _find(what: Path | None) -> tuple[Path, Path | None]:
     checkpoint = what / "checkpoint" if (what / "checkpoint").is_dir() else what
     if (what / "config.json").is_file() and checkpoint == what:
         raise InputError(f"{what} is not finished, it has no checkpoint: kdc-edge train --resume --out {what} first")
-    return checkpoint, checkpoint.parent if (checkpoint.parent / "config.json").is_file() else None
+    return checkpoint, run_of(checkpoint)
 
 
 def _tasks(run: Path | None, task: list[str] | None, caption: list[str] | None) -> tuple[Task, ...]:

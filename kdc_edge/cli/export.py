@@ -11,7 +11,16 @@ from typing import Annotated, Any, Optional, get_type_hints
 import typer
 from typer import Argument, Option
 
-from kdc_edge.cli.project import BUNDLES, Config, command_line, latest_checkpoint, need_export, say
+from kdc_edge.cli.project import (
+    BUNDLES,
+    LATEST,
+    Config,
+    command_line,
+    find_checkpoint,
+    latest_checkpoint,
+    need_export,
+    say,
+)
 from kdc_edge.errors import InputError
 from kdc_edge.export.targets import TARGETS, ExportRequest, Target, export_checkpoint
 from kdc_edge.formats import DEFAULT_PRECISION, find_format, targets
@@ -45,7 +54,10 @@ def _fields(target: Target) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
 
 @with_target_options
 def export(
-    checkpoint: Annotated[Path | None, Argument(help="A diffusers folder. Default: from the latest run.")] = None,
+    checkpoint: Annotated[
+        Path | None, Argument(help="A run, finished or not, or a diffusers folder. Default: from the latest run.")
+    ] = None,
+    task: Annotated[str | None, Option(help="The run's checkpoint after this task.")] = None,
     target: Annotated[str, Option(help=f"One of {', '.join(targets())}.")] = "onnx",
     precision: Annotated[str | None, Option(help=f"See kdc-edge formats. Default: {DEFAULT_PRECISION}.")] = None,
     out: Annotated[Path | None, Option(help="Folder of the bundle. Default: bundles/TARGET-PRECISION.")] = None,
@@ -69,7 +81,7 @@ def export(
     row = find_format(target, precision or DEFAULT_PRECISION)
     if precision is None:
         say(f"no precision given: {row.precision}, {row.description}")
-    source = checkpoint or latest_checkpoint()
+    source = latest_checkpoint() if (checkpoint or task) is None else find_checkpoint(checkpoint or LATEST, task)
     if checkpoint is None:
         say(f"no checkpoint given: {source.resolve()}")
     given = {name: value for name, value in options.items() if value is not None}

@@ -45,7 +45,7 @@ def quickstart(
     refuse_foreign_folder(out, None)
     config = given.make(
         teacher=GARDEN_TEACHER, tasks=(Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies")),
-        save_every=given.values["steps"], log_with="none", keep=1,
+        save_every=given.values["steps"], log_with="none", keep=1, baselines=False,
     )  # fmt: skip
     trained = _train(config, out / "runs")
     checkpoints = {

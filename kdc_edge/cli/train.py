@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from dataclasses import replace
 from functools import partial
@@ -47,8 +48,10 @@ def train(
     from kdc_edge.train.data.tasks import parse_tasks
     from kdc_edge.train.distributed import make_accelerator, on_main_process
     from kdc_edge.train.loop import Trainer
-    from kdc_edge.train.runs import begin_stage, continue_run
+    from kdc_edge.train.runs import begin_stage, continue_run, extend_run
 
+    given = _with_recipe(given, given.typed if resume or continue_from else given.named)
+    more = False  # steps for a run
     if resume and out is None and not LATEST.exists():
         raise InputError("there is no run to resume in runs/: start without --resume")
     run = out or (LATEST.resolve() if resume else new_run())
@@ -57,19 +60,22 @@ def train(
     if resume:  # a flag given by hand is refused later where it changes the run
         learnt: dict[str, Any] = {"tasks": parse_tasks(task or (), caption or ())} if "task" in given.typed else {}
         settings = given.change(given.kind.load(run), **learnt)
+        more = settings.steps > given.kind.load(run).steps
     elif continue_from:
         settings = _continued(given, continue_from, parse_tasks(task or (), caption or ()))
     else:
         if task is None:
             task = ["flowers=garden:flowers", "butterflies=garden:butterflies"]
             say(f"no task given{'' if config else ' and no kdc-edge.toml here'}: taking the garden, {' '.join(task)}")
+        given = _family_defaults(given)
         settings = given.make(tasks=parse_tasks(task, caption or ()))
         settings = replace(settings, **arguments(settings, _stage_defaults(given, settings)))
     settings = replace(settings, teacher=find_teacher(str(settings.teacher)))
     if dry_run:
         from kdc_edge.train.tools.plan import make_plan
 
-        typer.echo("\n".join(make_plan(settings).lines()))
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo("\n".join(make_plan(settings).lines()))
         return
     if benchmark:
         _benchmark(settings, benchmark)
@@ -78,12 +84,42 @@ def train(
         prepare = continue_run if task else begin_stage
         write_once = partial(on_main_process, make_accelerator(settings, run))
         settings, resume = prepare(continue_from, run, settings, write_once=write_once), True
+    if more:
+        accelerator = make_accelerator(settings, run)
+        accelerator.wait_for_everyone()  # all have seen that it is more before one writes
+        on_main_process(accelerator, lambda: extend_run(run, settings))
+        say(_said_of_more(settings))
     trainer = Trainer(settings, run, resume=resume, say=say)
     if trainer.view.is_main_process:
         _announce(trainer, run)
     _follow(trainer)
     if trainer.view.is_main_process:
         typer.echo(run / "checkpoint")
+
+
+def _with_recipe(given: Given[TrainConfig], named: frozenset[str]) -> Given[TrainConfig]:
+    """What is given, with the settings of the recipe, if it is named; a line says their source."""
+    from kdc_edge.train.recipes import find_recipe
+
+    if "recipe" not in named or given.values["recipe"] is None:
+        return given
+    recipe = find_recipe(given.values["recipe"])
+    say(f"recipe {recipe.name}: {recipe.source}")
+    return given.under(recipe.settings)
+
+
+def _family_defaults(given: Given[TrainConfig]) -> Given[TrainConfig]:
+    """What is given, with the defaults for students of this size; they are printed."""
+    from kdc_edge.presets import find_preset
+    from kdc_edge.train.recipes import FAMILY_DEFAULTS
+
+    if "recipe" in given.named or given.values["objective"] == "phased":
+        return given
+    family = find_preset(given.values["student"]).family
+    found = {name: value for name, value in FAMILY_DEFAULTS[family].items() if name not in given.named}
+    for name, value in found.items():
+        say(f"--{name.replace('_', '-')} {value}, for a student of this size")
+    return given.under(found)
 
 
 def _continued(given: Given[TrainConfig], run: Path, tasks: tuple[Task, ...]) -> TrainConfig:
@@ -105,6 +141,17 @@ def _continued(given: Given[TrainConfig], run: Path, tasks: tuple[Task, ...]) ->
         if s.of(settings) != s.of(saved):
             say(f"{s.option} {s.of(settings)} (the run had {s.of(saved)})")
     return settings
+
+
+def _said_of_more(settings: TrainConfig) -> str:
+    """Whether more steps end where a longer run would have."""
+    name, steps = settings.tasks[-1].name, settings.steps
+    if settings.schedule == "constant" and settings.warmup is not None:
+        return f"{name} goes on to step {steps}, as a run of {steps} steps would have"
+    return (
+        f"{name} goes on to step {steps} by the learning rates of a run of {steps} steps, which the steps so far did"
+        " not have: it ends elsewhere than that run (--schedule constant with a --warmup would not)"
+    )
 
 
 def _stage_defaults(given: Given[TrainConfig], settings: TrainConfig) -> dict[str, Any]:

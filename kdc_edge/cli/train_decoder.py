@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
-from kdc_edge.cli.project import RUNS, Config, need_training, say
+from kdc_edge.cli.project import RUNS, Config, need_training, run_of, say
 from kdc_edge.cli.settings import Given, flags
 from kdc_edge.errors import InputError
 from kdc_edge.train.config import DecoderConfig, TrainConfig
@@ -78,7 +78,7 @@ def _new(given: Given[DecoderConfig], folder: Path, task: list[str] | None, capt
     from kdc_edge.train.checkpoint import GARDEN_TEACHER
     from kdc_edge.train.data.tasks import parse_tasks
 
-    run = folder.parent if (folder.parent / "config.json").is_file() else None
+    run = run_of(folder)
     if task is None and run is None and folder != GARDEN_TEACHER:
         raise InputError("this checkpoint belongs to no run: say what to decode, e.g. --task flowers=garden:flowers")
     tasks = TrainConfig.load(run).tasks if task is None and run else parse_tasks(task or GARDEN, caption or ())

@@ -13,16 +13,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from kdc_edge.cli.project import find_checkpoint, run_of
+from kdc_edge.cli.train import _said_of_more
+from kdc_edge.diffusers_folder import read_model, training_note
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.train.data.batch import Batch
 from kdc_edge.train.data.tasks import parse_task
 from kdc_edge.train.loop import StepDone, Trainer
 from kdc_edge.train.quality.evaluation_set import EvaluationSet
 from kdc_edge.train.quality.metrics import ImageMetrics
-from kdc_edge.train.runs import continue_run, list_states
-from tests.cli.test_commands import run
-from tests.train.test_loop import TASKS, config, weights
+from kdc_edge.train.runs import continue_run, list_states, load_state
+from tests.cli.test_commands import complaint, run
+from tests.train.test_loop import TASKS, config, logged, weights
 from tests.train.test_sources import class_folders
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
 def finish(trainer: Trainer) -> list[StepDone]:
@@ -52,6 +57,48 @@ def test_a_continued_run_is_the_run_that_had_all_tasks_from_the_start(first: Pat
     assert "## Trained on\n\n1. flowers: `garden:flowers`\n2. butterflies:" in (
         tmp_path / "then" / "checkpoint" / "README.md"
     ).read_text("utf-8")
+
+
+def test_more_steps_end_with_the_weights_of_a_run_that_asked_for_them(tmp_path: Path) -> None:
+    """With a rate that does not depend on their number; replay, scores and log are that run's too."""
+    steady = config(tasks=TASKS[:1], steps=2, schedule="constant", warmup=1)
+    finish(Trainer(steady, tmp_path / "run"))
+    finish(Trainer(replace(steady, steps=3), tmp_path / "whole"))
+    again = "train", "--resume", "--out", tmp_path / "run"
+    assert "--steps is 1 and the run was started with 2" in complaint(*again, "--steps", 1, cwd=tmp_path)
+    assert "--seed is 5" in complaint(*again, "--steps", 3, "--seed", 5, cwd=tmp_path)
+    done = run(*again, "--steps", 3, cwd=tmp_path)
+    assert "flowers goes on to step 3, as a run of 3 steps would have" in done.stderr
+    found = weights(tmp_path / "run")
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights(tmp_path / "whole").items())
+    curves = [[record["losses"] for record in logged(tmp_path / name)] for name in ("run", "whole")]
+    assert curves[0] == curves[1]
+    states = [load_state(tmp_path / name) for name in ("run", "whole")]
+    assert states[0][0] == states[1][0]
+    assert torch.equal(states[0][2].keys, states[1][2].keys)
+    results = [(tmp_path / name / "results.json").read_text("utf-8") for name in ("run", "whole")]
+    assert results[0] == results[1]
+    assert "goes on to step 4 by the learning rates" in _said_of_more(config(steps=4))
+
+
+def test_a_checkpoint_of_every_task_and_of_a_run_that_goes_on(first: Path, tmp_path: Path) -> None:
+    joined = continue_run(first, tmp_path / "run", config(tasks=TASKS[1:]))
+    trainer = Trainer(joined, tmp_path / "run", resume=True)
+    events = trainer.run()
+    next(events)
+    kept = find_checkpoint(tmp_path / "run", "flowers")
+    assert kept == tmp_path / "run" / "checkpoints" / "flowers"
+    assert run_of(kept) == tmp_path / "run"
+    assert all(torch.equal(weights(first)[name], t) for name, t in load_file(kept / UNET).items())
+    with pytest.raises(InputError, match="no checkpoint of --task butterflies: it has flowers"):
+        find_checkpoint(tmp_path / "run", "butterflies")
+    next(events)
+    trainer.save()
+    found = find_checkpoint(tmp_path / "run")
+    assert training_note(found) == "step 5 of 6, task butterflies; the run was not finished"
+    average = trainer.unet().state_dict()
+    assert all(torch.equal(average[name], t) for name, t in load_file(found / UNET).items())
+    assert read_model(found).preset == "garden-student"
 
 
 def test_what_cannot_be_continued_is_named(first: Path, tmp_path: Path) -> None:

@@ -10,13 +10,17 @@ What has to be converted is converted in strips, so that an image is in memory t
 from __future__ import annotations
 
 import io
+import random
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin
+
+Crop = Literal["center", "random"]  # of the square that an image is cut to
 
 MAX_PIXELS = 100_000_000  # more is a mistake or a decompression bomb
 MAX_BYTES = 2**28  # as the file has its samples: 67 million pixels of RGBA, half as many with 16 bits a channel
@@ -35,20 +39,24 @@ class LeftOut(Exception):
     reason: str
 
 
-def read_image(content: Path | bytes | Image.Image, *, size: int, name: str = "") -> np.ndarray:
+def read_image(
+    content: Path | bytes | Image.Image, *, size: int, name: str = "", crop: Crop = "center", seed: int = 0
+) -> np.ndarray:
     """An image's middle square, reduced or enlarged to `size` pixels a side: uint8 (size, size, 3).
 
+    A random square's place depends on `name` and `seed`.
     Raises LeftOut for an image that cannot be used.
     """
     name = name or str(content)[:200]
+    place = random.Random(f"{seed} {name}").random() if crop == "random" else 0.5
     try:
         with warnings.catch_warnings():  # Pillow warns of odd metadata, and of bombs, which are refused below
             warnings.simplefilter("ignore")
             if isinstance(content, Image.Image):
-                return _square(content, size, name)
+                return _square(content, size, name, place)
             opened = io.BytesIO(content) if isinstance(content, bytes) else content
             with Image.open(opened, formats=FORMATS) as image:
-                return _square(image, size, name)
+                return _square(image, size, name, place)
     except LeftOut:
         raise
     except Image.DecompressionBombError:
@@ -59,7 +67,7 @@ def read_image(content: Path | bytes | Image.Image, *, size: int, name: str = ""
         raise LeftOut(name, "cannot be read as an image") from None
 
 
-def _square(image: Image.Image, size: int, name: str) -> np.ndarray:
+def _square(image: Image.Image, size: int, name: str, place: float) -> np.ndarray:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise LeftOut(name, f"more than {MAX_PIXELS // 10**6} million pixels")
@@ -68,7 +76,7 @@ def _square(image: Image.Image, size: int, name: str) -> np.ndarray:
     if min(width, height) * ENLARGED_AT_MOST < size:
         raise LeftOut(name, f"smaller than {-(-size // ENLARGED_AT_MOST)} pixels")
     ImageOps.exif_transpose(image, in_place=True)
-    square = ImageOps.fit(_to_rgb(image), (size, size), Image.Resampling.LANCZOS)
+    square = ImageOps.fit(_to_rgb(image), (size, size), Image.Resampling.LANCZOS, centering=(place, place))
     return np.array(square)  # a copy that may be written to
 
 

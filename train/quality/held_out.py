@@ -91,12 +91,12 @@ class Evaluator:
         teacher_images = None
         if self.metrics.has_lpips and not asked.scenes:
             teacher_images = self.teacher.generator(self.teacher.unet)(asked.prompts, seed=EVALUATION_NOISE)
-        loss = self._held_out_loss(network, found.latents)
-        return score_images(images, asked, self.metrics, paired=teacher_images, loss=loss)
+        losses = self._held_out_losses(network, found.latents)
+        return score_images(images, asked, self.metrics, paired=teacher_images, losses=losses)
 
     @torch.no_grad()
-    def _held_out_loss(self, network: nn.Module, latents: Latents) -> float:
-        """The denoising loss on a task's test part (or training part, where it has no other), noise fixed."""
+    def _held_out_losses(self, network: nn.Module, latents: Latents) -> list[float]:
+        """The denoising loss of each image of a task's test part (or training part), noise fixed."""
         device, schedule = self.teacher.device, self.teacher.schedule
         alphas_cumprod = torch.tensor(schedule.alphas_cumprod, dtype=torch.float32).to(device)
         generator, losses = torch.Generator().manual_seed(EVALUATION_NOISE), []
@@ -111,4 +111,4 @@ class Evaluator:
             with self.accelerator.autocast():
                 pred = network(noisy, batch.timestep, text).sample
             losses.append(mean_squared_error(pred.float(), target).mean().item())
-        return sum(losses) / len(losses)
+        return losses

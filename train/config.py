@@ -86,9 +86,7 @@ class TrainConfig(TaskConfig):
     resolution: int | None = setting(None, "Image side in pixels; the teacher's by default.", "Data", ge=1)
     crop: Literal["center", "random"] = setting("center", "Square that an image is cut to.", "Data")
     noise_offset: float = setting(0.0, "Offset noise: a share of noise that is one for a channel.", "Data", ge=0, lt=1)
-    sampling: Literal["replacement", "epochs"] = setting(
-        "replacement", "How new samples are drawn: each from all, or every one once an epoch.", "Data"
-    )
+    epochs: bool = setting(False, "Draw every new sample once an epoch, instead of each from all.", "Data")
     caption_dropout: float = setting(0.1, "Share of captions emptied, for guidance.", "Data", ge=0, lt=1)
     cache: Path | None = setting(None, "Folder of encoded latents; the run's own by default.", "Data", free=True)
 

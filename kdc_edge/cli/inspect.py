@@ -54,6 +54,8 @@ def info(
         for check in manifest.parity.checks if manifest.parity else ():
             facts[f"parity {check.what}"] = check.text
         facts["proved by"] = manifest.parity.conditions if manifest.parity else "no proof: --no-verify was given"
+        if manifest.provenance.training:
+            facts["training"] = manifest.provenance.training
         facts["made by"] = manifest.provenance.command
     if as_json:
         typer.echo(json.dumps(facts, indent=2))

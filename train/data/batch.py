@@ -56,7 +56,7 @@ def draw_batch(
     draws is part of exact resume.
     """
     old = _replayed_count(config, generator) if len(replay) else 0
-    if config.sampling == "epochs":
+    if config.epochs:
         new = epoch_samples(len(latents), drawn, config.batch_size - old, seed=config.seed)
     else:
         new = torch.randint(len(latents), (config.batch_size - old,), generator=generator)

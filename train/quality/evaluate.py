@@ -206,7 +206,7 @@ def score_images(
         right = judge.right(images, asked.scenes)
         found, by_image = shares(right), tuple(right.mean(0).tolist())
         values |= {"prompt_accuracy": float(np.mean([found[n] for n in LABELS])), "exact": found["all"]}
-        errors |= {"prompt_accuracy": standard_error(right.mean(0)), "exact": standard_error(right.all(0))}
+        errors |= {"prompt_accuracy": standard_error(right.mean(0)), "exact": standard_error(np.asarray(right.all(0)))}
         if asked.references is not None:
             ours, theirs = judge.features(images), judge.features(asked.references)
             values |= {"judge_frechet": frechet_distance(ours, theirs), "judge_kernel": kernel_distance(ours, theirs)}

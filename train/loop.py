@@ -141,9 +141,9 @@ class Trainer:
         """Refuse a folder that is not this run's; a run that was killed before its first state starts again."""
         path = self.run_folder / "config.json"
         if resume and self.accelerator.is_main_process:  # what a kill in the middle of a write left
-            for half in self.run_folder.glob(".*.part-*"):
+            for half in (*self.run_folder.glob(".*.part-*"), *(self.run_folder / CHECKPOINTS).glob(".*.part-*")):
                 shutil.rmtree(half)
-            for half in self.run_folder.glob(".config.json.*"):
+            for half in self.run_folder.glob(".*.json.*"):
                 half.unlink()
         if resume and path.is_file():
             check_same(self.config, read_json(path, KdcError))

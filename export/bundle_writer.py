@@ -32,7 +32,7 @@ from kdc_edge.bundle import (
     write_manifest,
 )
 from kdc_edge.checkpoints.assemble import read_sources
-from kdc_edge.diffusers_folder import TINY_VAE, hash_checkpoint, read_model
+from kdc_edge.diffusers_folder import TINY_VAE, hash_checkpoint, read_model, training_note
 from kdc_edge.errors import BundleError, CheckpointError, ParityError
 from kdc_edge.export.calibration import Calibration, calibrate
 from kdc_edge.export.components import ExportComponent, describe, load_component
@@ -90,8 +90,7 @@ def write_bundle(
         copy_configs(checkpoint, folder, sources)
         copy_tokenizer(checkpoint / "tokenizer", folder / "tokenizer")
         components: dict[ComponentName, ComponentInfo] = {
-            name: _write_component(request, name, folder, write, interface)
-            for name in sources
+            name: _write_component(request, name, folder, write, interface) for name in sources
         }
         with request.stage("writing the bundle's other files"):
             own_checks = (finish(folder) if finish else None) or ()
@@ -107,6 +106,7 @@ def write_bundle(
             provenance=Provenance(
                 checkpoint=label(checkpoint),
                 checkpoint_sha256=checkpoint_sha256,
+                training=training_note(checkpoint),
                 decoder=request.decoder and label(request.decoder),
                 decoder_sha256=request.decoder and hash_checkpoint(request.decoder),
                 sources=read_sources(checkpoint),

@@ -40,7 +40,7 @@ def quickstart(
 
     config = given.make(
         teacher=GARDEN_TEACHER, tasks=(Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies")),
-        save_every=given.values["steps"], log_with="none", keep=1,
+        save_every=given.values["steps"], log_with="none", keep=1, baselines=False,
     )  # fmt: skip
     with atomic_folder(out) as work:
         _make(config, work, out, repeats)

@@ -7,13 +7,17 @@ What is handled and what is left out: kdc_edge/image_files.py; and images that a
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from kdc_edge.image_files import BadImage, decode
+
+Crop = Literal["center", "random"]  # of the square that an image is cut to
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 PICKLES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".npy", ".npz", ".bin", ".ckpt"})
@@ -28,9 +32,12 @@ class LeftOut(Exception):
     reason: str
 
 
-def read_image(content: Path | bytes | Image.Image, *, size: int, name: str = "") -> np.ndarray:
+def read_image(
+    content: Path | bytes | Image.Image, *, size: int, name: str = "", crop: Crop = "center", seed: int = 0
+) -> np.ndarray:
     """An image's middle square, reduced or enlarged to `size` pixels a side: uint8 (size, size, 3).
 
+    A random square's place depends on `name` and `seed`.
     Raises LeftOut for an image that cannot be used.
     """
 
@@ -38,8 +45,12 @@ def read_image(content: Path | bytes | Image.Image, *, size: int, name: str = ""
         if min(sides) * ENLARGED_AT_MOST < size:
             raise BadImage(f"smaller than {-(-size // ENLARGED_AT_MOST)} pixels")
 
+    name = name or str(content)[:200]
+    place = random.Random(f"{seed} {name}").random() if crop == "random" else 0.5
     try:
         image = decode(content, check)
     except BadImage as bad:
-        raise LeftOut(name or str(content)[:200], str(bad)) from None
-    return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))  # a copy that may be written to
+        raise LeftOut(name, str(bad)) from None
+    return np.array(
+        ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS, centering=(place, place))
+    )  # a copy that may be written to

@@ -13,7 +13,7 @@ import datetime
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from kdc_edge.bundle import (
@@ -32,10 +32,11 @@ from kdc_edge.bundle import (
     write_manifest,
 )
 from kdc_edge.checkpoints.assemble import read_sources
-from kdc_edge.diffusers_folder import TINY_VAE, hash_checkpoint, read_model
+from kdc_edge.diffusers_folder import TINY_VAE, hash_checkpoint, read_model, training_note
 from kdc_edge.errors import BundleError, CheckpointError, ParityError
 from kdc_edge.export.calibration import Calibration, calibrate
 from kdc_edge.export.components import ExportComponent, describe, load_component
+from kdc_edge.export.optional import prove_optional
 from kdc_edge.export.parity import check_parity, images_of
 from kdc_edge.export.targets import ExportRequest
 from kdc_edge.files import atomic_folder, read_json
@@ -44,6 +45,7 @@ from kdc_edge.hardware import package_versions
 from kdc_edge.hub import label
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.prompts import own_prompts
+from kdc_edge.runtimes.torch import load_network
 from kdc_edge.tokenizer import write_vocabulary
 
 Write = Callable[[ExportComponent, Path], list[str]]
@@ -56,6 +58,7 @@ PACKAGES = (
 )  # fmt: skip
 # A component's folder in the bundle <- its network's folder in the checkpoint.
 SOURCES: dict[ComponentName, str] = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae"}
+OPTIONAL_SOURCES: dict[ComponentName, str] = {"vae_encoder": "vae"}
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -79,12 +82,15 @@ def write_bundle(
     """
     checkpoint, out, row = request.checkpoint, request.out, request.format
     model = read_model(checkpoint)
+    sources = SOURCES | {name: OPTIONAL_SOURCES[name] for name in OPTIONAL_SOURCES if name in request.extra}
+    if "vae_encoder" in request.extra:
+        load_network(checkpoint, "vae_encoder")  # refuses a VAE without one, before the work
     NoiseSchedule.from_config(model.scheduler)  # refuses a schedule that no sampler has, before the work
     with atomic_folder(out, marker=MANIFEST) as folder:
-        copy_configs(checkpoint, folder)
+        copy_configs(checkpoint, folder, sources)
         copy_tokenizer(checkpoint / "tokenizer", folder / "tokenizer")
         components: dict[ComponentName, ComponentInfo] = {
-            name: _write_component(request, name, folder, write, interface) for name in SOURCES
+            name: _write_component(request, name, folder, write, interface) for name in sources
         }
         with request.stage("writing the bundle's other files"):
             own_checks = (finish(folder) if finish else None) or ()
@@ -100,6 +106,7 @@ def write_bundle(
             provenance=Provenance(
                 checkpoint=label(checkpoint),
                 checkpoint_sha256=checkpoint_sha256,
+                training=training_note(checkpoint),
                 decoder=request.decoder and label(request.decoder),
                 decoder_sha256=request.decoder and hash_checkpoint(request.decoder),
                 sources=read_sources(checkpoint),
@@ -112,7 +119,8 @@ def write_bundle(
             with unproved(folder, manifest):
                 prompts = request.prompts or spread(own_prompts(checkpoint), images_of(model))
                 parity = check_parity(checkpoint, folder, row, prompts, request.decoder, request.stage)
-            parity = parity.model_copy(update={"checks": [*parity.checks, *own_checks]})
+                optional = prove_optional(checkpoint, folder, row, request.extra)
+            parity = parity.model_copy(update={"checks": [*parity.checks, *optional, *own_checks]})
             _demand(parity, row)
             manifest = manifest.model_copy(update={"parity": parity})
         write_manifest(folder, manifest)  # the last file: what has none is no bundle
@@ -147,14 +155,14 @@ def _write_component(
     return ComponentInfo(files=files, class_name=part.class_name, inputs=inputs, outputs=outputs)
 
 
-def copy_configs(checkpoint: Path, folder: Path) -> None:
+def copy_configs(checkpoint: Path, folder: Path, sources: Mapping[ComponentName, str] = SOURCES) -> None:
     """model_index.json, the scheduler's and each component's config, as optimum's pipelines read them.
 
     Every decoder has AutoencoderKL's interface, and openvino_genai wants to read that name; the manifest has the class.
     """
     index = read_json(checkpoint / "model_index.json", CheckpointError) | {"vae": ["diffusers", "AutoencoderKL"]}
     _write_json(folder / "model_index.json", index | {k: [None, None] for k in NOT_EXPORTED if k in index})
-    paths = [(f"{source}/config.json", f"{name}/config.json") for name, source in SOURCES.items()]
+    paths = [(f"{source}/config.json", f"{name}/config.json") for name, source in sources.items()]
     for source, target in [*paths, ("scheduler/scheduler_config.json", "scheduler/scheduler_config.json")]:
         config = read_json(checkpoint / source, CheckpointError)
         config.pop("_name_or_path", None)  # a path of this machine

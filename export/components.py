@@ -1,4 +1,4 @@
-"""The three networks as exportable modules, with inputs and outputs described as in optimum.
+"""The networks as exportable modules, with inputs and outputs described as in optimum.
 
     part = load_component(Path("runs/latest/checkpoint"), "unet")
     part.config.input_shapes, part.config.output_shapes         # {"sample": ("batch_size", 4, ...), ...}
@@ -69,6 +69,19 @@ class VaeDecoder(nn.Module):
 
     def forward(self, latent_sample: Tensor) -> Tensor:
         found: Tensor = self.vae.decode(latent_sample, return_dict=False)[0]
+        return found
+
+
+class VaeEncoder(nn.Module):
+    """Images (B, 3, 8h, 8w) in [-1, 1] -> mean and log variance of their latents (B, 2C, h, w), not yet scaled."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        network.decoder = network.post_quant_conv = None  # the half that is not exported gives its memory back
+        self.vae = network
+
+    def forward(self, sample: Tensor) -> Tensor:
+        found: Tensor = self.vae.encode(sample, return_dict=False)[0].parameters
         return found
 
 
@@ -204,6 +217,23 @@ class VaeDecoderConfig(ComponentConfig):
         return {"sample": ("batch_size", self._config.out_channels, "height", "width")}
 
 
+class VaeEncoderConfig(ComponentConfig):
+    NORMALIZED_CONFIG_CLASS = NormalizedConfig.with_args(num_channels="in_channels", allow_new=True)
+    DUMMY_INPUT_GENERATOR_CLASSES = (DummyVisionInputGenerator,)
+
+    @property
+    def size_unit(self) -> int:
+        return int(2 ** (len(self._config.block_out_channels) - 1))  # pixels a latent, each way
+
+    @property
+    def input_shapes(self) -> Shapes:
+        return {"sample": ("batch_size", self._config.in_channels, "height", "width")}
+
+    @property
+    def output_shapes(self) -> Shapes:
+        return {"latent_parameters": ("batch_size", 2 * self._config.latent_channels, "latent_height", "latent_width")}
+
+
 @dataclass(frozen=True)
 class ExportComponent:
     """A network, ready for any target."""
@@ -218,6 +248,7 @@ _KINDS = {
     "text_encoder": (TextEncoder, TextEncoderConfig),
     "unet": (UNet, UNetConfig),
     "vae_decoder": (VaeDecoder, VaeDecoderConfig),
+    "vae_encoder": (VaeEncoder, VaeEncoderConfig),
 }
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from kdc_edge.components import OPTIONAL
 from kdc_edge.errors import InputError, unknown_choice
 from kdc_edge.formats import Format, find_format
 
@@ -39,11 +40,14 @@ class ExportRequest:
     calibration_prompts: Sequence[str] | None = None  # None: the training captions
     calibration_samples: int | None = None  # U-Net calls; None: the target's default
     decoder: Path | None = None  # folder of a small decoder that replaces the checkpoint's
+    extra: Sequence[str] = ()  # optional components
     command: str | None = None  # for the record
     tell: Callable[[str], None] = lambda _: None  # gets decisions, a line each
     stage: Stage = lambda _: nullcontext()  # gets what runs now, and holds as long as it runs
 
     def __post_init__(self) -> None:
+        if unknown := [name for name in self.extra if name not in OPTIONAL]:
+            raise InputError(f"--with {unknown[0]!r:.80} is unknown: choose from {', '.join(OPTIONAL)}")
         calibration = (self.calibration_prompts, self.calibration_samples)
         if calibration != (None, None) and not self.format.calibrated:
             raise InputError(

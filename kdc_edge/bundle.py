@@ -153,6 +153,7 @@ class Source(_Record):
 class Provenance(_Record):
     checkpoint: Text  # name of the source folder
     checkpoint_sha256: Sha256
+    training: Text | None = None  # what a checkpoint of an unfinished run says of itself
     decoder: Text | None = None  # name of the small decoder's folder, where one took the place of the checkpoint's
     decoder_sha256: Sha256 | None = None
     sources: list[Source] = Field(default=[], max_length=100)  # where the checkpoint was assembled from other files

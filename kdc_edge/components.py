@@ -1,10 +1,11 @@
-"""The three networks behind a pipeline, as an engine offers them: a call, and what else some engines can do.
+"""The networks behind a pipeline, as an engine offers them: a call, and what else some engines can do.
 
 | component | inputs | output |
 |---|---|---|
 | text_encoder | input_ids int (B, 77) | text embeddings float32 (B, 77, D) |
 | unet | sample float32 (B, 4, h, w), timestep (1,), encoder_hidden_states (B, 77, D) | noise float32 (B, 4, h, w) |
 | vae_decoder | latent_sample float32 (1, 4, h, w), scaled | image float32 (1, 3, 8h, 8w) in [-1, 1] |
+| vae_encoder, optional | sample float32 (1, 3, 8h, 8w) in [-1, 1] | mean and log variance float32 (1, 8, h, w) |
 
 Optional abilities are protocols of their own; a pipeline asks `isinstance(component, SupportsPrepare)`.
 """
@@ -13,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
+OPTIONAL = ("vae_encoder",)  # exported where --with asks for them
 Shapes = Mapping[str, tuple[int, ...]]  # of a network's inputs, by name; -1 for a size that the network has fixed
 
 

@@ -34,6 +34,7 @@ PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
 SAMPLING_FILE = "sampling.json"  # of a few-step student: kdc_edge.bundle.Sampling
 SOURCES_FILE = "sources.json"  # the files that its weights come from: kdc_edge.bundle.Source
 RANDOM_WEIGHTS = "_random_weights"  # in model_index.json; diffusers skips names that begin so
+TRAINING_FILE = "training.json"  # {"note": TEXT}, of a checkpoint from a run that was not finished
 PROMPTS_FILE = "prompts.txt"  # captions that it was trained on, one a line: what to calibrate and prove it with
 PIPELINES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline", "StableDiffusionImg2ImgPipeline")
 # Settings of a U-Net that are null in every model that is used here, and what they make it.
@@ -292,6 +293,12 @@ def read_header(path: Path) -> tuple[Mapping[str, list[int]], Mapping[str, objec
         return {name: info["shape"] for name, info in tensors.items()}, metadata if isinstance(metadata, dict) else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no safetensors file: {one_line(error)}") from None
+
+
+def training_note(folder: Path) -> str | None:
+    """What a checkpoint of an unfinished run says of itself; None of any other."""
+    path = folder / TRAINING_FILE
+    return str(read_json(path, CheckpointError).get("note"))[:200] if path.is_file() else None
 
 
 def hash_checkpoint(folder: Path) -> str:

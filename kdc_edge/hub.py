@@ -125,7 +125,7 @@ def push(
         raise InputError(f"{name!r:.200} names no repository: use OWNER/NAME")
     files = files_to_push(folder)
     hub = require("huggingface_hub", extra="hub", purpose="kdc-edge push")
-    with _explained(hub, name):
+    with _explained(name):
         if hub.get_token() is None:
             raise HubError("there is no token for the hub: log in with hf auth login, or set HF_TOKEN")
         api = hub.HfApi(library_name="kdc-edge")
@@ -172,25 +172,29 @@ def _download(
     hub: ModuleType, name: str, revision: str | None, patterns: Sequence[str], ignored: Sequence[str] = ()
 ) -> Path:
     """The snapshot's folder with the files of these patterns, from the cache where the hub cannot be reached."""
-    with _explained(hub, name if revision is None else f"{name}@{revision}"):
+    with _explained(name if revision is None else f"{name}@{revision}"):
         return Path(
             hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(ignored))
         )
 
 
 @contextmanager
-def _explained(hub: ModuleType, name: str) -> Iterator[None]:
+def _explained(name: str) -> Iterator[None]:
     """What the library raises, as a HubError with one line; it has a dozen kinds."""
     try:
         yield
     except HubError:
         raise
     except Exception as error:
-        raise HubError(f"{PREFIX}{name}: {_reason(hub, error)}") from None
+        raise HubError(f"{PREFIX}{name}: {_reason(error)}") from None
 
 
-def _reason(hub: ModuleType, error: Exception) -> str:
-    errors, status = hub.errors, getattr(getattr(error, "response", None), "status_code", None)
+def _reason(error: Exception) -> str:
+    from huggingface_hub import constants, errors  # the package does not import its parts by itself
+
+    while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # "Error while uploading"
+    status = getattr(getattr(error, "response", None), "status_code", None)
     login = "log in with hf auth login, or set HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
         return f"access to it must be granted: ask for it on its page, then {login}"
@@ -199,7 +203,7 @@ def _reason(hub: ModuleType, error: Exception) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"no such repository, or a private one: check the name, or {login}"
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        if hub.constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE:
             return "it is not in the cache, not all of it, and HF_HUB_OFFLINE is set: fetch it once without"
         return "it is not in the cache and the hub cannot be reached: check the network and HF_ENDPOINT"
     if status in (401, 403):

@@ -40,8 +40,8 @@ def make_card(
         read_model(folder)
         written = _own_card(folder)
         own_header = HEADER.match(written)
-        found = BASE_MODEL.search(own_header.group(1)) if own_header else None
-        base_model = base_model or (hub_id(found.group(1)) if found else None)
+        found = BASE_MODEL.search(own_header[1]) if own_header else None
+        base_model = base_model or (hub_id(found[1]) if found else None)
         body = HEADER.sub("", written, count=1).strip() or f"# {_title(name)}\n\nA checkpoint of Stable Diffusion."
         tags = ["stable-diffusion", "kdc-edge"]
         return _header("diffusers", tags, licence, base_model) + body + _section("Measured on devices", measurements)

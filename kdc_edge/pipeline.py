@@ -1,11 +1,11 @@
-"""Text to image: prompt -> tokens -> text embeddings -> latents -> image, as a generator of steps.
+"""Text (and image) to image: prompt -> tokens -> text embeddings -> latents -> image, as a generator of steps.
 
     pipeline = open_pipeline("bundles/onnx-fp16")                    # kdc_edge.runtimes
     for progress in pipeline.run(Request("a red flower", seed=1)):
         print(progress.stage, progress.step, progress.steps)
     image = progress.pixels                                          # uint8 (H, W, 3)
 
-Consumers draw progress, preview, time, or stop. An engine gives the three components (components.py); everything
+Consumers draw progress, preview, time, or stop. An engine gives the components (components.py); everything
 between them is numpy. Several requests at once are a batch: each image equals the one that its request makes alone,
 but for rounding.
 """
@@ -14,22 +14,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
 import psutil
 
 from kdc_edge.bundle import Model
-from kdc_edge.components import COMPONENTS, Component, Shapes, SupportsPrepare, SupportsStart
+from kdc_edge.components import COMPONENTS, OPTIONAL, Component, Shapes, SupportsPrepare, SupportsStart
+from kdc_edge.editing import ENCODER, Begin, Edit, check_edits, encode_edits, read_edit, require_encoder
 from kdc_edge.errors import InputError, KdcError, unknown_choice
 from kdc_edge.hardware import free_memory_bytes
 from kdc_edge.image import to_pixels
+from kdc_edge.image_files import ImageLike
 from kdc_edge.noise import NormalStreams
+from kdc_edge.prompt_weights import MAX_CHUNKS, Tokens, plain, weighted
 from kdc_edge.samplers import DEFAULT_SAMPLER, SAMPLERS, NoiseSchedule, make_sampler, sampler_for
 from kdc_edge.text import megabytes
 from kdc_edge.tokenizer import Tokenizer
 
-Stage = Literal["load", "compile", "tokenize", "text_encoder", "unet", "scheduler", "vae_decoder"]
+Stage = Literal["load", "compile", "tokenize", "text_encoder", "vae_encoder", "unet", "scheduler", "vae_decoder"]
 GuidanceMode = Literal["batched", "sequential"]
 MAX_SIDE = 4096  # pixels
 MAX_BATCH = 16  # images
@@ -58,6 +62,9 @@ class Request:
     width: int | None = None  # pixels; the model's own size when None
     height: int | None = None
     latents: np.ndarray | None = None  # unit normal (1, C, h, w); drawn from the seed when None
+    edit: Edit | None = None  # an image to begin with, and perhaps a mask
+    # Read brackets as weights, and what is longer than one prompt's tokens in chunks (prompt_weights.py).
+    weighted: bool = False
 
     def guided(self, step: int, steps: int) -> bool:
         """Is this step, counted from 0, one of those with guidance?"""
@@ -70,6 +77,11 @@ class Request:
         if self.guidance_mode is None:
             return self.guidance_interval == (0.0, 1.0)
         return self.guidance_mode == "batched"
+
+    @property
+    def skipped(self) -> int:
+        """The first steps, which are left out where there is an image to begin with."""
+        return 0 if self.edit is None else self.edit.skipped(self.steps)
 
     @property
     def conditions(self) -> str:
@@ -100,7 +112,9 @@ class Pipeline:
         *,
         max_batch: int = MAX_BATCH,  # images that `batches` puts together at most
         decoder_batch: int = 1,  # images in one call of the decoder; an exported one takes 1
+        max_chunks: int = MAX_CHUNKS,  # of a prompt; 1 where the U-Net's text length is fixed
     ) -> None:
+        self.max_chunks = max_chunks
         self.model = model
         self.tokenizer = tokenizer
         self.components = components
@@ -112,34 +126,52 @@ class Pipeline:
         """Make the images of one batch, yielding after each stage.
 
         A step yields twice, after the U-Net and after the scheduler; the decoder yields after each image. Requests
-        of a batch differ in prompt, negative prompt, seed and latents only. Raises InputError as `check` does.
+        of a batch differ in prompt, negative prompt, seed, latents, image and mask only. Raises InputError as `check`
+        does.
         """
         self.check(*requests)
+        if len(self._lengths(requests)) > 1:
+            raise InputError("prompts of one batch need equally many chunks of 75 tokens: make these one by one")
         request, count = requests[0], len(requests)
         noise = NormalStreams([r.seed for r in requests])
+        edits = [r.edit for r in requests if r.edit is not None]
+        drawn = noise.draw((count, *self.latent_shape(request)[1:])) if edits else None
         latents = self._initial_latents(requests, noise)  # (B, C, h, w)
+        if edits and edits[0].mask is not None:
+            noise.draw(latents.shape)  # diffusers encodes the image without its masked part too, and drops it
         sampler = make_sampler(request.sampler, self.schedule, request.steps, noise=noise)
+        sampler.skip(request.skipped)
 
-        input_ids = self._tokenize(requests)  # (B or 2B, 77)
+        tokens = self._tokenize(requests)  # of B or 2B texts
         yield Progress("tokenize", 1, 1)
         if isinstance(self.components, SupportsStart):
-            self.components.start("unet", self._shapes(requests, input_ids)["unet"])
-        hidden = self.components["text_encoder"](input_ids=input_ids)  # (B or 2B, 77, D)
+            self.components.start("unet", self._shapes(requests, tokens)["unet"])
+        hidden = tokens.join(self.components["text_encoder"](input_ids=tokens.ids))  # (B or 2B, 77, D)
         yield Progress("text_encoder", 1, 1)
 
-        latents = latents * np.float32(sampler.init_noise_sigma)
+        begin: Begin | None = None
+        if drawn is not None:
+            begin = encode_edits(
+                self.components[ENCODER], edits, drawn=drawn, noise=latents, scaling_factor=self.model.scaling_factor
+            )
+            yield Progress("vae_encoder", 1, 1)
+        latents = begin.start(sampler) if begin else latents * np.float32(sampler.init_noise_sigma)
         unet, steps = self.components["unet"], len(sampler.timesteps)
-        for i, timestep in enumerate(sampler.timesteps):
+        for i in range(sampler.first, steps):
+            timestep = int(sampler.timesteps[i])
+            at = partial(Progress, step=i + 1 - sampler.first, steps=steps - sampler.first, timestep=timestep)
             sample = sampler.scale_model_input(latents, i)
             if request.guided(i, steps):
-                cond, uncond = _predict_both(unet, sample, int(timestep), hidden, batched=request.batched)
-                yield Progress("unet", i + 1, steps, timestep=int(timestep))
+                cond, uncond = _predict_both(unet, sample, timestep, hidden, batched=request.batched)
+                yield at("unet")
                 noise_pred = guided(cond, uncond, float(request.guidance))
             else:
-                noise_pred = _predict(unet, sample, int(timestep), hidden[:count])
-                yield Progress("unet", i + 1, steps, timestep=int(timestep))
+                noise_pred = _predict(unet, sample, timestep, hidden[:count])
+                yield at("unet")
             latents = sampler.step(noise_pred, i, latents)
-            yield Progress("scheduler", i + 1, steps, timestep=int(timestep), latents=latents)
+            if begin is not None:
+                latents = begin.hold(latents, sampler, i)
+            yield at("scheduler", latents=latents)
         del unet  # a pipeline that is short of memory drops it before it loads the decoder
 
         decoder, latents = self.components["vae_decoder"], latents / np.float32(self.model.scaling_factor)
@@ -168,6 +200,8 @@ class Pipeline:
         _, _, height, width = self.latent_shape(requests[0])
         # An upper bound: attention matrices at full resolution, both halves of the guidance, fp32.
         bytes_an_image = 2 * ATTENTION_HEADS * (height * width) ** 2 * 4
+        if len(self._lengths(requests)) > 1:
+            return [[request] for request in requests]  # padded to one length, a prompt would make another image
         most = min(self.max_batch, psutil.virtual_memory().available // 2 // bytes_an_image, len(requests))
         size = next((n for n in range(most, 0, -1) if len(requests) % n == 0), 1)
         return [requests[start : start + size] for start in range(0, len(requests), size)]
@@ -179,24 +213,30 @@ class Pipeline:
         """
         self.check(request)
         wanted = self._shapes([request], self._tokenize([request]))
-        for i, name in enumerate(COMPONENTS, 1):
+        names = [name for name in (*COMPONENTS, *OPTIONAL) if name in wanted]
+        for i, name in enumerate(names, 1):
             component = self.components[name]
-            yield Progress("load", i, 3)
+            yield Progress("load", i, len(names))
             if not isinstance(component, SupportsPrepare):
                 continue
             for inputs in wanted[name]:
                 component.prepare(inputs)
-            yield Progress("compile", i, 3)
+            yield Progress("compile", i, len(names))
 
     def check(self, *requests: Request) -> None:
         """Raise InputError for what cannot be made, or not in one batch, before any work."""
         if not requests:
             raise InputError("no image is asked for: give at least one prompt")
         request = requests[0]
-        shared = {"prompt": "", "negative_prompt": "", "seed": 0, "latents": None}
+        shared = {"prompt": "", "negative_prompt": "", "seed": 0, "latents": None, "edit": None}
         if any(replace(r, **shared) != replace(request, **shared) for r in requests):  # type: ignore[arg-type]
             raise InputError("images of one batch share steps, guidance, sampler and size: make these one by one")
         _check_memory(self.latent_shape(request), self.model.vae_scale)
+        _, _, *sides = self.latent_shape(request)
+        height, width = (side * self.model.vae_scale for side in sides)
+        check_edits([r.edit for r in requests], (height, width), request.steps)
+        if request.edit is not None:
+            require_encoder(self.components)
         make_sampler(request.sampler, self.schedule, request.steps)
         if not 0 <= request.guidance <= 100:  # also refuses nan
             raise InputError(f"--guidance {request.guidance} is out of range: use 1 (none) to 20 or so, at most 100")
@@ -209,6 +249,12 @@ class Pipeline:
             )
         NormalStreams([r.seed for r in requests])
         self.tokenizer.encode([text for r in requests for text in (r.negative_prompt, r.prompt)])
+
+    def read_edit(self, request: Request, image: ImageLike, **options: Any) -> Edit:
+        """An image (and a mask) at the request's size: see `editing.read_edit`. Raises InputError."""
+        require_encoder(self.components)
+        _, _, height, width = self.latent_shape(request)
+        return read_edit(image, (width * self.model.vae_scale, height * self.model.vae_scale), **options)
 
     def latent_shape(self, request: Request) -> tuple[int, int, int, int]:
         """(1, C, h, w) for the request; raises InputError for a size that the model cannot make."""
@@ -233,28 +279,43 @@ class Pipeline:
             latents[i] = request.latents[0]
         return latents
 
-    def _tokenize(self, requests: Sequence[Request]) -> np.ndarray:
-        """Ids of the prompts (B, 77), then of the negative prompts where there is guidance."""
+    def _lengths(self, requests: Sequence[Request]) -> set[int]:
+        """The numbers of chunks that the requests need, each with its negative prompt."""
+        if len(requests) == 1 or not requests[0].weighted:
+            return {1}
+        return {self._tokenize([request]).chunks for request in requests}
+
+    def _tokenize(self, requests: Sequence[Request]) -> Tokens:
+        """The prompts, then the negative prompts where there is guidance."""
         texts = [r.prompt for r in requests]
         if requests[0].guidance > 1:
             texts += [r.negative_prompt for r in requests]
-        return self.tokenizer.encode(texts)
+        if not requests[0].weighted:
+            return plain(self.tokenizer, texts)
+        return weighted(self.tokenizer, texts, max_chunks=self.max_chunks)
 
-    def _shapes(self, requests: Sequence[Request], input_ids: np.ndarray) -> dict[str, list[Shapes]]:
+    def _shapes(self, requests: Sequence[Request], tokens: Tokens) -> dict[str, list[Shapes]]:
         """The inputs that each component will be called with."""
         request, count = requests[0], len(requests)
         _, *latent = self.latent_shape(request)
-        guided_steps = {request.batched and request.guided(i, request.steps) for i in range(request.steps)}
+        taken = range(request.skipped, request.steps)
+        guided_steps = {request.batched and request.guided(i, request.steps) for i in taken}
         unet: list[Shapes] = [
-            {"sample": (b, *latent), "timestep": (1,), "encoder_hidden_states": (b, input_ids.shape[1], -1)}
+            {
+                "sample": (b, *latent),
+                "timestep": (1,),
+                "encoder_hidden_states": (b, tokens.length, -1),
+            }
             for b in sorted(2 * count if both else count for both in guided_steps)
         ]
         decoded = {min(self.decoder_batch, count - start) for start in range(0, count, self.decoder_batch)}
-        return {
-            "text_encoder": [{"input_ids": input_ids.shape}],
+        image = (1, 3, *(side * self.model.vae_scale for side in latent[1:]))
+        shapes: dict[str, list[Shapes]] = {
+            "text_encoder": [{"input_ids": tokens.ids.shape}],
             "unet": unet,
             "vae_decoder": [{"latent_sample": (n, *latent)} for n in sorted(decoded)],
         }
+        return shapes if request.edit is None else shapes | {ENCODER: [{"sample": image}]}
 
 
 def _check_memory(latents: tuple[int, int, int, int], vae_scale: int) -> None:
@@ -315,6 +376,7 @@ def _predict_both(
 
 def describe(request: Request, pixels: np.ndarray, model_name: str) -> dict[str, object]:
     """The generation parameters that go into the PNG, in the words that common user interfaces read."""
+    edited = {} if request.edit is None else {"Denoising strength": request.edit.strength}
     return {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
@@ -324,5 +386,6 @@ def describe(request: Request, pixels: np.ndarray, model_name: str) -> dict[str,
         "Seed": request.seed,
         "Size": f"{pixels.shape[1]}x{pixels.shape[0]}",
         "Model": model_name,
+        **edited,
         "Generator": "kdc-edge",
     }

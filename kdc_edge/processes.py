@@ -15,7 +15,7 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 LOOK_SEC = 1.0  # between two looks for the parent, where the kernel does not tell
 GRACE_SEC = 20.0  # for a child to remove what is half written
@@ -32,22 +32,32 @@ def python_module(name: str) -> tuple[list[str], dict[str, str]]:
     return command, {**os.environ, "PYTHONPATH": path}
 
 
-def run_module(name: str, arguments: Sequence[object]) -> subprocess.CompletedProcess[str]:
-    """Run a module to its end. What interrupts this process terminates the child, which cleans up before it ends."""
+def run_module(
+    name: str, arguments: Sequence[object], *, tell: Callable[[str], None] = lambda _: None
+) -> subprocess.CompletedProcess[str]:
+    """Run a module to its end; `tell` gets each line of its stderr as it comes, and its stdout is dropped.
+
+    What interrupts this process terminates the child, which cleans up before it ends.
+    """
     program, environment = python_module(name)
     command = [*program, *map(str, arguments)]
+    lines: list[str] = []
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
     ) as child:
+        assert child.stderr is not None
         try:
-            out, err = child.communicate()
+            for line in child.stderr:
+                lines.append(line)
+                tell(line.rstrip())
+            child.wait()
         except BaseException:
             child.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.communicate(timeout=GRACE_SEC)
             child.kill()
             raise
-    return subprocess.CompletedProcess(command, child.returncode, out, err)
+    return subprocess.CompletedProcess(command, child.returncode, None, "".join(lines))
 
 
 def end_with(parent: int) -> None:

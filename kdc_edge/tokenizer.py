@@ -129,6 +129,10 @@ class Tokenizer:
         """
         return len(self._encode(text).ids)
 
+    def ids(self, text: str, most: int) -> list[int]:
+        """Ids of the text alone, without start and end, `most` at most. Raises InputError for what is no text."""
+        return list(self._encode(text, most).ids[: max(0, most)])
+
     def overflow(self, text: str) -> str:
         """The end of the text that `encode` cuts off; "" when all of it fits."""
         offsets = self._encode(text).offsets
@@ -136,7 +140,8 @@ class Tokenizer:
         text = self._spread(text)
         return text[offsets[fits][0] :] if len(offsets) > fits else ""
 
-    def _encode(self, text: str) -> tokenizers.Encoding:
+    def check(self, text: str) -> None:
+        """Raise InputError for a prompt that is no text."""
         if not isinstance(text, str):
             raise InputError(f"a prompt must be text, not {type(text).__name__}: {text!r:.80}")
         try:
@@ -145,9 +150,14 @@ class Tokenizer:
             raise InputError(
                 f"the prompt holds half a character (a lone surrogate) at {error.start}: write it anew"
             ) from None
+
+    def _encode(self, text: str, enough: int | None = None) -> tokenizers.Encoding:
+        """Of a text that is far too long, the beginning: more than `enough` tokens, or all that a prompt takes."""
+        self.check(text)
+        enough = self.max_length if enough is None else enough
         for most in READ_CHARS:
             found = self._words.encode(self._spread(text[:most]), add_special_tokens=False)
-            if most >= len(text) or len(found.ids) > self.max_length:
+            if most >= len(text) or len(found.ids) > enough:
                 break
         return found
 

@@ -24,14 +24,17 @@ Predict = Callable[..., Mapping[str, np.ndarray]]  # named fp32 arrays in, all o
 Stage = tuple[Sequence[str], Predict]  # a package's inputs, and the package
 
 # component -> its package in the bundle's folder of that name; a large U-Net lies in two.
-PACKAGES = {"text_encoder": "TextEncoder", "unet": "Unet", "vae_decoder": "VAEDecoder"}
+PACKAGES = {"text_encoder": "TextEncoder", "unet": "Unet", "vae_decoder": "VAEDecoder", "vae_encoder": "VAEEncoder"}
 CHUNKS = ("UnetChunk1", "UnetChunk2")
-OUTPUTS = {"text_encoder": "last_hidden_state", "unet": "noise_pred", "vae_decoder": "image"}
+OUTPUTS = {"text_encoder": "last_hidden_state", "unet": "noise_pred", "vae_decoder": "image", "vae_encoder": "latent"}
 CONTRACT = {
     "text_encoder": ("input_ids",),
     "unet": ("sample", "timestep", "encoder_hidden_states"),
     "vae_decoder": ("latent_sample",),
+    "vae_encoder": ("sample", "diagonal_noise", "noise", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
 }
+SPREAD = 16.0  # standard deviations between two draws of the encoder: in fp16, one would be lost beside the mean
+LEAST = 1e-7  # standard deviation that is told from none
 PROGRAM = "Data/com.apple.CoreML/model.mlmodel"  # within a package
 
 
@@ -111,8 +114,33 @@ class Adapted:
         return {n: np.ascontiguousarray(v, np.float32) for n, v in arranged.items()}
 
 
-def adapt(bundle: Bundle, name: str, predict: Predict) -> Adapted:
-    return Adapted(name, bundle.component(name)[0].inputs, predict)
+@dataclass(frozen=True)
+class AdaptedEncoder:
+    """Apple's encoder draws from its distribution and adds noise; two draws without noise tell the distribution."""
+
+    network: Adapted
+    scaling_factor: float
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        """Mean and log variance (B, 2C, h, w), float32, of `sample` (B, 3, H, W)."""
+        sample = inputs["sample"]
+        mean = self._draw(sample, 0.0)
+        deviation = (self._draw(sample, SPREAD) - mean) / SPREAD
+        return np.concatenate([mean, 2 * np.log(np.maximum(deviation, np.float32(LEAST)))], axis=1)
+
+    def _draw(self, sample: np.ndarray, deviations: float) -> np.ndarray:
+        count = len(sample)
+        noise = np.zeros((count, *(int(side) for side in self.network.inputs["noise"].shape[1:])), np.float32)
+        one = np.ones((count, 1), np.float32)
+        return self.network(
+            sample=sample, diagonal_noise=noise + np.float32(deviations), noise=noise,
+            sqrt_alphas_cumprod=one / np.float32(self.scaling_factor), sqrt_one_minus_alphas_cumprod=0 * one,
+        )  # fmt: skip
+
+
+def adapt(bundle: Bundle, name: str, predict: Predict) -> Adapted | AdaptedEncoder:
+    network = Adapted(name, bundle.component(name)[0].inputs, predict)
+    return AdaptedEncoder(network, bundle.manifest.model.scaling_factor) if name == "vae_encoder" else network
 
 
 def _fill(part: np.ndarray, batch: int) -> np.ndarray:

@@ -78,7 +78,7 @@ class Runtime(Protocol):
         ...
 
     def load(self, folder: Path, component: str, options: LoadOptions = DEFAULTS) -> Component:
-        """Open a component ("text_encoder", "unet", "vae_decoder")."""
+        """Open a component ("text_encoder", "unet", "vae_decoder", "vae_encoder")."""
         ...
 
 
@@ -125,7 +125,7 @@ def preferred_engine(row: Format) -> Engine:
 
 
 class LoadedComponents(Mapping[str, Component]):
-    """The three components, each loaded when it is first asked for; safe to use from several threads.
+    """The components, each loaded when it is first asked for; safe to use from several threads.
 
     The decoder is not in memory while the first image's U-Net runs. With `low_memory` one component is held at a
     time: asking for one drops the other, which is loaded again for the next image. With `compile_ahead` one is
@@ -140,7 +140,9 @@ class LoadedComponents(Mapping[str, Component]):
         low_memory: bool = False,
         compile_ahead: bool = False,
         check: Callable[[str], None] | None = None,
+        names: Sequence[str] = COMPONENTS,
     ) -> None:
+        self._names = tuple(names)
         self._load_unchecked = load
         self._check = check
         self._checks: dict[str, Future[None]] = {}
@@ -196,10 +198,14 @@ class LoadedComponents(Mapping[str, Component]):
                 self._checks[name].result()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(COMPONENTS)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(COMPONENTS)
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        """Without loading it, as Mapping's own would."""
+        return name in self._names
 
 
 def open_component(folder: Path, name: str, options: LoadOptions) -> tuple[Bundle, ComponentInfo, Path]:

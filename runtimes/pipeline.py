@@ -2,6 +2,7 @@
 
     pipeline = kdc_edge.Pipeline.open("bundles/openvino-int8")
     pipeline("a red flower", seed=1).images[0].save("flower.png")
+    pipeline("a blue flower", image="flower.png", strength=0.6).images[0].save("blue.png")
     for step in pipeline.stream("a red flower", seed=1):
         show(step.preview)                                              # uint8 (h, w, 3)
 
@@ -22,14 +23,17 @@ from PIL import Image
 from kdc_edge import pipeline as path
 from kdc_edge.bundle import DEMO_BUNDLE, Bundle, Model, kind_of
 from kdc_edge.checkpoints.assemble import is_single_file, open_checkpoint
-from kdc_edge.components import COMPONENTS
+from kdc_edge.components import COMPONENTS, OPTIONAL
 from kdc_edge.diffusers_folder import read_model
+from kdc_edge.editing import Edit
 from kdc_edge.errors import InputError
 from kdc_edge.formats import find_format
 from kdc_edge.hardware import check_threads
 from kdc_edge.hub import local
 from kdc_edge.image import preview
+from kdc_edge.image_files import ImageLike
 from kdc_edge.pipeline import Request, own_request
+from kdc_edge.prompt_weights import MAX_CHUNKS
 from kdc_edge.runtimes.base import (
     ENGINES,
     Engine,
@@ -104,22 +108,32 @@ class Pipeline(path.Pipeline):
         runtime = get_runtime(chosen.name)
         named = split_devices(device)
         kept = None if cache is None else Path(cache)
+        names = [*COMPONENTS, *(c for c in OPTIONAL if bundle is None or c in bundle.manifest.components)]
         options = {
             c: LoadOptions(
                 check_device(runtime, named.get(c, named.get(""))), threads, low_memory, kept, exact, check=False
             )
-            for c in COMPONENTS
+            for c in names
         }
         components = LoadedComponents(
             lambda c: runtime.load(folder, c, options[c]), low_memory=low_memory, compile_ahead=chosen.compiles_ahead,
-            check=bundle.check if bundle and check else None,
+            check=bundle.check if bundle and check else None, names=names,
         )  # fmt: skip
-        return cls(model, tokenizer, components, max_batch=1 if low_memory else path.MAX_BATCH)
+        # A graph of fixed text length reads one chunk of a long prompt; ours all have one.
+        text = [bundle.component("unet")[0].inputs.get("encoder_hidden_states")] if bundle else []
+        fixed = any(info is None or not isinstance(info.shape[1], str) for info in text)
+        return cls(
+            model, tokenizer, components, max_batch=1 if low_memory else path.MAX_BATCH,
+            max_chunks=1 if fixed else MAX_CHUNKS,
+        )  # fmt: skip
 
     def __call__(
         self,
         prompt: str | Sequence[str],
         *,
+        image: ImageLike | None = None,
+        strength: float | None = None,
+        mask_image: ImageLike | None = None,
         negative_prompt: str = Request.negative_prompt,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -128,12 +142,15 @@ class Pipeline(path.Pipeline):
         scheduler: str | None = None,
         width: int | None = None,
         height: int | None = None,
+        plain_prompt: bool = False,
     ) -> Images:
         """Make images, in batches where memory allows. Raises InputError for what cannot be made.
 
         Steps, guidance and scheduler are the model's own where None: a few-step student's, or the checkpoint's
         scheduler with 20 steps and guidance 7.5. Image i, counted over all prompts, has the seed `seed` + i; or give a
-        list with one seed an image.
+        list with one seed an image. `image` (a path, a PIL image or a file's bytes) is what all images begin with:
+        `strength` times the steps are taken, 0.8 by default, 1 with a `mask_image`, whose white part is repainted.
+        Brackets in prompts are weights, (red:1.3) and [faint], unless `plain_prompt` is set.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if num_images_per_prompt < 1:
@@ -141,9 +158,10 @@ class Pipeline(path.Pipeline):
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         seeds = spread_seeds(seed, len(prompts))
         request, _ = own_request(
-            self.model, Request("", negative_prompt, width=width, height=height), sampler=scheduler,
-            steps=num_inference_steps, guidance=guidance_scale,
+            self.model, Request("", negative_prompt, width=width, height=height, weighted=not plain_prompt),
+            sampler=scheduler, steps=num_inference_steps, guidance=guidance_scale,
         )  # fmt: skip
+        request = replace(request, edit=self._edit(request, image, strength, mask_image))
         requests = [replace(request, prompt=p, seed=s) for p, s in zip(prompts, seeds, strict=True)]
         made = [pixels for batch in self.batches(requests) for pixels in self.generate_batch(batch)]
         return Images([Image.fromarray(pixels) for pixels in made], seeds)
@@ -152,6 +170,9 @@ class Pipeline(path.Pipeline):
         self,
         prompt: str,
         *,
+        image: ImageLike | None = None,
+        strength: float | None = None,
+        mask_image: ImageLike | None = None,
         negative_prompt: str = Request.negative_prompt,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -159,14 +180,26 @@ class Pipeline(path.Pipeline):
         scheduler: str | None = None,
         width: int | None = None,
         height: int | None = None,
+        plain_prompt: bool = False,
     ) -> Iterator[Step]:
         """Make one image, yielding after each step; the last one has the image. Stop by closing the generator."""
         request, _ = own_request(
-            self.model, Request(prompt, negative_prompt, seed=seed, width=width, height=height), sampler=scheduler,
-            steps=num_inference_steps, guidance=guidance_scale,
+            self.model,
+            Request(prompt, negative_prompt, seed=seed, width=width, height=height, weighted=not plain_prompt),
+            sampler=scheduler, steps=num_inference_steps, guidance=guidance_scale,
         )  # fmt: skip
+        request = replace(request, edit=self._edit(request, image, strength, mask_image))
         self.check(request)
         return self._stream(request)
+
+    def _edit(
+        self, request: Request, image: ImageLike | None, strength: float | None, mask: ImageLike | None
+    ) -> Edit | None:
+        if image is None:
+            if mask is not None or strength is not None:
+                raise InputError("a mask or a strength is given without an image to change: give one")
+            return None
+        return self.read_edit(request, image, strength=strength, mask=mask)
 
     def _stream(self, request: Request) -> Iterator[Step]:
         last: Step | None = None
@@ -198,10 +231,10 @@ def split_devices(device: str | None) -> dict[str, str]:
     found: dict[str, str] = {}
     for part in device.split(",") if device else ():
         component, _, name = part.strip().rpartition("=")
-        if component not in ("", *COMPONENTS) or not name or component in found:
+        if component not in ("", *COMPONENTS, *OPTIONAL) or not name or component in found:
             raise InputError(
                 f"--device {device!r} is not understood: use CPU, or unet=GPU,text_encoder=CPU with components"
-                f" {', '.join(COMPONENTS)}"
+                f" {', '.join((*COMPONENTS, *OPTIONAL))}"
             )
         found[component] = name
     return found

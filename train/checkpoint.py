@@ -17,7 +17,14 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from kdc_edge.bundle import Model
 from kdc_edge.checkpoints.parts import copy_part, write_small_parts
-from kdc_edge.diffusers_folder import PROMPTS_FILE, RANDOM_WEIGHTS, SAMPLING_FILE, SOURCES_FILE, check_weights
+from kdc_edge.diffusers_folder import (
+    PROMPTS_FILE,
+    RANDOM_WEIGHTS,
+    SAMPLING_FILE,
+    SOURCES_FILE,
+    TRAINING_FILE,
+    check_weights,
+)
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import atomic_folder, read_json, write_atomic
 from kdc_edge.presets import SCHEDULER, TEXT_ENCODERS, VAES, Preset
@@ -41,11 +48,12 @@ def write_checkpoint(
     model: Model | None = None,
     card: str | None = None,
     prompts: Sequence[str] = (),
+    note: str | None = None,
 ) -> None:
     """A diffusers folder with this U-Net; text encoder, tokenizer, VAE and scheduler come from `parts_from`.
 
     `model` brings a few-step student's scheduler and sampling. `card` is the model card, README.md; `prompts` are
-    captions that an export proves and calibrates itself on.
+    captions that an export proves and calibrates itself on; `note` is said in the manifests of bundles.
     """
     check_weights(parts_from)
     with atomic_folder(out, marker="model_index.json") as folder, quiet():
@@ -67,6 +75,8 @@ def write_checkpoint(
             write_atomic(folder / "README.md", card)
         if prompts:
             write_atomic(folder / PROMPTS_FILE, "".join(f"{' '.join(p.split())}\n" for p in prompts))
+        if note:
+            write_atomic(folder / TRAINING_FILE, json.dumps({"note": note}, indent=2))
         _let_others_read(folder)
 
 

@@ -62,6 +62,15 @@ class TaskConfig(Settings):
         if len({t.name for t in self.tasks}) < len(self.tasks):
             raise InputError("two tasks have the same name: every --task needs its own")
 
+    @classmethod
+    def load(cls, run: Path) -> Self:
+        """The configuration that a run was started with; raises CheckpointError where there is none."""
+        path = run / "config.json"
+        try:
+            return cls.from_json(read_json(path, CheckpointError))
+        except InputError as error:
+            raise CheckpointError(f"{path} is no run's configuration: {error}") from None
+
 
 @dataclass(frozen=True)
 class TrainConfig(TaskConfig):
@@ -71,11 +80,15 @@ class TrainConfig(TaskConfig):
         MISSING, "A diffusers folder, a .safetensors file, a hub id, or `garden`, the one that ships.", "Student"
     )
     student: str = setting("garden-student", "A preset: see kdc-edge init -h.", "Student")
+    recipe: str | None = setting(None, "Published settings: kdc-diff, bk-sdm, sd-finetune, garden.", "Student")
     start: Path | None = setting(None, "Checkpoint whose U-Net the student starts from.", "Student")
     inherit: bool = setting(True, "Start from the teacher's weights.", "Student")
 
     samples: int | None = setting(None, "Images of each task; all by default, 2,000 of the garden.", "Data", ge=1)
     resolution: int | None = setting(None, "Image side in pixels; the teacher's by default.", "Data", ge=1)
+    crop: Literal["center", "random"] = setting("center", "Square that an image is cut to.", "Data")
+    noise_offset: float = setting(0.0, "Offset noise: a share of noise that is one for a channel.", "Data", ge=0, lt=1)
+    epochs: bool = setting(False, "Draw every new sample once an epoch, instead of each from all.", "Data")
     caption_dropout: float = setting(0.1, "Share of captions emptied, for guidance.", "Data", ge=0, lt=1)
     cache: Path | None = setting(None, "Folder of encoded latents; the run's own by default.", "Data", free=True)
 
@@ -86,9 +99,18 @@ class TrainConfig(TaskConfig):
     schedule: Literal["cosine", "constant"] = setting("cosine", "Learning rate schedule.", "Optimization")
     warmup: int | None = setting(None, "Warm-up steps; a tenth of a task by default.", "Optimization", ge=0)
     optimizer: Literal["adamw", "adamw8bit"] = setting("adamw", "adamw8bit needs bitsandbytes.", "Optimization")
+    beta1: float = setting(0.9, "Decay of the gradients' mean in AdamW.", "Optimization", ge=0, lt=1)
+    beta2: float = setting(0.999, "Decay of the gradients' square in AdamW.", "Optimization", ge=0, lt=1)
+    weight_decay: float = setting(0.01, "Weight decay of AdamW.", "Optimization", ge=0, lt=1)
     ema_decay: float = setting(0.995, "Decay of the EMA of the weights, which is kept.", "Optimization", ge=0, lt=1)
     seed: int = setting(0, "Seed of all randomness.", "Optimization", ge=0, lt=2**63)
 
+    snr_gamma: float | None = setting(
+        None,
+        "Min-SNR weighting of the denoising loss with this gamma, e.g. 5 (arXiv 2303.09556).",
+        "Distillation",
+        gt=0,
+    )
     objective: str = setting("distillation", "distillation, or phased for few steps.", "Distillation")
     loss: LossWeights = LossWeights()
     few_steps: FewSteps = FewSteps()
@@ -103,10 +125,13 @@ class TrainConfig(TaskConfig):
     )
 
     eval_images: int = setting(32, "Images of each task, after each task.", "Evaluation", ge=2)
+    eval_steps: int = setting(12, "Steps of DPM-Solver++ 2M for these images.", "Evaluation", ge=1, le=1000)
+    eval_guidance: float = setting(4.0, "Their guidance scale.", "Evaluation", ge=1, le=100)
     metric_weights: Path | None = setting(None, "Folder of FID, LPIPS and CLIP weights.", "Evaluation", free=True)
     quality: Quality = setting(
         "auto", "Metric of R in the summary; auto takes what the run has, or the first it can.", "Evaluation", free=True
     )
+    baselines: bool = setting(True, "Measure the teacher and the untrained student too.", "Evaluation", free=True)
     sample_every: int = setting(0, "Steps between sheets of samples; 0 for none.", "Evaluation", free=True, ge=0)
 
     device: str = setting("auto", "auto, cpu, cuda or mps.", "Performance", free=True)
@@ -119,18 +144,10 @@ class TrainConfig(TaskConfig):
 
     save_every: int = setting(100, "Steps between saved states.", "Run", free=True, ge=1)
     keep: int = setting(2, "Saved states kept, the newest.", "Run", free=True, ge=1)
+    task_checkpoints: bool = setting(True, "Keep a checkpoint of each task, in RUN/checkpoints.", "Run", free=True)
     log_with: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
         "tensorboard", "Tracker of losses and sample sheets.", "Run", free=True
     )
-
-    @classmethod
-    def load(cls, run: Path) -> Self:
-        """The configuration that a run was started with; raises CheckpointError where there is none."""
-        path = run / "config.json"
-        try:
-            return cls.from_json(read_json(path, CheckpointError))
-        except InputError as error:
-            raise CheckpointError(f"{path} is no run's configuration: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ one process. Every process draws the same global batch and computes its own shar
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -58,13 +60,14 @@ def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
 
 def make_optimizer(config: TrainConfig, student: nn.Module) -> torch.optim.Optimizer:
     """AdamW, fused, or its 8-bit form."""
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay,
+    }  # fmt: skip
     if config.optimizer == "adamw8bit":
         bitsandbytes = require("bitsandbytes", extra="adam8bit", purpose="--optimizer adamw8bit")
-        eight_bit: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
-            student.parameters(), lr=config.learning_rate, weight_decay=0.01
-        )
+        eight_bit: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(student.parameters(), **settings)
         return eight_bit
-    return torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.01, fused=True)
+    return torch.optim.AdamW(student.parameters(), fused=True, **settings)
 
 
 class Student:
@@ -223,6 +226,20 @@ def on_main_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
         raise failure
     if words[0] is not None:
         raise KdcError(f"the main process failed: {words[0]}")
+
+
+@contextmanager
+def temporary_folder(accelerator: Accelerator) -> Iterator[Path]:
+    """A new folder, the same in all processes, which is removed afterwards. Collective."""
+    names = [tempfile.mkdtemp(prefix="kdc-edge-") if accelerator.is_main_process else ""]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(names)
+    try:
+        yield Path(names[0])
+        accelerator.wait_for_everyone()  # after a failure the others may never come
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(names[0], ignore_errors=True)
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:

@@ -11,6 +11,7 @@ computes its own share of it.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -21,6 +22,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -45,14 +47,23 @@ from kdc_edge.train.quality import evaluation_set
 from kdc_edge.train.quality.evaluate import Score, choose_metric, quality_matrix, signed
 from kdc_edge.train.quality.held_out import Evaluator, check_quality
 from kdc_edge.train.quality.metrics import ImageMetrics
-from kdc_edge.train.quality.report import model_card, write_results
+from kdc_edge.train.quality.report import STEP_0, TEACHER, make_results, model_card, so_far
 from kdc_edge.train.quality.sheet import write_sample_sheet
 from kdc_edge.train.replay import ReplayBuffer
-from kdc_edge.train.runs import Position, list_states, load_state, save_state
+from kdc_edge.train.runs import (
+    CHECKPOINTS,
+    MODEL_FILE,
+    BeforeTaskEnd,
+    Position,
+    list_states,
+    load_state,
+    save_state,
+)
 from kdc_edge.train.tracking import Tracker
 
 PROMPTS_A_TASK = 64  # captions that are written beside the weights
-STATE_KINDS = ("generator", "student", "ema", "optimizer", "scaler", "objective")  # first parts of a state's names
+# first parts of a state's names
+STATE_KINDS = ("generator", "before", "student", "ema", "optimizer", "scaler", "objective")
 
 
 @dataclass(frozen=True)
@@ -118,13 +129,18 @@ class Trainer:
             garden_loss=any(not task.source.startswith("garden:") for task in config.tasks),
         )  # fmt: skip
         self.view = view_run(config, learning, self.accelerator, metrics)
+        if self.accelerator.is_main_process:
+            write_atomic(run / MODEL_FILE, self.ships.model_dump_json(indent=2))
         self.generator = torch.Generator().manual_seed(config.seed)
         self.replay = self._new_buffer()
         self.position = Position()
+        self.before: BeforeTaskEnd | None = None
         if resume:
             self._restore()
             if config.quality == "auto" and self.position.metric and self.position.task < len(config.tasks):
                 check_quality(self.position.metric.lstrip("-"), config, metrics)
+            for task in config.tasks[: self.position.task]:  # refused before training, not after it
+                self.evaluator.evaluation_set(task)
         self.tracker = Tracker(self.accelerator, config, run, since=self.position.total)
 
     def _new_buffer(self) -> ReplayBuffer:
@@ -136,9 +152,9 @@ class Trainer:
         """Refuse a folder that is not this run's; a run that was killed before its first state starts again."""
         path = self.run_folder / "config.json"
         if resume and self.accelerator.is_main_process:  # what a kill in the middle of a write left
-            for half in self.run_folder.glob(".*.part-*"):
+            for half in (*self.run_folder.glob(".*.part-*"), *(self.run_folder / CHECKPOINTS).glob(".*.part-*")):
                 shutil.rmtree(half)
-            for half in self.run_folder.glob(".config.json.*"):
+            for half in self.run_folder.glob(".*.json.*"):
                 half.unlink()
         if resume and path.is_file():
             return
@@ -155,6 +171,8 @@ class Trainer:
     def run(self) -> Iterator[StepDone | TaskDone]:
         """Train every task that is left, evaluate after each, and write the checkpoint at the end."""
         config, position = self.config, self.position
+        if config.baselines:
+            self._measure_baselines()
         while position.task < len(config.tasks):
             task = config.tasks[position.task]
             with self.watch("prepare"):
@@ -169,21 +187,34 @@ class Trainer:
                     self._draw_samples()
                 if position.step % config.save_every == 0 and position.step < config.steps:
                     self.save()
+            self.before = BeforeTaskEnd(self.generator.get_state(), copy.copy(self.replay), position.drawn)
             flipped = random_flip(latents, self.generator)
             if task.name not in self.replay.tasks:  # a few-step stage begins with the samples of all its tasks
                 self.replay.add(latents.captions, flipped, task=task.name, generator=self.generator)
             scores = self.evaluate()
             position.values.append([s.values for s in scores.values()])
+            position.errors.append([s.errors | {"images": s.images} for s in scores.values()])
+            position.references = {t.name: self.evaluator.evaluation_set(t).asked.kind for t in config.tasks}
             if config.quality != "auto":
                 position.metric = signed(config.quality)
             position.metric = position.metric or choose_metric(position.values[-1])  # one for all of the run
             position.matrix = quality_matrix(position.values, position.metric)
             position.settings[task.name] = {option: value for _, option, value in config.table()}
             position.prompts[task.name] = self._prompts(latents)
-            position.task, position.step = position.task + 1, 0
+            if config.task_checkpoints and position.task + 1 < len(config.tasks):
+                self._write_checkpoint(self.run_folder / CHECKPOINTS / task.name)
+            position.task, position.step, position.drawn = position.task + 1, 0, 0
             self.save()
             yield TaskDone(task.name, scores)
         self._finish()
+
+    def _measure_baselines(self) -> None:
+        """What the teacher, and the student before its first step, are worth on tasks that it is not known of yet."""
+        found = self.position.baselines
+        for who in (TEACHER, STEP_0) if self.position.total == 0 else (TEACHER,):
+            unknown = [t for t in self.config.tasks if t.name not in found.get(who, {})]
+            scores = self.evaluate(unknown, teacher=who == TEACHER) if unknown else {}
+            found[who] = found.get(who, {}) | {name: score.values for name, score in scores.items()}
 
     def _remember_student(self) -> None:
         """Let replayed samples be distilled from the EMA student from the previous task, where that is asked for."""
@@ -199,6 +230,7 @@ class Trainer:
         losses, by_timestep = self._descend(batch, task, rate)
         self.position.step += 1
         self.position.total += 1
+        self.position.drawn += int((~batch.replayed).sum())
         event = StepDone(
             task.name, self.position.step, self.config.steps, self.position.total, losses, by_timestep, rate,
             self.config.batch_size / (time.perf_counter() - started), batch.replayed.float().mean().item(),
@@ -213,7 +245,9 @@ class Trainer:
     def draw_batch(self, latents: Latents) -> Batch:
         """The next global batch."""
         timesteps = self.objective.draw_timesteps
-        return draw_batch(self.config, latents, self.replay, timesteps=timesteps, generator=self.generator)
+        return draw_batch(
+            self.config, latents, self.replay, timesteps=timesteps, generator=self.generator, drawn=self.position.drawn
+        )
 
     def _descend(self, batch: Batch, task: Task, rate: float) -> tuple[dict[str, float], list[float | None]]:
         """One optimizer step; each process computes its share in `accumulate` micro-batches."""
@@ -290,8 +324,8 @@ class Trainer:
         """Save everything that a resumed run needs. Collective."""
         tensors = {"generator": self.generator.get_state(), **self.student.state_dict()}
         tensors |= {f"objective/{n}": t for n, t in self.objective.state_dict().items()}
-        keep = self.config.keep
-        write = partial(save_state, self.run_folder, self.position, tensors, self.replay, keep=keep)
+        keep, before = self.config.keep, self.before if self.position.step == 0 else None
+        write = partial(save_state, self.run_folder, self.position, tensors, self.replay, keep=keep, before=before)
         on_main_process(self.accelerator, write)
 
     def _restore(self) -> None:
@@ -324,19 +358,24 @@ class Trainer:
         captions = sorted(set(latents.captions))
         return random.Random(self.config.seed).sample(captions, min(PROMPTS_A_TASK, len(captions)))
 
-    def _finish(self) -> None:
-        kept = self.position.prompts  # an older state has none
-        prompts = [p for t in self.config.tasks for p in kept.get(t.name) or self._prompts(self.teacher.latents(t))]
+    def _write_checkpoint(self, out: Path) -> dict[str, Any]:
+        """The EMA student as a diffusers folder, with what was learnt and measured so far; the results. Collective."""
+        config, position = so_far(self.config, self.position)
+        prompts = [p for t in config.tasks for p in position.prompts.get(t.name, [])]
+        results = make_results(config, position, self.ships)
+        card = model_card(config, self.ships, results, position.settings)
         with self.student.averaged():
             weights = self.student.full_weights()
 
             def write() -> None:
-                results = write_results(self.run_folder, self.config, self.position, self.ships)
-                card = model_card(self.config, self.ships, results, self.position.settings)
-                unet, out = self.student.copy(weights), self.run_folder / "checkpoint"
-                write_checkpoint(
-                    out, unet, parts_from=self.config.teacher, model=self.ships, card=card, prompts=prompts
-                )
+                unet = self.student.copy(weights)
+                write_checkpoint(out, unet, parts_from=config.teacher, model=self.ships, card=card, prompts=prompts)
 
             on_main_process(self.accelerator, write)
+        return results
+
+    def _finish(self) -> None:
+        results = self._write_checkpoint(self.run_folder / "checkpoint")
+        path = self.run_folder / "results.json"
+        on_main_process(self.accelerator, lambda: write_atomic(path, json.dumps(results, indent=2) + "\n"))
         self.tracker.finish()

@@ -47,6 +47,19 @@ def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -
     return torch.stack([mean_squared_error(f, teacher[name]) for name, f in student.items()]).sum(0)
 
 
+def min_snr_weight(alphas_cumprod: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """Min-SNR weights (B,) of the denoising loss at `alphas_cumprod` (B,) (Hang et al., arXiv 2303.09556, section 3.4).
+
+    min(SNR, gamma) over the SNR for noise, over SNR + 1 for the velocity, over 1 for the clean sample;
+    SNR = a / (1 - a).
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    least = snr.clamp(max=gamma)
+    if prediction_type == "sample":
+        return least
+    return least / (snr + 1) if prediction_type == "v_prediction" else least / snr.clamp(min=1e-8)
+
+
 def distillation_loss(
     student_pred: Tensor,
     teacher_pred: Tensor | None,
@@ -54,10 +67,12 @@ def distillation_loss(
     student_features: Mapping[str, Tensor],
     teacher_features: Mapping[str, Tensor],
     weights: LossWeights,
+    task_weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Each term whose weight is not 0, unweighted, and their weighted `total`, each (B,).
 
     Predictions and target are (B, C, h, w); without the teacher's there are no output-level and soft terms.
+    `task_weight` (B,) weights the denoising loss of each sample in the total.
     """
     terms = {}
     if weights.task:
@@ -68,4 +83,7 @@ def distillation_loss(
         terms["soft"] = soft_target_loss(student_pred, teacher_pred.detach(), weights.temperature)
     if weights.feature:
         terms["feature"] = feature_loss(student_features, {n: f.detach().float() for n, f in teacher_features.items()})
-    return terms | {"total": torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum(0)}
+    weighted = {name: getattr(weights, name) * term for name, term in terms.items()}
+    if task_weight is not None and "task" in weighted:
+        weighted["task"] = task_weight * weighted["task"]
+    return terms | {"total": torch.stack(list(weighted.values())).sum(0)}

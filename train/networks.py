@@ -32,7 +32,7 @@ from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.distributed import Student, compile_blocks, copy_unet, freeze, on_main_process
 from kdc_edge.train.objective import Objective, Setup, Stopwatch
 from kdc_edge.train.objectives import find_objective
-from kdc_edge.train.quality.evaluate import EVALUATION, Generator, torch_generator
+from kdc_edge.train.quality.evaluate import Generator, evaluation_request, torch_generator
 from kdc_edge.train.quality.metrics import ImageMetrics
 from kdc_edge.train.student import Account, make_student
 
@@ -85,7 +85,8 @@ class Teacher:
     def _open_latents(self, task: Task, part: Part, samples: int | None, seed: int, say: Say) -> Latents:
         return cache_latents(
             task, self.vae, self._cache, vae_sha256=self.vae_sha256, size=self.size, samples=samples, seed=seed,
-            part=part, say=say, write_once=partial(on_main_process, self._accelerator),
+            part=part, crop=self._config.crop if part == "train" else "center", say=say,
+            write_once=partial(on_main_process, self._accelerator),
         )  # fmt: skip
 
     def prepare_text(self, captions: Sequence[str]) -> None:
@@ -96,7 +97,7 @@ class Teacher:
         """An image generator with this U-Net and the teacher's other networks; `model` is the teacher's where None."""
         model = model or self.model
         text_encoder, tokenizer = self.embed.text_encoder, self.embed.tokenizer
-        request = made_for(model, replace(EVALUATION, width=self.size, height=self.size))
+        request = made_for(model, replace(evaluation_request(self._config), width=self.size, height=self.size))
         return torch_generator(model, tokenizer, text_encoder, unet, self.vae, request)
 
 

@@ -1,10 +1,12 @@
 """Saved states of a training run, and runs that go on from them.
 
     RUN/state/00000120-0/  state.json (position, scores), tensors.safetensors (weights, moving average, optimizer,
-                           random state), replay.safetensors (the buffer)
+                           random state), replay.safetensors (the buffer); at a task's end also the buffer and the
+                           random state from before it, with which the task can be given more steps
 
     branch_run(Path("runs/kept"), Path("runs/bare"), replace(config, replay=0))      # then resume runs/bare
     config = continue_run(Path("runs/001"), Path("runs/002"), config)                # then resume runs/002
+    extend_run(Path("runs/001"), replace(config, steps=600))                         # then resume runs/001
 
 A state is everything that a resumed run needs to end with the uninterrupted one's weights. It is written beside its
 place and renamed in; older ones are removed after that, so a kill at any moment leaves at least one whole state.
@@ -13,6 +15,7 @@ place and renamed in; older ones are removed after that, so a kill at any moment
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -24,10 +27,14 @@ from torch import Tensor
 
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import atomic_folder, read_json, refuse_foreign_folder, write_atomic
-from kdc_edge.train.config import TrainConfig
+from kdc_edge.train.config import TrainConfig, check_same
 from kdc_edge.train.data.cache import Write, write_here
 from kdc_edge.train.quality import evaluation_set
 from kdc_edge.train.replay import ReplayBuffer
+
+REPLAY_BEFORE = "replay-before.safetensors"
+MODEL_FILE = "model.json"  # kdc_edge.bundle.Model: how the student is sampled
+CHECKPOINTS = "checkpoints"  # RUN/checkpoints/TASK: the student after a task that was not the last
 
 
 @dataclass
@@ -37,18 +44,36 @@ class Position:
     task: int = 0
     step: int = 0
     total: int = 0
+    drawn: int = 0  # new samples of this task so far
     metric: str = ""  # what R[i][j] is; higher is better
     matrix: list[list[float | None]] = field(default_factory=list)  # R[i][j]; None where task j was not known yet
     values: list[list[dict[str, float] | None]] = field(default_factory=list)  # everything measured, in the same places
+    errors: list[list[dict[str, float] | None]] = field(default_factory=list)  # standard errors, and `images`: how many
+    baselines: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # "teacher" -> task -> values
+    references: dict[str, str] = field(default_factory=dict)  # of each task: what images are compared with
     settings: dict[str, dict[str, str]] = field(default_factory=dict)  # of each finished task: flag -> value
     prompts: dict[str, list[str]] = field(default_factory=dict)  # of each finished task: captions for an export
 
 
-def save_state(run: Path, position: Position, tensors: dict[str, Tensor], replay: ReplayBuffer, *, keep: int) -> None:
+@dataclass(frozen=True)
+class BeforeTaskEnd:
+    """What a task's end changes, as it was before: more steps of the task go on from there."""
+
+    generator: Tensor
+    replay: ReplayBuffer
+    drawn: int
+
+
+def save_state(
+    run: Path, position: Position, tensors: dict[str, Tensor], replay: ReplayBuffer, *, keep: int,
+    before: BeforeTaskEnd | None = None,
+) -> None:  # fmt: skip
     """Write the state of a run, then drop all but the newest `keep`. A task's end and the step before it are two.
 
     The same position twice is the same state: it is not written again, so that no moment is without it.
     """
+    if before is not None:
+        tensors = tensors | {"before/generator": before.generator, "before/drawn": torch.tensor(before.drawn)}
     states = run / "state"
     out = states / f"{position.total:08d}-{position.task}"
     if not (out / "state.json").is_file():
@@ -58,6 +83,8 @@ def save_state(run: Path, position: Position, tensors: dict[str, Tensor], replay
                 folder / "tensors.safetensors",
             )
             replay.save(folder / "replay.safetensors")
+            if before is not None:
+                before.replay.save(folder / REPLAY_BEFORE)
             write_atomic(folder / "state.json", json.dumps(asdict(position), indent=2))
     for old in list_states(run)[keep:]:
         shutil.rmtree(old)
@@ -90,7 +117,7 @@ def load_state(run: Path) -> tuple[Position, dict[str, Tensor], ReplayBuffer]:
 def branch_run(source: Path, out: Path, config: TrainConfig) -> None:
     """Prepare `out` to go on from the newest state of `source` with another configuration, e.g. without replay."""
     refuse_foreign_folder(out, None)
-    shutil.copytree(source, out, ignore=shutil.ignore_patterns("checkpoint", "results.json", ".*"))
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("checkpoint", CHECKPOINTS, "results.json", ".*"))
     write_atomic(out / "config.json", json.dumps(config.as_json(), indent=2))
 
 
@@ -122,10 +149,51 @@ def begin_stage(
     return joined
 
 
+def extend_run(run: Path, config: TrainConfig) -> None:
+    """Let the last task of the finished run go on up to `config.steps`; then resume it.
+
+    It ends with the weights of a run that asked for so many steps where the learning rate of a step does not depend on
+    their number: --schedule constant with a --warmup. Raises CheckpointError for a run that is not finished, InputError
+    for other changes.
+    """
+    saved, state = _finished(run)
+    check_same(replace(config, steps=saved.steps), saved.as_json())
+    if config.steps <= saved.steps:
+        raise InputError(f"--steps {config.steps} is not more than the {saved.steps} that the run has done")
+    if not (state / REPLAY_BEFORE).is_file():
+        raise CheckpointError(f"{run} did not keep what more steps go on from: continue it with --continue-from")
+    last = saved.tasks[-1].name
+    position, tensors, _ = load_state(run)
+    position = replace(
+        position, task=position.task - 1, step=saved.steps, matrix=position.matrix[:-1], values=position.values[:-1],
+        drawn=int(tensors.pop("before/drawn")),
+        errors=position.errors[:-1],
+        settings={n: s for n, s in position.settings.items() if n != last},
+        prompts={n: p for n, p in position.prompts.items() if n != last},
+    )  # fmt: skip
+    tensors["generator"] = tensors.pop("before/generator")
+    save_state(run, position, tensors, ReplayBuffer.load(state / REPLAY_BEFORE), keep=config.keep + 1)
+    shutil.rmtree(state.rename(state.with_name(f".{state.name}")))
+    write_atomic(run / "config.json", json.dumps(config.as_json(), indent=2))
+
+
 def _take_along(source: Path, out: Path) -> None:
-    """Copy what the tasks of a run are evaluated on."""
+    """Copy what the tasks of a run are evaluated on, and link the checkpoints of its tasks, which never change."""
     if (source / evaluation_set.FOLDER).is_dir():
         shutil.copytree(source / evaluation_set.FOLDER, out / evaluation_set.FOLDER)
+    kept = {path.name: path for path in (source / CHECKPOINTS).glob("[!.]*")}
+    if (source / "checkpoint").is_dir():
+        kept[TrainConfig.load(source).tasks[-1].name] = source / "checkpoint"
+    for name, checkpoint in kept.items():
+        shutil.copytree(checkpoint, out / CHECKPOINTS / name, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _finished(run: Path) -> tuple[TrainConfig, Path]:

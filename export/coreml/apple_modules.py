@@ -42,6 +42,30 @@ class AppleVaeDecoder(VaeDecoder):
         return super().forward(z)
 
 
+class AppleVaeEncoder(nn.Module):
+    """An image (1, 3, 8h, 8w) in [-1, 1] and noise -> latents (1, C, h, w) with the noise of the first step."""
+
+    def __init__(self, network: Any, scaling_factor: float) -> None:
+        super().__init__()
+        self.encoder, self.quant_conv = network.encoder, network.quant_conv
+        self.scaling_factor = scaling_factor
+
+    def forward(
+        self,
+        sample: Tensor,
+        diagonal_noise: Tensor,
+        noise: Tensor,
+        sqrt_alphas_cumprod: Tensor,
+        sqrt_one_minus_alphas_cumprod: Tensor,
+    ) -> Tensor:
+        hidden = self.encoder(sample)
+        moments = hidden if self.quant_conv is None else self.quant_conv(hidden)
+        mean, log_variance = moments.chunk(2, dim=1)
+        drawn = mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * diagonal_noise
+        latent: Tensor = sqrt_alphas_cumprod * drawn * self.scaling_factor + sqrt_one_minus_alphas_cumprod * noise
+        return latent
+
+
 @dataclass(frozen=True)
 class AppleNetwork:
     """A traceable module with its inputs and outputs."""
@@ -95,6 +119,27 @@ def apple_network(part: ExportComponent, model: Model, *, unet_batch: int) -> Ap
             "predicts the noise in latents",
         )
     side = model.image_size
+    if part.name == "vae_encoder":
+        return AppleNetwork(
+            AppleVaeEncoder(inner.vae, model.scaling_factor),
+            {
+                "sample": floats(1, int(part.config.input_shapes["sample"][1]), side, side),
+                "diagonal_noise": floats(1, *latents),
+                "noise": floats(1, *latents),
+                "sqrt_alphas_cumprod": floats(1, 1),
+                "sqrt_one_minus_alphas_cumprod": floats(1, 1),
+            },
+            {"latent": floats(1, *latents)},
+            {
+                "sample": "an image in [-1, 1]",
+                "diagonal_noise": "unit normal, for drawing from the encoder's distribution",
+                "noise": "unit normal, added to the latents",
+                "sqrt_alphas_cumprod": "how much of the image is left at the first step",
+                "sqrt_one_minus_alphas_cumprod": "how much noise there is at the first step",
+                "latent": "noisy latents",
+            },
+            "turns an image into latents",
+        )
     return AppleNetwork(
         AppleVaeDecoder(inner.vae),
         {"z": floats(1, *latents)},

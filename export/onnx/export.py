@@ -1,4 +1,4 @@
-"""Checkpoint to ONNX: three graphs with free batch, height and width, as optimum names them.
+"""Checkpoint to ONNX: a graph a component, with free batch, height and width, as optimum names them.
 
     bundle = export(ExportRequest(checkpoint, Path("bundles/onnx-fp16"), "onnx", "fp16"), OnnxOptions())
 
@@ -81,8 +81,8 @@ def _fixed(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str,
 def trace(part: ExportComponent, sizes: Mapping[str, int] | None = None) -> ir.Model:
     """The component as an ONNX graph in fp32; its weights are still the module's. `sizes` fixes free sizes."""
     sizes = sizes or {}
-    names = {"batch_size": "batch_size", "latent_height": "height", "latent_width": "width"}  # here: optimum's
-    given: dict[str, Any] = {names[name]: size for name, size in sizes.items() if name in names}
+    axes = {str(side) for shape in part.config.input_shapes.values() for side in shape}
+    given: dict[str, Any] = {name.removeprefix("latent_"): sizes[name] for name in sizes if name in axes}  # optimum's
     with quiet():
         program = torch.onnx.export(
             part.module,
@@ -106,7 +106,8 @@ def _free_shapes(part: ExportComponent) -> tuple[dict[int, object], ...]:
     the ranges itself: named dimensions would be refused for the limits that it invents.
     """
     unit = part.config.size_unit
-    multiples = {axis: unit * Dim(axis, min=1, max=1024) for axis in ("latent_height", "latent_width")}
+    sides = ("latent_height", "latent_width", "height", "width")
+    multiples = {axis: unit * Dim(axis, min=1, max=1024) for axis in sides}
     return tuple(
         {i: multiples[axis] if unit > 1 and axis in multiples else Dim.DYNAMIC for i, axis in axes.items()}
         for axes in part.config.inputs.values()

@@ -13,12 +13,14 @@ import typer
 from typer import Argument, Option
 
 from kdc_edge.cli.options import Json
-from kdc_edge.cli.project import LATEST, Config, bundles_in, need_training, say
+from kdc_edge.cli.project import LATEST, Config, bundles_in, need_training, run_of, say
 from kdc_edge.errors import CheckpointError, InputError, KdcError
 
 if TYPE_CHECKING:
     from kdc_edge.train.data.tasks import Task
-    from kdc_edge.train.quality.evaluate import Evaluated
+    from kdc_edge.train.quality.evaluate import Asked, Evaluated
+
+IMAGES = 64  # of each task
 
 
 def evaluate(
@@ -31,7 +33,9 @@ def evaluate(
         list[Path] | None,
         Option(metavar="DIR", help="Bundles of this checkpoint, or a folder of them: does a precision forget more?"),
     ] = None,
-    images: Annotated[int, Option(help="Of each task.")] = 64,
+    images: Annotated[
+        int | None, Option(help=f"Of each task. Default: as many as the run kept of its data, {IMAGES} of the garden.")
+    ] = None,
     teacher: Annotated[str | None, Option(help="Compare with this checkpoint's images (LPIPS).")] = None,
     metric_weights: Annotated[Path | None, Option(help="Folder with the weight files of FID, LPIPS, CLIP.")] = None,
     steps: Annotated[
@@ -52,13 +56,13 @@ def evaluate(
     del config
     need_training("kdc-edge eval")
     from kdc_edge.checkpoints import open_checkpoint
-    from kdc_edge.diffusers_folder import hash_checkpoint, read_model
+    from kdc_edge.diffusers_folder import hash_checkpoint
     from kdc_edge.train.quality.evaluate import evaluate_tasks, open_generator
     from kdc_edge.train.quality.metrics import ImageMetrics
     from kdc_edge.train.quality.precisions import refuse_strangers
     from kdc_edge.train.teachers import find_teacher
 
-    if images < 2:
+    if images is not None and images < 2:
         raise InputError(f"--images {images} is too few: use 2 or more")
     checkpoint, run = _find(what)
     checkpoint = open_checkpoint(checkpoint, say=say)
@@ -72,7 +76,7 @@ def evaluate(
             say(f"not measured: {line}")
     open_ = partial(open_generator, steps=steps, guidance=guidance, sampler=scheduler)
     measure = partial(
-        evaluate_tasks, tasks=tasks, images=images, size=read_model(checkpoint).image_size, metrics=metrics,
+        evaluate_tasks, tasks=_asked(checkpoint, None if task else run, tasks, images), metrics=metrics,
         teacher=open_(find_teacher(teacher)) if teacher else None, seed=seed,
     )  # fmt: skip
     generator = open_(checkpoint, tell=say)
@@ -84,7 +88,7 @@ def evaluate(
         "quality": _quality(own),
         "bundles": [_beside(folder, own, lambda folder: measure(open_(folder))) for folder in folders],
         "run": _history(run),
-        "conditions": f"{images} images a task, {generator.conditions}, seed {seed}",
+        "conditions": f"{_counts(own)} images a task, {generator.conditions}, seed {seed}",
     }
     typer.echo(json.dumps(document, indent=2) if as_json else "\n".join(_lines(document)))
 
@@ -137,7 +141,7 @@ def _find(what: Path | None) -> tuple[Path, Path | None]:
     checkpoint = what / "checkpoint" if (what / "checkpoint").is_dir() else what
     if (what / "config.json").is_file() and checkpoint == what:
         raise InputError(f"{what} is not finished, it has no checkpoint: kdc-edge train --resume --out {what} first")
-    return checkpoint, checkpoint.parent if (checkpoint.parent / "config.json").is_file() else None
+    return checkpoint, run_of(checkpoint)
 
 
 def _tasks(run: Path | None, task: list[str] | None, caption: list[str] | None) -> tuple[Task, ...]:
@@ -149,6 +153,28 @@ def _tasks(run: Path | None, task: list[str] | None, caption: list[str] | None) 
     if run is None:
         raise InputError("this checkpoint belongs to no run: say what to ask for, e.g. --task flowers=garden:flowers")
     return TrainConfig.load(run).tasks
+
+
+def _asked(checkpoint: Path, run: Path | None, tasks: tuple[Task, ...], images: int | None) -> dict[str, Asked]:
+    """What is asked of each task: a run's own tasks need nothing but what it kept."""
+    from kdc_edge.diffusers_folder import hash_checkpoint, read_model
+    from kdc_edge.train.quality.evaluate import ask
+    from kdc_edge.train.quality.evaluation_set import ask_as_kept
+
+    size = read_model(checkpoint).image_size
+    if run is None:
+        return {task.name: ask(task, images or IMAGES, size=size) for task in tasks}
+    vae = hash_checkpoint(checkpoint / "vae")
+    found = {t.name: ask_as_kept(run, t, images, size=size, vae_sha256=vae, usual=IMAGES) for t in tasks}
+    for name, asked in found.items():
+        if len(asked.prompts) < (images or 0):
+            say(f"{name}: {len(asked.prompts)} images: the run kept no more, or there are no more")
+    return found
+
+
+def _counts(evaluated: Mapping[str, Evaluated]) -> str:
+    """Images of each task: "32", or "32, 64" where tasks differ."""
+    return ", ".join(dict.fromkeys(str(len(found.images)) for found in evaluated.values()))
 
 
 def _history(run: Path | None) -> dict[str, Any] | None:

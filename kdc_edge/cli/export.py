@@ -12,7 +12,17 @@ import typer
 from typer import Argument, Option
 
 from kdc_edge.cli.options import EmbeddingFiles, LoraFiles, PredictionType, Vae
-from kdc_edge.cli.project import BUNDLES, Config, command_line, latest_checkpoint, need_export, say
+from kdc_edge.cli.project import (
+    BUNDLES,
+    LATEST,
+    Config,
+    command_line,
+    find_checkpoint,
+    latest_checkpoint,
+    need_export,
+    say,
+)
+from kdc_edge.components import OPTIONAL
 from kdc_edge.errors import InputError
 from kdc_edge.export.targets import TARGETS, ExportRequest, Target, export_checkpoint
 from kdc_edge.formats import DEFAULT_PRECISION, find_format, targets
@@ -47,8 +57,10 @@ def _fields(target: Target) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
 @with_target_options
 def export(
     checkpoint: Annotated[
-        Path | None, Argument(help="A diffusers folder or a .safetensors file. Default: from the latest run.")
+        Path | None,
+        Argument(help="A run, finished or not, a diffusers folder, or a .safetensors file. Default: the latest run."),
     ] = None,
+    task: Annotated[str | None, Option(help="The run's checkpoint after this task.")] = None,
     target: Annotated[str, Option(help=f"One of {', '.join(targets())}.")] = "onnx",
     precision: Annotated[str | None, Option(help=f"See kdc-edge formats. Default: {DEFAULT_PRECISION}.")] = None,
     out: Annotated[Path | None, Option(help="Folder of the bundle. Default: bundles/TARGET-PRECISION.")] = None,
@@ -63,6 +75,10 @@ def export(
     decoder: Annotated[
         str | None,
         Option(metavar="DIR", help="Small decoder instead of the VAE's: a folder of AutoencoderTiny, or a hub id."),
+    ] = None,
+    extra: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        Option("--with", metavar="COMPONENT", help=f"Add an optional component: {', '.join(OPTIONAL)}. Repeatable."),
     ] = None,
     verify: Annotated[bool, Option("--verify/--no-verify", help="Compare the result with PyTorch.")] = True,
     vae: Vae = None,
@@ -79,7 +95,10 @@ def export(
     row = find_format(target, precision or DEFAULT_PRECISION)
     if precision is None:
         say(f"no precision given: {row.precision}, {row.description}")
-    source = local(checkpoint) if checkpoint else latest_checkpoint()
+    if checkpoint or task:
+        source = find_checkpoint(local(checkpoint) if checkpoint else LATEST, task)
+    else:
+        source = latest_checkpoint()
     if checkpoint is None:
         say(f"no checkpoint given: {source.resolve()}")
     given = {name: value for name, value in options.items() if value is not None}
@@ -98,7 +117,7 @@ def export(
         tell=stages.say, stage=stages,
         calibration_prompts=None if calibration_prompts is None else read_prompts(calibration_prompts),
         calibration_samples=calibration_samples,
-        decoder=None if decoder is None else find_decoder_folder(decoder),
+        decoder=None if decoder is None else find_decoder_folder(decoder), extra=tuple(dict.fromkeys(extra or ())),
     )  # fmt: skip
     bundle = export_checkpoint(request, TARGETS[row.target].options(**given))
     if bundle.manifest.parity is None:

@@ -224,7 +224,12 @@ def _export(checkpoint: Path, row: Format, out: Path) -> str | None:
     from kdc_edge.text import last_line
 
     options = ["export", checkpoint, "--target", row.target, "--precision", row.precision, "--out", out]
-    done = run_module("kdc_edge", options)
+
+    def tell(line: str) -> None:
+        if line and not line.startswith("kdc-edge: "):  # which is said as the reason
+            say(f"{row.name}: {line}")
+
+    done = run_module("kdc_edge", options, tell=tell)
     return last_line(done.stderr, "it said nothing").removeprefix("kdc-edge: ") if done.returncode else None
 
 

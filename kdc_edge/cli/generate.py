@@ -46,6 +46,14 @@ def generate(
         ),
     ] = None,
     prompts: Annotated[Path | None, Option(help="A text file with one prompt a line, instead of a prompt.")] = None,
+    image: Annotated[
+        Path | None, Option(help="An image to begin with, resized to the size asked for; needs a vae_encoder.")
+    ] = None,
+    mask: Annotated[Path | None, Option(help="With --image: white is repainted, black stays.")] = None,
+    strength: Annotated[
+        float | None,
+        Option(help="With --image: the share of the steps that are taken, 0.8, or 1 with a mask. Lower changes less."),
+    ] = None,
     images: Annotated[int | None, Option(help="Images of each prompt; 1, or one a seed, when not given.")] = None,
     steps: Annotated[int | None, Option(help="Steps of the sampler; 20, or those of a few-step student.")] = None,
     guidance: Annotated[
@@ -62,6 +70,9 @@ def generate(
         Option(help="A sampler, such as dpm++2m-karras, euler-a, unipc or lcm; the checkpoint's own when not given."),
     ] = None,
     negative_prompt: Annotated[str, Option(help="What the image should not show.")] = "",
+    plain_prompt: Annotated[
+        bool, Option("--plain-prompt", help="Take brackets as text; else (red:1.3) and [faint] are weights.")
+    ] = False,
     width: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     out: Annotated[
@@ -90,11 +101,14 @@ def generate(
     from kdc_edge.hub import label, local
     from kdc_edge.image import save_png
     from kdc_edge.pipeline import describe, own_request
+    from kdc_edge.prompt_weights import overflow
     from kdc_edge.prompts import read_prompts
     from kdc_edge.runtimes import open_pipeline
 
     if (prompt is None) == (prompts is None):
         raise typer.BadParameter("give a prompt, or --prompts with a file of them")
+    if image is None and (mask, strength) != (None, None):
+        raise typer.BadParameter("--mask and --strength are for --image: give the image to change")
     texts = read_prompts(prompts) if prompts else [prompt or ""]
     wanted = list(prompts_and_seeds(texts, images, listed(seed, "--seed", int)))
     check_out(out, len(wanted))
@@ -105,6 +119,7 @@ def generate(
     request = make_request(
         "", negative_prompt=negative_prompt, guidance_mode=guidance_mode,
         guidance_interval=guidance_interval, width=width, height=height, low_memory=low_memory,
+        weighted=not plain_prompt,
     )  # fmt: skip
     pipeline = open_pipeline(
         bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, cache=cache, exact=exact,
@@ -113,10 +128,19 @@ def generate(
     request, note = own_request(pipeline.model, request, sampler=scheduler, steps=steps, guidance=guidance)
     if note:
         say(note)
+    if image is not None:
+        request = replace(request, edit=pipeline.read_edit(request, image, strength=strength, mask=mask))
     batches = pipeline.batches([replace(request, prompt=text, seed=number) for text, number in wanted])
     for text in texts:
-        if cut := pipeline.tokenizer.overflow(text):
-            say(f"the prompt is longer than the model reads: left out is {cut[:80]!r}")
+        if plain_prompt:
+            if cut := pipeline.tokenizer.overflow(text):
+                say(f"the prompt is longer than the model reads: left out is {cut[:80]!r}")
+        elif (tokens := overflow(pipeline.tokenizer, text, max_chunks=pipeline.max_chunks)) > 0:
+            exported = "; this bundle's U-Net has a fixed text length, a checkpoint's reads more"
+            say(
+                f"the prompt is longer than the model reads: left out are its last {tokens} tokens"
+                f"{exported if pipeline.max_chunks == 1 else ''}"
+            )
     made = 0
     with ProgressBar(request.steps * len(wanted)) as progress:
         for batch in batches:

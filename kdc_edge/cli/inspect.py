@@ -59,6 +59,8 @@ def info(
         if manifest.parity:
             facts["compared with"] = manifest.parity.reference
         facts["proved by"] = manifest.parity.conditions if manifest.parity else "no proof: --no-verify was given"
+        if manifest.provenance.training:
+            facts["training"] = manifest.provenance.training
         facts["made by"] = manifest.provenance.command
     if as_json:
         typer.echo(json.dumps(facts, indent=2))

@@ -99,6 +99,36 @@ def latest_checkpoint() -> Path:
     return checkpoint
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """The run that a checkpoint lies in: RUN/checkpoint, RUN/checkpoints/TASK; None where there is none."""
+    home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    return home if (home / "config.json").is_file() else None
+
+
+def find_checkpoint(what: Path, task: str | None = None) -> Path:
+    """A checkpoint's folder; of a run the final one, that after a task, or one written of its newest state."""
+    if task is None and ((what / "model_index.json").is_file() or not (what / "config.json").is_file()):
+        return what
+    need_training("the checkpoint of a run")
+    from kdc_edge.train.config import TrainConfig
+
+    names = [known.name for known in TrainConfig.load(what).tasks]
+    final, kept = what / "checkpoint", {name: what / "checkpoints" / name for name in names}
+    kept[names[-1]] = final
+    if task is not None:
+        found = [name for name, folder in kept.items() if folder.is_dir()]
+        if task not in found:
+            raise InputError(f"{what} has no checkpoint of --task {task}: it has {', '.join(found) or 'none yet'}")
+        return kept[task]
+    if final.is_dir():
+        return final
+    from kdc_edge.train.snapshot import write_snapshot
+
+    folder = write_snapshot(what)
+    say(f"{what} is not finished: taking its newest state, {folder}")
+    return folder
+
+
 def all_bundles() -> list[Path]:
     """Every bundle in bundles/, in order of name."""
     from kdc_edge.bundle import find_bundles

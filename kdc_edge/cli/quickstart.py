@@ -39,8 +39,9 @@ def quickstart(
     from kdc_edge.train.teachers import find_teacher
 
     config = given.make(
-        teacher=find_teacher("garden"), tasks=(Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies")),
-        save_every=given.values["steps"], log_with="none", keep=1,
+        teacher=find_teacher("garden"),
+        tasks=(Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies")),
+        save_every=given.values["steps"], log_with="none", keep=1, baselines=False,
     )  # fmt: skip
     with atomic_folder(out) as work:
         _make(config, work, out, repeats)

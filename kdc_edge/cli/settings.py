@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, replace
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -27,10 +27,16 @@ class Given(Generic[T]):
     kind: type[T]
     values: dict[str, Any]  # by the setting's name
     typed: frozenset[str]  # names of the command's parameters that were given by hand
+    named: frozenset[str]  # those, and the keys of the settings file
 
     def make(self, **others: Any) -> T:
         """A new configuration; `others` are the fields that have no flag here."""
         return self.kind(**arguments(self.kind, self.values), **others)
+
+    def under(self, defaults: Mapping[str, Any]) -> Given[T]:
+        """With other defaults: values for settings that were not named, which count as given by hand from here on."""
+        new = {name: value for name, value in defaults.items() if name not in self.named}
+        return replace(self, values=self.values | new, typed=self.typed | new.keys(), named=self.named | new.keys())
 
     def change(self, config: T, **others: Any) -> T:
         """A configuration with the values that were given by hand."""
@@ -47,7 +53,8 @@ def flags(kind: type[Settings], *names: str, **defaults: Any) -> Callable[[Calla
         def wrapper(context: typer.Context, **values: Any) -> None:
             sources = {name: context.get_parameter_source(name) for name in values}
             typed = frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE")
-            given = Given(kind, {s.name: values.pop(s.name) for s in chosen}, typed)
+            named = typed | {name for name, source in sources.items() if source and source.name == "DEFAULT_MAP"}
+            given = Given(kind, {s.name: values.pop(s.name) for s in chosen}, typed, named)
             command(given=given, **values)
 
         signature = inspect.signature(command, eval_str=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from dataclasses import replace
 from functools import partial
@@ -51,6 +52,8 @@ def train(
     from kdc_edge.train.data.tasks import parse_tasks
     from kdc_edge.train.teachers import find_teacher
 
+    given = _with_recipe(given, given.typed if resume or continue_from else given.named)
+    more = False  # steps for a run
     if resume and out is None and not LATEST.exists():
         raise InputError("there is no run to resume in runs/: start without --resume")
     run = out or (LATEST.resolve() if resume else new_run())
@@ -59,12 +62,14 @@ def train(
     if resume:  # a flag given by hand is refused later where it changes the run
         learnt: dict[str, Any] = {"tasks": parse_tasks(task or (), caption or ())} if "task" in given.typed else {}
         settings = given.change(given.kind.load(run), **learnt)
+        more = settings.steps > given.kind.load(run).steps
     elif continue_from:
         settings = _continued(given, continue_from, parse_tasks(task or (), caption or ()))
     else:
         if task is None:
             task = ["flowers=garden:flowers", "butterflies=garden:butterflies"]
             say(f"no task given{'' if config else ' and no kdc-edge.toml here'}: taking the garden, {' '.join(task)}")
+        given = _family_defaults(given)
         settings = given.make(tasks=parse_tasks(task, caption or ()))
         settings = replace(settings, **arguments(settings, _stage_defaults(given, settings)))
     additions = Additions.parse(vae, lora, embedding, prediction_type)
@@ -74,10 +79,10 @@ def train(
     need_training("kdc-edge train")
     from kdc_edge.train.distributed import make_accelerator, on_main_process
     from kdc_edge.train.loop import Trainer
-    from kdc_edge.train.runs import begin_stage, continue_run
+    from kdc_edge.train.runs import begin_stage, continue_run, extend_run
 
     if dry_run:
-        _dry_run(settings, run, resume=resume, source=continue_from, learns=bool(task))
+        _dry_run(settings, run, resume=resume, more=more, source=continue_from, learns=bool(task))
         return
     if benchmark:
         _benchmark(settings, benchmark)
@@ -86,12 +91,42 @@ def train(
         prepare = continue_run if task else begin_stage
         write_once = partial(on_main_process, make_accelerator(settings, run))
         settings, resume = prepare(continue_from, run, settings, write_once=write_once), True
+    if more:
+        accelerator = make_accelerator(settings, run)
+        accelerator.wait_for_everyone()  # all have seen that it is more before one writes
+        on_main_process(accelerator, lambda: extend_run(run, settings))
+        say(_said_of_more(settings))
     trainer = Trainer(settings, run, resume=resume, say=say)
     if trainer.view.is_main_process:
         _announce(trainer, run)
     _follow(trainer)
     if trainer.view.is_main_process:
         typer.echo(run / "checkpoint")
+
+
+def _with_recipe(given: Given[TrainConfig], named: frozenset[str]) -> Given[TrainConfig]:
+    """What is given, with the settings of the recipe, if it is named; a line says their source."""
+    from kdc_edge.train.recipes import find_recipe
+
+    if "recipe" not in named or given.values["recipe"] is None:
+        return given
+    recipe = find_recipe(given.values["recipe"])
+    say(f"recipe {recipe.name}: {recipe.source}")
+    return given.under(recipe.settings)
+
+
+def _family_defaults(given: Given[TrainConfig]) -> Given[TrainConfig]:
+    """What is given, with the defaults for students of this size; they are printed."""
+    from kdc_edge.presets import find_preset
+    from kdc_edge.train.recipes import FAMILY_DEFAULTS
+
+    if "recipe" in given.named or given.values["objective"] == "phased":
+        return given
+    family = find_preset(given.values["student"]).family
+    found = {name: value for name, value in FAMILY_DEFAULTS[family].items() if name not in given.named}
+    for name, value in found.items():
+        say(f"--{name.replace('_', '-')} {value}, for a student of this size")
+    return given.under(found)
 
 
 def _continued(given: Given[TrainConfig], run: Path, tasks: tuple[Task, ...]) -> TrainConfig:
@@ -117,7 +152,7 @@ def _continued(given: Given[TrainConfig], run: Path, tasks: tuple[Task, ...]) ->
     return settings
 
 
-def _dry_run(settings: TrainConfig, run: Path, *, resume: bool, source: Path | None, learns: bool) -> None:
+def _dry_run(settings: TrainConfig, run: Path, *, resume: bool, more: bool, source: Path | None, learns: bool) -> None:
     """Print the plan, or refuse what the run would refuse; nothing is written."""
     from kdc_edge.train.loop import check_run
     from kdc_edge.train.runs import begin_stage, continue_run
@@ -126,10 +161,23 @@ def _dry_run(settings: TrainConfig, run: Path, *, resume: bool, source: Path | N
     if source:
         prepare = continue_run if learns else begin_stage
         settings = prepare(source, run, settings, write_once=lambda _: None)
-    check_run(settings, run, resume=resume)
+    asked = replace(settings, steps=settings.load(run).steps) if more else settings
+    check_run(asked, run, resume=resume)
     for one in settings.tasks:
         one.open()
-    typer.echo("\n".join(make_plan(settings).lines()))
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo("\n".join(make_plan(settings).lines()))
+
+
+def _said_of_more(settings: TrainConfig) -> str:
+    """Whether more steps end where a longer run would have."""
+    name, steps = settings.tasks[-1].name, settings.steps
+    if settings.schedule == "constant" and settings.warmup is not None:
+        return f"{name} goes on to step {steps}, as a run of {steps} steps would have"
+    return (
+        f"{name} goes on to step {steps} by the learning rates of a run of {steps} steps, which the steps so far did"
+        " not have: it ends elsewhere than that run (--schedule constant with a --warmup would not)"
+    )
 
 
 def _stage_defaults(given: Given[TrainConfig], settings: TrainConfig) -> dict[str, Any]:
@@ -162,11 +210,15 @@ def _announce(trainer: Trainer, run: Path) -> None:
 
 def _benchmark(settings: TrainConfig, steps: int) -> None:
     """Measure and print; the run's folder is temporary."""
-    from kdc_edge.files import temporary_folder
+    from kdc_edge.train.distributed import make_accelerator, temporary_folder
     from kdc_edge.train.tools.benchmark import measure_run
 
-    with temporary_folder() as folder:
-        typer.echo("\n".join(measure_run(settings, folder / "run", steps).lines()))
+    settings = replace(settings, log_with="none")
+    accelerator = make_accelerator(settings, Path())
+    with temporary_folder(accelerator) as folder:
+        speed = measure_run(settings, folder / "run", steps)
+    if accelerator.is_main_process:
+        typer.echo("\n".join(speed.lines()))
 
 
 def _follow(trainer: Trainer) -> None:

@@ -6,13 +6,13 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
 
 from kdc_edge.cli.options import Vae
-from kdc_edge.cli.project import RUNS, Config, need_training, say
+from kdc_edge.cli.project import RUNS, Config, need_training, run_of, say
 from kdc_edge.cli.settings import Given, flags
 from kdc_edge.errors import InputError
 from kdc_edge.train.config import DecoderConfig, TrainConfig
@@ -27,8 +27,8 @@ GARDEN = ("flowers=garden:flowers", "butterflies=garden:butterflies", "fish=gard
 def train_decoder(
     given: Given[DecoderConfig],
     checkpoint: Annotated[
-        str, Option("--from", metavar="CHECKPOINT", help="A folder, a .safetensors file, a hub id, or `garden`.")
-    ],
+        str | None, Option("--from", metavar="CHECKPOINT", help="A folder, a .safetensors file, a hub id, or `garden`.")
+    ] = None,
     task: Annotated[
         list[str] | None,
         Option(metavar="NAME=SOURCE", help="A task; those of the checkpoint's run by default, or all of the garden."),
@@ -46,28 +46,52 @@ def train_decoder(
     from kdc_edge.presets import find_decoder
     from kdc_edge.train.teachers import find_teacher
 
-    folder = find_teacher(checkpoint, Additions(vae=vae), say=say)
+    if checkpoint is None and not (resume and out):
+        raise InputError("no checkpoint given: train-decoder needs --from CHECKPOINT, or --resume with --out")
+    if checkpoint is None:
+        folder = given.kind.load(_claimed(out)).checkpoint
+    else:
+        folder = find_teacher(checkpoint, Additions(vae=vae), say=say)
     need_training("kdc-edge train-decoder")
     from kdc_edge.train.data.tasks import parse_tasks
     from kdc_edge.train.tools.decoder import DecoderTrainer
 
-    run = folder.parent if (folder.parent / "config.json").is_file() else None
-    if task is None and run is None and checkpoint != "garden":
-        raise InputError("this checkpoint belongs to no run: say what to decode, e.g. --task flowers=garden:flowers")
-    tasks = TrainConfig.load(run).tasks if task is None and run else parse_tasks(task or GARDEN, caption or ())
-    settings = given.make(tasks=tasks, checkpoint=folder)
-    chosen = find_decoder(settings.preset, read_model(folder).vae_scale)
-    own_cache = run / "cache" if run and (run / "cache").is_dir() else None
-    settings = replace(settings, preset=chosen.name, cache=settings.cache or own_cache)
+    chosen = find_decoder(given.values["preset"], read_model(folder).vae_scale)
     home = out or RUNS / f"decoder-{chosen.name}"
+    if resume:  # a flag given by hand is refused later where it changes the training
+        learnt: dict[str, Any] = {"tasks": parse_tasks(task, caption or ())} if task else {}
+        settings = given.change(given.kind.load(_claimed(home)), checkpoint=folder, **learnt)
+    else:
+        settings = replace(_new(given, folder, task, caption), preset=chosen.name)
     trainer = DecoderTrainer(settings, home, resume=resume, say=say)
     parameters = sum(p.numel() for p in trainer.decoder.parameters())
-    say(f"{chosen.name}: {chosen.description}, {parameters:,} parameters, to {home}")
+    say(f"{trainer.preset.name}: {trainer.preset.description}, {parameters:,} parameters, to {home}")
     if trainer.step:
         say(f"going on after step {trainer.step}")
     _follow(trainer)
     _report(trainer)
     typer.echo(home / "decoder")
+
+
+def _claimed(home: Path | None) -> Path:
+    """A folder that a training was started in; raises InputError for another one."""
+    if home is None or not (home / "config.json").is_file():
+        raise InputError(f"{home} holds no training to resume, it has no config.json: start without --resume")
+    return home
+
+
+def _new(given: Given[DecoderConfig], folder: Path, task: list[str] | None, caption: list[str] | None) -> DecoderConfig:
+    """The settings of a new training: tasks and cached latents of the checkpoint's run where it has one."""
+    from kdc_edge.train.data.tasks import parse_tasks
+    from kdc_edge.train.teachers import GARDEN_TEACHER
+
+    run = run_of(folder)
+    if task is None and run is None and folder != GARDEN_TEACHER:
+        raise InputError("this checkpoint belongs to no run: say what to decode, e.g. --task flowers=garden:flowers")
+    tasks = TrainConfig.load(run).tasks if task is None and run else parse_tasks(task or GARDEN, caption or ())
+    settings = given.make(tasks=tasks, checkpoint=folder)
+    own_cache = run / "cache" if run and (run / "cache").is_dir() else None
+    return replace(settings, cache=settings.cache or own_cache)
 
 
 def _follow(trainer: DecoderTrainer) -> None:

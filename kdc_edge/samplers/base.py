@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,10 +14,19 @@ from kdc_edge.noise_schedule import Latents, NoiseSchedule
 
 
 class Sampler(Protocol):
-    """What the pipeline asks of a sampler. Calls come in order: i = 0, 1, ... len(timesteps) - 1."""
+    """What the pipeline asks of a sampler. Calls come in order: i = first, first + 1, ... len(timesteps) - 1."""
 
     timesteps: NDArray[Any]  # (n,), in the order of visits; PNDM visits steps + 1, Heun 2 steps - 1
     init_noise_sigma: float  # the initial noise is multiplied by this
+    first: int  # index of the first call; past 0 where sampling begins with an image's latents
+
+    def skip(self, steps: int) -> None:
+        """Begin after so many steps; to be called before the first one."""
+        ...
+
+    def add_noise(self, latents: Latents, noise: Latents, i: int) -> Latents:
+        """Clean latents with the noise of the i-th timestep, (B, C, h, w) each, as `step` takes them."""
+        ...
 
     def scale_model_input(self, sample: Latents, i: int) -> Latents: ...
 
@@ -27,6 +37,8 @@ class BaseSampler:
     """Unit noise at the start, and the U-Net sees the sample as it is."""
 
     init_noise_sigma = 1.0
+    first = 0
+    calls_a_step = 1
 
     def __init__(self, schedule: NoiseSchedule, steps: int, timesteps: NDArray[Any]) -> None:
         if timesteps.max() >= schedule.num_train_timesteps:
@@ -39,6 +51,14 @@ class BaseSampler:
 
     def scale_model_input(self, sample: Latents, i: int) -> Latents:  # noqa: ARG002
         return sample
+
+    def skip(self, steps: int) -> None:
+        self.first = steps * self.calls_a_step
+
+
+def noised(latents: Latents, noise: Latents, signal: float) -> Latents:
+    """x = sqrt(a) x0 + sqrt(1 - a) eps, in float32: (B, C, h, w) each, `signal` = a."""
+    return np.float32(math.sqrt(signal)) * latents + np.float32(math.sqrt(1 - signal)) * noise
 
 
 def draw_fresh(noise: Noise, shape: tuple[int, ...]) -> NDArray[np.float32]:

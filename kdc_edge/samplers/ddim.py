@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kdc_edge.errors import InputError
 from kdc_edge.noise import Noise
 from kdc_edge.noise_schedule import Latents, NoiseSchedule
-from kdc_edge.samplers.base import BaseSampler, draw_fresh
+from kdc_edge.samplers.base import BaseSampler, draw_fresh, noised
 
 
 class _TimestepSampler(BaseSampler):
@@ -29,6 +29,9 @@ class _TimestepSampler(BaseSampler):
         if timestep < 0:
             return 1.0 if self.schedule.set_alpha_to_one else float(self.schedule.alphas_cumprod[0])
         return float(self.schedule.alphas_cumprod[timestep])
+
+    def add_noise(self, latents: Latents, noise: Latents, i: int) -> Latents:
+        return noised(latents, noise, self.signal(int(self.timesteps[i])))
 
     def transfer(self, prediction: Latents, x: Latents, start: int, end: int) -> Latents:
         """Carry x from one timestep to another along the prediction: DDIM, eq. 12 with no fresh noise.
@@ -69,6 +72,7 @@ class PNDM(_TimestepSampler):
 
     def step(self, noise_pred: Latents, i: int, sample: Latents) -> Latents:
         t = int(self.timesteps[i])
+        i -= self.first  # begun with an image, it repeats the second timestep that it visits, as diffusers does
         if i == 0:
             self.history, self.start = [noise_pred], sample
             return self.transfer(noise_pred, sample, t, t - self.stride)

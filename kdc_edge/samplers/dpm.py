@@ -10,7 +10,7 @@ import numpy as np
 from kdc_edge.errors import InputError
 from kdc_edge.noise import Noise
 from kdc_edge.noise_schedule import Latents, NoiseSchedule
-from kdc_edge.samplers.base import BaseSampler, draw_fresh, karras_sigmas, timesteps_at
+from kdc_edge.samplers.base import BaseSampler, draw_fresh, karras_sigmas, noised, timesteps_at
 
 
 class _LogSampler(BaseSampler):
@@ -35,6 +35,9 @@ class _LogSampler(BaseSampler):
     def signal(self, i: int) -> float:
         """a at the i-th noise level."""
         return 1 / (self.sigmas[i] ** 2 + 1)
+
+    def add_noise(self, latents: Latents, noise: Latents, i: int) -> Latents:
+        return noised(latents, noise, self.signal(i))
 
     def log_step(self, i: int, j: int) -> float:
         """From the i-th noise level to the j-th, in -log(sigma)."""
@@ -74,7 +77,7 @@ class DPMSolver(_LogSampler):
     def step(self, noise_pred: Latents, i: int, sample: Latents) -> Latents:
         x0 = self.image(noise_pred, i, sample)
         last = i == len(self.timesteps) - 1
-        second = i > 0 and not last and (not self.single or i % 2 == 1)
+        second = i > self.first and not last and (not self.single or i % 2 == 1)
         start, target = i, x0
         if second and not self.single:
             r = self.log_step(i - 1, i) / self.log_step(i, i + 1)
@@ -111,11 +114,11 @@ class UniPC(_LogSampler):
 
     def step(self, noise_pred: Latents, i: int, sample: Latents) -> Latents:
         x0 = self.image(noise_pred, i, sample)
-        if i > 0:
+        if i > self.first:
             sample = self.correct(i, x0)
         self.images = [x0, *self.images[:1]]
         self.start = sample
-        self.order = min(2, i + 1, len(self.timesteps) - i)
+        self.order = min(2, i + 1 - self.first, len(self.timesteps) - i)
         change: Latents | float = 0.0
         if self.order == 2:
             change = (self.images[1] - x0) / self.ratio(i) / 2

@@ -32,6 +32,9 @@ class Euler(BaseSampler):
     def scale_model_input(self, sample: Latents, i: int) -> Latents:
         return sample / math.hypot(self.sigmas[i], 1)
 
+    def add_noise(self, latents: Latents, noise: Latents, i: int) -> Latents:
+        return latents + np.float32(self.sigmas[i]) * noise
+
     def slope(self, noise_pred: Latents, i: int, sample: Latents) -> Latents:
         """dx / dsigma at the i-th noise level: the noise in the sample, beside x0 within its bounds."""
         sigma = self.sigmas[i]
@@ -65,17 +68,19 @@ class Heun(Euler):
     Visits every timestep but the first twice: as the end of one step and the start of the next.
     """
 
+    calls_a_step = 2
+
     def __init__(self, schedule: NoiseSchedule, steps: int, *, karras: bool = False) -> None:
         super().__init__(schedule, steps, karras=karras)
         twice = np.repeat(np.arange(steps), 2)[1:]  # 0, 1, 1, 2, 2, ...
         self.timesteps = self.timesteps[twice]
         self.sigmas = [self.sigmas[k] for k in twice] + [0.0]
-        self.first: Latents  # slope at the start of the step
-        self.start: Latents
+        self.first_slope: Latents  # slope at the start of the step
+        self.origin: Latents
 
     def step(self, noise_pred: Latents, i: int, sample: Latents) -> Latents:
         slope = self.slope(noise_pred, i, sample)
         if i % 2 == 0:
-            self.first, self.start = slope, sample
+            self.first_slope, self.origin = slope, sample
             return sample + (self.sigmas[i + 1] - self.sigmas[i]) * slope
-        return self.start + (self.sigmas[i] - self.sigmas[i - 1]) * (self.first + slope) / 2
+        return self.origin + (self.sigmas[i] - self.sigmas[i - 1]) * (self.first_slope + slope) / 2

@@ -4,6 +4,7 @@
     POST /v1/images/generations    {"prompt": ..., "n": 1, "size": "512x512", "response_format": "b64_json"}
                                    and diffusers' names: seed, num_inference_steps, guidance_scale, negative_prompt,
                                    scheduler; "stream": true answers with events `step`, `image`, `done`, `error`
+    POST /v1/images/edits          the same with "image", "mask" (base64 or data URLs) and "strength"
     GET  /v1/models  /health  /metrics
 
 Everything from outside is bounded: bodies, prompts, images, steps, sizes, waiting jobs, and the time a client has to
@@ -34,8 +35,8 @@ from starlette.routing import Route
 from kdc_edge.bundle import Model
 from kdc_edge.errors import InputError
 from kdc_edge.image import encode_png, preview
+from kdc_edge.pipeline import Pipeline, own_request
 from kdc_edge.pipeline import Request as ImageRequest
-from kdc_edge.pipeline import own_request
 from kdc_edge.samplers import SAMPLERS
 from kdc_edge.serve.worker import Busy, Done, Event, Failed, Finished, Job, Step, Worker
 from kdc_edge.text import invalid_field, printable
@@ -43,6 +44,8 @@ from kdc_edge.version import __version__
 
 MAX_BODY_BYTES = 64 * 1024
 MAX_PROMPT_CHARS = 2000  # of a prompt that are read; a model reads 77 tokens of them
+MAX_EDIT_BYTES = 16 * 2**20  # of a body with an image and a mask
+MAX_EDITS = 4  # bodies with images that are read at once
 BODY_SEC = 10.0  # that a client has to send its body
 RETRY_SEC = 5
 MAX_PENDING_STEPS = 4  # events of steps that wait for a slow client; older ones are worth nothing
@@ -56,6 +59,7 @@ class Limits:
     images: int = 4
     steps: int = 100
     pixels: int = 1024 * 1024  # of one image
+    input_pixels: int = 25_000_000  # of an image to change
 
 
 class Body(BaseModel):
@@ -94,11 +98,29 @@ class Body(BaseModel):
         request, _ = own_request(
             model,
             ImageRequest(
-                self.prompt[:MAX_PROMPT_CHARS], self.negative_prompt[:MAX_PROMPT_CHARS], width=width, height=height
+                self.prompt[:MAX_PROMPT_CHARS], self.negative_prompt[:MAX_PROMPT_CHARS], width=width, height=height,
+                weighted=True,
             ),
             sampler=self.scheduler, steps=self.num_inference_steps, guidance=self.guidance_scale,
         )  # fmt: skip
         return [replace(request, seed=(seed + i) % 2**64) for i in range(self.n)]
+
+
+class EditBody(Body):
+    """A request for changed images: OpenAI's `image` and `mask`, diffusers' `strength`."""
+
+    image: str  # base64, or a data URL
+    mask: str | None = None  # transparent pixels are repainted, as OpenAI says; without any, white ones
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    def edited(self, pipeline: Pipeline, limits: Limits) -> list[ImageRequest]:
+        """As `requests`, with the image. Raises InputError for what is no image too."""
+        requests = self.requests(pipeline.model, limits)
+        edit = pipeline.read_edit(
+            requests[0], _decoded(self.image, "image"), strength=self.strength, transparent_is_masked=True,
+            mask=None if self.mask is None else _decoded(self.mask, "mask"), max_pixels=limits.input_pixels,
+        )  # fmt: skip
+        return [replace(request, edit=edit) for request in requests]
 
 
 def make_app(
@@ -113,6 +135,7 @@ def make_app(
         Route("/metrics", guard(server.metrics)),
         Route("/v1/models", guard(server.models)),
         Route("/v1/images/generations", guard(server.generate), methods=["POST"]),
+        Route("/v1/images/edits", guard(server.edit), methods=["POST"]),
     ]
     return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
 
@@ -160,6 +183,7 @@ class _Server:
 
     def __init__(self, worker: Worker, limits: Limits) -> None:
         self.worker, self.limits = worker, limits
+        self._edits = 0  # bodies with images that are being read
         self._page = files("kdc_edge.serve").joinpath("page.html").read_text("utf-8")
 
     async def page(self, _request: Request) -> Response:
@@ -200,9 +224,29 @@ class _Server:
         return PlainTextResponse("\n".join(lines) + "\n")
 
     async def generate(self, request: Request) -> Response:
+        async def read() -> tuple[Body, list[ImageRequest]]:
+            body = Body.model_validate_json(await _read(request, MAX_BODY_BYTES))
+            return body, body.requests(self.worker.pipeline.model, self.limits)
+
+        return await self._answer(request, read())
+
+    async def edit(self, request: Request) -> Response:
+        async def read() -> tuple[Body, list[ImageRequest]]:
+            if self._edits >= MAX_EDITS:
+                raise Busy("too many images are being read: try again later")
+            self._edits += 1
+            try:
+                raw = await _read(request, MAX_EDIT_BYTES)
+                body = await asyncio.to_thread(EditBody.model_validate_json, raw)
+                return body, await asyncio.to_thread(body.edited, self.worker.pipeline, self.limits)
+            finally:
+                self._edits -= 1
+
+        return await self._answer(request, read())
+
+    async def _answer(self, request: Request, read: Awaitable[tuple[Body, list[ImageRequest]]]) -> Response:
         try:
-            body = Body.model_validate_json(await _read(request))
-            requests = body.requests(self.worker.pipeline.model, self.limits)
+            body, requests = await read
             events = _Events()
             job = self.worker.submit(requests, events.emit)
         except ValidationError as error:
@@ -284,15 +328,15 @@ async def _collect(request: Request, events: _Events, job: Job, revised: dict[st
     return JSONResponse({"created": int(time.time()), "data": images})
 
 
-async def _read(request: Request) -> bytes:
+async def _read(request: Request, limit: int) -> bytes:
     """The body, bounded in size and time."""
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SEC):
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > MAX_BODY_BYTES:
-                    raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes", {"Connection": "close"})
+                if len(body) > limit:
+                    raise HTTPException(413, f"the body is larger than {limit} bytes", {"Connection": "close"})
     except TimeoutError:
         raise HTTPException(408, f"the body did not come within {BODY_SEC:g} s", {"Connection": "close"}) from None
     except ClientDisconnect:
@@ -310,6 +354,14 @@ async def _http_error(_request: Request, error: Exception) -> Response:
 
 def _sse(event: str, **data: object) -> str:
     return f"event: {event}\ndata: {json.dumps(data)}\n\n"
+
+
+def _decoded(text: str, what: str) -> bytes:
+    """The bytes of base64, or of a data URL."""
+    try:
+        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+    except ValueError:
+        raise InputError(f"{what} is not in base64") from None
 
 
 def _base64(data: bytes) -> str:

@@ -29,6 +29,7 @@ _NETWORKS = {
     "text_encoder": ("transformers", "CLIPTextModel", "text_encoder"),
     "unet": ("diffusers", "UNet2DConditionModel", "unet"),
     "vae_decoder": ("diffusers", "AutoencoderKL", "vae"),
+    "vae_encoder": ("diffusers", "AutoencoderKL", "vae"),  # the same files hold both halves
 }
 
 
@@ -42,7 +43,12 @@ def load_network(checkpoint: Path, component: str) -> Any:
         raise InputError(f"a checkpoint has no component {component!r}: choose from {', '.join(_NETWORKS)}")
     package, class_name, subfolder = _NETWORKS[component]
     folder = checkpoint / subfolder
-    if component == "vae_decoder" and read_json(folder / "config.json", CheckpointError).get("_class_name") == TINY_VAE:
+    if subfolder == "vae" and read_json(folder / "config.json", CheckpointError).get("_class_name") == TINY_VAE:
+        if component == "vae_encoder":
+            raise CheckpointError(
+                f"{folder} is no AutoencoderKL, whose encoder --swift exports, --with vae_encoder too, and --image"
+                " needs: leave these out"
+            )
         class_name = TINY_VAE
     network_class = getattr(require(package, extra="train", purpose="reading a checkpoint"), class_name)
     return read_network(network_class, folder, variant=weights_of(folder).variant)
@@ -98,6 +104,8 @@ class TorchComponent:
             return self._network(input_ids=inputs["input_ids"].long()).last_hidden_state
         if self._name == "unet":
             return self._network(**inputs, return_dict=False)[0]
+        if self._name == "vae_encoder":
+            return self._network.encode(inputs["sample"], return_dict=False)[0].parameters
         return self._network.decode(inputs["latent_sample"], return_dict=False)[0]
 
 

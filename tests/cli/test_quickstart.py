@@ -42,7 +42,7 @@ def test_quickstart_goes_from_teacher_to_report(tmp_path: Path) -> None:
     page = (tmp_path / "demo" / "report.html").read_text("utf-8")
     text = Text(page)
     assert text.headings == ["In short", "Images", "Learning", "Remembering", "The proof", "Speed and size"]
-    assert text.images == 5 * 6  # teacher, two students, two bundles; six prompts
+    assert text.images == 5 * 8  # teacher, two students, two bundles; eight prompts
     assert not re.search(r"(src|href)=\"https?:", page)
     assert "forgetting" in page
 

@@ -36,7 +36,7 @@ RESULTS: dict[str, Any] = {
 class MoreConfig(TrainConfig):
     """One setting more, declared in one place."""
 
-    noise_offset: float = setting(0.0, "Offset of the noise of each channel.", "Data", ge=0, lt=1)
+    colour_jitter: float = setting(0.0, "Offset of the noise of each channel.", "Data", ge=0, lt=1)
 
 
 @dataclass(frozen=True)
@@ -102,31 +102,31 @@ def test_bounds_and_choices_hold_for_keys_too(tmp_path: Path) -> None:
 
 def test_one_more_field_is_one_more_flag(more: Callable[..., Any]) -> None:
     text = more("--help").stdout
-    assert "--noise-offset" in text
+    assert "--colour-jitter" in text
     assert "Offset of the noise of each channel (0 to below 1)." in text
 
 
 def test_one_more_field_is_checked_planned_and_a_key(more: Callable[..., Any]) -> None:
-    found = more("--noise-offset", 1).exception
+    found = more("--colour-jitter", 1).exception
     assert isinstance(found, InputError)
-    assert str(found) == "--noise-offset 1.0 is out of range: use 0 to below 1"
-    assert "--noise-offset 0.25" in more("--noise-offset", 0.25, "--dry-run").stdout
-    Path("kdc-edge.toml").write_text("[train]\nnoise-offset = 0.5\n")
-    assert "--noise-offset 0.5" in more("--dry-run").stdout
+    assert str(found) == "--colour-jitter 1.0 is out of range: use 0 to below 1"
+    assert "--colour-jitter 0.25" in more("--colour-jitter", 0.25, "--dry-run").stdout
+    Path("kdc-edge.toml").write_text("[train]\ncolour-jitter = 0.5\n")
+    assert "--colour-jitter 0.5" in more("--dry-run").stdout
 
 
 def test_one_more_field_is_saved_compared_and_in_the_card(more: Callable[..., Any]) -> None:
-    config = MoreConfig(teacher=GARDEN_TEACHER, tasks=TASKS, noise_offset=0.25)
+    config = MoreConfig(teacher=GARDEN_TEACHER, tasks=TASKS, colour_jitter=0.25)
     home = Path("runs/001")
     home.mkdir(parents=True)
     (home / "config.json").write_text(json.dumps(config.as_json()))
     assert MoreConfig.load(home) == config
-    assert "--noise-offset 0.25" in more("--resume", "--out", home, "--dry-run").stdout  # from the file
+    assert "--colour-jitter 0.25" in more("--resume", "--out", home, "--dry-run").stdout  # from the file
     for plan in ((), ("--dry-run",)):
-        refused = more("--resume", "--out", home, "--noise-offset", 0.75, *plan).exception
+        refused = more("--resume", "--out", home, "--colour-jitter", 0.75, *plan).exception
         assert isinstance(refused, KdcError)
-        assert "--noise-offset is 0.75 and the run was started with 0.25" in str(refused)
-    assert "| Data | `--noise-offset` | 0.25 |" in model_card(config, model(), RESULTS)
+        assert "--colour-jitter is 0.75 and the run was started with 0.25" in str(refused)
+    assert "| Data | `--colour-jitter` | 0.25 |" in model_card(config, model(), RESULTS)
 
 
 def test_one_more_choice_is_checked() -> None:

@@ -20,7 +20,7 @@ import torch
 from transformers import CLIPTextConfig
 
 from kdc_edge.diffusers_defaults import AUTOENCODER_TINY, SCHEDULERS, TEXT_ENCODER, UNET, VAE
-from kdc_edge.diffusers_folder import read_model
+from kdc_edge.diffusers_folder import RANDOM_WEIGHTS, read_model
 from kdc_edge.errors import CheckpointError
 from kdc_edge.pipeline import Pipeline, Request
 from kdc_edge.runtimes import open_pipeline
@@ -245,3 +245,13 @@ def test_a_model_without_a_unet_is_refused_by_its_class(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
     with pytest.raises(CheckpointError, match="class 'StableDiffusion3Pipeline'"):
         read_model(tmp_path)
+
+
+def test_random_weights_are_read_from_the_index(own_checkpoint: Path) -> None:
+    """As kdc-edge init writes it where there is no teacher; diffusers opens the folder all the same."""
+    assert not read_model(own_checkpoint).random_weights
+    path = own_checkpoint / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {RANDOM_WEIGHTS: True}))
+    assert read_model(own_checkpoint).random_weights
+    with quiet():
+        diffusers.StableDiffusionPipeline.from_pretrained(own_checkpoint, local_files_only=True)

@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from kdc_edge.bundle import MANIFEST, Bundle
 from kdc_edge.errors import BundleError, CheckpointError, HubError, InputError
@@ -18,6 +18,9 @@ from kdc_edge.hub_card import make_card
 from kdc_edge.runtimes.pipeline import Pipeline
 from kdc_edge.train.checkpoint import find_teacher
 from tests.core.hub_server import TOKEN, HubServer
+
+# huggingface_hub 2.4 uploads by an argument that its HTTP library is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 NAME = "someone/flowers"
 PROMPT = "a red flower"
@@ -30,13 +33,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(f"{constants}.HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setattr(f"{constants}.HF_HUB_DISABLE_XET", True)
-    huggingface_hub.utils.disable_progress_bars()
+    disable_progress_bars()
     with HubServer() as server:
         monkeypatch.setattr(f"{constants}.ENDPOINT", server.url)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield server
-    huggingface_hub.utils.enable_progress_bars()
+    enable_progress_bars()
 
 
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from kdc_edge.export.targets import ExportRequest, export_checkpoint
 from kdc_edge.pipeline import Request
 from kdc_edge.prompts import own_prompts, read_prompts
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline
+from tests.export.editing import closeness_db
 from tests.runtimes.test_base import some_inputs
 
 NAMES = {
@@ -34,7 +35,8 @@ NAMES = {
 @pytest.fixture(scope="module")
 def fp32(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundles") / "openvino-fp32"
-    return export_checkpoint(ExportRequest(checkpoint, out, "openvino", "fp32", command="a test")).root
+    request = ExportRequest(checkpoint, out, "openvino", "fp32", command="a test", extra=["vae_encoder"])
+    return export_checkpoint(request).root
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,14 @@ def bundles(fp32: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 def operations(bundle: Path, component: str = "unet") -> Counter[str]:
     model = ov.Core().read_model(bundle / component / "openvino_model.xml")
     return Counter(node.get_type_name() for node in model.get_ops())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_images_are_changed_as_diffusers_does(fp32: Path, checkpoint: Path, masked: bool) -> None:
+    pipeline = open_pipeline(fp32, threads=1)
+    assert closeness_db(pipeline, checkpoint, "dpm++2m", masked=masked, steps=2, strength=1.0 if masked else 0.5) > 35
+    encoder = ov.Core().read_model(fp32 / "vae_encoder" / "openvino_model.xml")
+    assert [port.get_names() for port in (*encoder.inputs, *encoder.outputs)] == [{"sample"}, {"latent_parameters"}]
 
 
 def test_the_folder_is_optimums(fp32: Path) -> None:

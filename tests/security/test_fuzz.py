@@ -138,11 +138,11 @@ def test_damaged_inputs_are_taken_or_refused_in_a_line(bundle: Path, tmp_path: P
 
 @pytest.mark.security
 def test_thousands_of_damaged_inputs(bundle: Path, coreml_bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
-    from kdc_edge.export.openvino import export_openvino
+    from kdc_edge.export.targets import ExportRequest, export_checkpoint
 
     folder = tmp_path / "all"
     folder.mkdir()
-    openvino = export_openvino(checkpoint, tmp_path / "openvino", precision="fp16", verify=False)
+    openvino = export_checkpoint(ExportRequest(checkpoint, tmp_path / "openvino", "openvino", "fp16", verify=False))
     found = targets(folder, bundle)
     for name in ("openvino_model.xml", "openvino_model.bin"):
         read = lambda: open_pipeline(openvino.root).components["unet"]  # noqa: E731

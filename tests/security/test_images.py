@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kdc_edge import image_files
 from kdc_edge.errors import InputError
-from kdc_edge.train.data import images
 from kdc_edge.train.data.images import LeftOut, read_image
 from kdc_edge.train.data.sources import open_source
 from tests.train.test_sources import everything, plain
@@ -60,7 +60,7 @@ def test_strips_compute_what_the_whole_image_would(monkeypatch: pytest.MonkeyPat
         image = Image.fromarray((noise[..., 0].astype(np.int64) * 200).astype(kinds[mode]))
     found = []
     for pixels in (7, 10**9):
-        monkeypatch.setattr(images, "STRIP_PIXELS", pixels)
+        monkeypatch.setattr(image_files, "STRIP_PIXELS", pixels)
         found.append(read_image(image.copy(), size=32))
     assert np.array_equal(*found)
     assert found[0].std() > 0

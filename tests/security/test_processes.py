@@ -16,6 +16,7 @@ import pytest
 
 from kdc_edge import files
 from kdc_edge.files import temporary_folder
+from kdc_edge.processes import run_module
 
 ROOT = Path(__file__).parents[2]
 BENCH = """
@@ -40,6 +41,14 @@ def until(found: Callable[[], object], what: str, seconds: float = 30.0) -> None
     while not found():
         assert time.monotonic() < end, what
         time.sleep(0.02)
+
+
+def test_what_a_child_says_is_told_line_by_line() -> None:
+    told: list[str] = []
+    done = run_module("base64", ["-?"], tell=told.append)  # Python's own, which refuses this
+    assert done.returncode == 2
+    assert "option -? not recognized" in told[0]
+    assert told == done.stderr.splitlines()
 
 
 @contextmanager

@@ -135,6 +135,75 @@ def test_bodies_that_are_no_request_are_refused(client: TestClient, body: bytes)
     assert len(message(answer)) <= 500
 
 
+def base64_of(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.fixture(scope="module")
+def changing(checkpoint: Path) -> Iterator[tuple[TestClient, Any]]:
+    pipeline = open_pipeline(checkpoint, threads=1)
+    worker = Worker(pipeline, name="checkpoint", waiting=2)
+    with TestClient(make_app(worker, limits=Limits(input_pixels=10_000))) as client:
+        yield client, pipeline
+    worker.close()
+
+
+EDITS = "/v1/images/edits"
+
+
+def test_an_image_is_changed_as_the_pipeline_does(changing: tuple[TestClient, Any]) -> None:
+    client, pipeline = changing
+    image = Image.new("RGB", (80, 60), "teal")
+    mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (16, 16, 48, 48))
+    body = {"prompt": PROMPT, "num_inference_steps": 4, "seed": 1, "image": base64_of(image)}
+    for url in ("", "data:image/png;base64,"):
+        answer = client.post(EDITS, json=body | {"image": url + body["image"], "strength": 0.5, "n": 2}).json()
+        assert [item["seed"] for item in answer["data"]] == [1, 2]
+        expected = pipeline(PROMPT, image=image, strength=0.5, num_inference_steps=4, seed=2).images[0]
+        assert np.array_equal(pixels(answer["data"][1]), np.asarray(expected))
+    found = events(client.post(EDITS, json=body | {"mask": base64_of(mask), "stream": True}).text)
+    assert [name for name, _ in found] == ["step"] * 4 + ["image", "done"]
+    expected = pipeline(
+        PROMPT, image=image, mask_image=mask.getchannel("A").point(lambda a: 255 - a), num_inference_steps=4, seed=1
+    ).images[0]
+    assert np.array_equal(pixels(found[4][1]), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"image": None}, "image: Input should be a valid string"),
+        ({"image": "§"}, "image is not in base64"),
+        ({"image": base64.b64encode(b"no image").decode()}, "the image cannot be used: cannot be read as an image"),
+        ({"image": base64_of(Image.new("L", (200, 51)))}, "the image cannot be used: more than 0.01 million pixels"),
+        ({"mask": base64_of(Image.new("L", (9, 9)))}, "nothing is repainted"),
+        ({"strength": 0}, "strength: Input should be greater than 0"),
+        ({"strength": 0.1}, "--strength 0.1 of 2 steps is none"),
+    ],
+)
+def test_bad_edits_are_a_clear_422(changing: tuple[TestClient, Any], fields: dict[str, Any], words: str) -> None:
+    image = base64_of(Image.new("RGB", (80, 60)))
+    body = {"prompt": PROMPT, "num_inference_steps": 2, "image": image} | fields
+    answer = changing[0].post(EDITS, json=body)
+    assert (answer.status_code, words in message(answer)) == (422, True), message(answer)
+
+
+def test_a_bundle_without_an_encoder_says_so_and_images_are_bounded(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = client.post(EDITS, json={"prompt": PROMPT, "image": base64_of(Image.new("RGB", (9, 9)))})
+    assert answer.status_code == 422
+    assert "export --with vae_encoder" in message(answer)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "MAX_EDITS", 0)
+        assert client.post(EDITS, json={"prompt": PROMPT, "image": ""}).status_code == 503
+    monkeypatch.setattr(module, "MAX_EDIT_BYTES", 1000)
+    assert client.post(EDITS, json={"prompt": PROMPT, "image": "x" * 1000}).status_code == 413
+
+
 def test_a_huge_body_is_cut_off(client: TestClient) -> None:
     def endless() -> Iterator[bytes]:
         for _ in range(1000):

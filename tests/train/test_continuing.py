@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from kdc_edge.cli.project import find_checkpoint, run_of
+from kdc_edge.cli.train import _said_of_more
+from kdc_edge.diffusers_folder import read_model, training_note
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.train.data.batch import Batch
 from kdc_edge.train.data.tasks import parse_task
 from kdc_edge.train.loop import StepDone, Trainer
+from kdc_edge.train.quality.evaluation_set import EvaluationSet
 from kdc_edge.train.quality.metrics import ImageMetrics
-from kdc_edge.train.runs import continue_run, list_states
-from tests.train.test_loop import TASKS, config, weights
+from kdc_edge.train.runs import continue_run, list_states, load_state
+from tests.cli.test_commands import complaint, run
+from tests.train.test_loop import TASKS, config, logged, weights
 from tests.train.test_sources import class_folders
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
 def finish(trainer: Trainer) -> list[StepDone]:
@@ -49,6 +57,48 @@ def test_a_continued_run_is_the_run_that_had_all_tasks_from_the_start(first: Pat
     assert "## Trained on\n\n1. flowers: `garden:flowers`\n2. butterflies:" in (
         tmp_path / "then" / "checkpoint" / "README.md"
     ).read_text("utf-8")
+
+
+def test_more_steps_end_with_the_weights_of_a_run_that_asked_for_them(tmp_path: Path) -> None:
+    """With a rate that does not depend on their number; replay, scores and log are that run's too."""
+    steady = config(tasks=TASKS[:1], steps=2, schedule="constant", warmup=1)
+    finish(Trainer(steady, tmp_path / "run"))
+    finish(Trainer(replace(steady, steps=3), tmp_path / "whole"))
+    again = "train", "--resume", "--out", tmp_path / "run"
+    assert "--steps is 1 and the run was started with 2" in complaint(*again, "--steps", 1, cwd=tmp_path)
+    assert "--seed is 5" in complaint(*again, "--steps", 3, "--seed", 5, cwd=tmp_path)
+    done = run(*again, "--steps", 3, cwd=tmp_path)
+    assert "flowers goes on to step 3, as a run of 3 steps would have" in done.stderr
+    found = weights(tmp_path / "run")
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights(tmp_path / "whole").items())
+    curves = [[record["losses"] for record in logged(tmp_path / name)] for name in ("run", "whole")]
+    assert curves[0] == curves[1]
+    states = [load_state(tmp_path / name) for name in ("run", "whole")]
+    assert states[0][0] == states[1][0]
+    assert torch.equal(states[0][2].keys, states[1][2].keys)
+    results = [(tmp_path / name / "results.json").read_text("utf-8") for name in ("run", "whole")]
+    assert results[0] == results[1]
+    assert "goes on to step 4 by the learning rates" in _said_of_more(config(steps=4))
+
+
+def test_a_checkpoint_of_every_task_and_of_a_run_that_goes_on(first: Path, tmp_path: Path) -> None:
+    joined = continue_run(first, tmp_path / "run", config(tasks=TASKS[1:]))
+    trainer = Trainer(joined, tmp_path / "run", resume=True)
+    events = trainer.run()
+    next(events)
+    kept = find_checkpoint(tmp_path / "run", "flowers")
+    assert kept == tmp_path / "run" / "checkpoints" / "flowers"
+    assert run_of(kept) == tmp_path / "run"
+    assert all(torch.equal(weights(first)[name], t) for name, t in load_file(kept / UNET).items())
+    with pytest.raises(InputError, match="no checkpoint of --task butterflies: it has flowers"):
+        find_checkpoint(tmp_path / "run", "butterflies")
+    next(events)
+    trainer.save()
+    found = find_checkpoint(tmp_path / "run")
+    assert training_note(found) == "step 5 of 6, task butterflies; the run was not finished"
+    average = trainer.unet().state_dict()
+    assert all(torch.equal(average[name], t) for name, t in load_file(found / UNET).items())
+    assert read_model(found).preset == "garden-student"
 
 
 def test_what_cannot_be_continued_is_named(first: Path, tmp_path: Path) -> None:
@@ -145,6 +195,38 @@ def test_a_run_is_continued_without_the_data_of_its_tasks(tmp_path: Path) -> Non
     assert "Earlier tasks were trained with other settings:" in card
     assert "| photos | `--learning-rate` | 0.001 |" in card
     assert "| photos | `--steps`" not in card
+
+
+def test_the_kept_evaluation_set_follows_eval_images_and_serves_eval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer images are the first of the kept ones, more are made from the data, or refused before training."""
+    photos = class_folders(tmp_path / "photos")
+    for broken in ("red_rose/broken.jpg", "red_rose/cut.png", "blue bell/tiny.png"):
+        (photos / broken).unlink()
+    first, small = tmp_path / "first", config(tasks=(parse_task(f"photos=imagefolder:{photos}"),), steps=1)
+    finish(Trainer(small, first))
+    evaluator = Trainer(small, first, resume=True).evaluator
+
+    def kept(images: int) -> EvaluationSet:
+        return replace(evaluator, images=images).evaluation_set(small.tasks[0])
+
+    assert len(kept(3).asked.prompts) == 3
+    found = kept(2)
+    assert [len(part) for part in (found.asked.prompts, found.asked.references, found.latents)] == [2, 2, 2]
+    shutil.rmtree(photos)
+    with pytest.raises(InputError, match=r"--eval-images 5 is more than the 3 that the run kept of photos.*: use 3"):
+        kept(5)
+    joined = continue_run(first, tmp_path / "more", config(tasks=TASKS[:1], eval_images=5))
+    with pytest.raises(InputError, match="--eval-images 5 is more"):
+        Trainer(joined, tmp_path / "more", resume=True)
+    monkeypatch.setattr(
+        ImageMetrics, "measure", lambda _, images, references, *__: {"kid": len(images), "fid": len(references)}
+    )
+    done = run("eval", first, "--json", "--images", 4, "--steps", 1, cwd=tmp_path)
+    assert "photos: 3 images: the run kept no more" in done.stderr
+    assert json.loads(done.stdout)["scores"] == {"photos": {"kid": 3, "fid": 3}}
+    assert json.loads(done.stdout)["conditions"].startswith("3 images a task")
 
 
 def test_resuming_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from kdc_edge.train.data.cache import encode_images
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.garden.judge import load_judge
 from kdc_edge.train.tools.decoder import DecoderTrainer
-from tests.cli.test_commands import complaint
+from tests.cli.test_commands import complaint, run
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -118,6 +118,20 @@ def test_resumed_trainings_end_with_the_same_weights_to_the_last_bit(
     expected, found = (load_file(run / "decoder" / WEIGHTS) for run in (trained, tmp_path / "cut"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert (tmp_path / "cut" / "results.json").read_text("utf-8") == (trained / "results.json").read_text("utf-8")
+
+
+def test_resume_takes_the_settings_that_the_training_was_started_with(
+    trained: Path, cache: Path, tmp_path: Path
+) -> None:
+    """--out is enough; a flag that would change the weights is refused, one that does not is taken."""
+    DecoderTrainer(config(cache), tmp_path / "out")
+    again = "train-decoder", "--resume", "--out", tmp_path / "out"
+    assert "--batch-size is 3 and the run was started with 2" in complaint(*again, "--batch-size", 3, cwd=tmp_path)
+    assert "no training to resume" in complaint(*again[:3], "nowhere", cwd=tmp_path)
+    assert "needs --from" in complaint("train-decoder", cwd=tmp_path)
+    run(*again, "--eval-images", 3, cwd=tmp_path)
+    expected, found = (load_file(out / "decoder" / WEIGHTS) for out in (trained, tmp_path / "out"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_the_decoder_learns(cache: Path, tmp_path: Path) -> None:

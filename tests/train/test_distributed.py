@@ -88,6 +88,17 @@ app(["train", "--device", "cpu", "--continue-from", str(run.parent / "first"), "
      "--steps", "1", "--out", str(run)], standalone_mode=False)
 """
 
+# One process writes the temporary run that both measure.
+BENCHMARK = """
+import contextlib, io, os, sys
+from pathlib import Path
+from kdc_edge.cli.app import app
+with contextlib.redirect_stdout(io.StringIO()) as said:
+    app(["train", "--device", "cpu", "--task", "flowers=garden:flowers", "--samples", "4", "--batch-size", "2",
+         "--benchmark", "1"], standalone_mode=False)
+Path(sys.argv[1]).with_name(f"said-{os.environ['RANK']}").write_text(said.getvalue())
+"""
+
 
 def settings(**changes: object):  # type: ignore[no-untyped-def]
     return config(**({"tasks": TASKS[:1], "steps": 3, "batch_size": 4, "save_every": 2, "device": "cpu"} | changes))
@@ -128,6 +139,14 @@ def test_a_failure_of_the_main_process_ends_the_one_that_waits_for_it(tmp_path: 
     main, waiting = ((tmp_path / f"said-{rank}").read_text("utf-8") for rank in (0, 1))
     assert main.startswith("photos: none of 1 images in ")
     assert waiting == f"the main process failed: {main}"
+
+
+def test_two_processes_are_measured_together(tmp_path: Path) -> None:
+    run_in_two_processes(BENCHMARK, tmp_path / "run")
+    main, other = ((tmp_path / f"said-{rank}").read_text("utf-8") for rank in (0, 1))
+    measured = json.loads(main.splitlines()[-1])
+    assert (measured["batch_size"], measured["steps"]) == (2, 1)
+    assert other == ""
 
 
 def test_two_processes_continue_one_run(alone: Path, tmp_path: Path) -> None:

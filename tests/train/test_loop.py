@@ -28,6 +28,7 @@ from kdc_edge.train.quality.evaluate import (
     backward_transfer,
     choose_metric,
     forgetting,
+    forward_transfer,
     quality_matrix,
     signed_forgetting,
 )
@@ -40,6 +41,7 @@ def config(**changes: object) -> TrainConfig:
     small = TrainConfig(
         teacher=GARDEN_TEACHER, student="garden-student", tasks=TASKS, steps=3, batch_size=4, samples=12,
         replay=6, eval_images=2, save_every=1, log_with="none", caption_dropout=0.0,
+        baselines=False,
     )  # fmt: skip
     return replace(small, **changes)  # type: ignore[arg-type]
 
@@ -150,6 +152,25 @@ def test_the_second_task_replays_the_first_and_the_branch_without_replay_does_no
     assert not any("flower" in c for c in captions)
 
 
+def test_the_teacher_and_step_0_are_measured_beside_r(tmp_path: Path) -> None:
+    """With counts and standard errors; a constant rate of almost nothing leaves the student at step 0."""
+    small = config(steps=1, schedule="constant", warmup=1, learning_rate=1e-12, baselines=True, eval_steps=8)
+    for _ in Trainer(small, tmp_path / "run").run():
+        pass
+    results = json.loads((tmp_path / "run" / "results.json").read_text("utf-8"))
+    assert results["baselines"]["step 0"] == pytest.approx(results["prompt_accuracy"][0])
+    assert results["baselines"]["teacher"] > results["baselines"]["step 0"]
+    assert results["forward_transfer"] == pytest.approx(0)
+    assert results["references"] == dict.fromkeys(("flowers", "butterflies"), "renders of the same prompts")
+    errors = results["standard_errors"][1][0]
+    assert errors["images"] == 2
+    assert set(errors) == {"images", "prompt_accuracy", "exact"}  # a jackknife of the kernel needs three images
+    card = (tmp_path / "run" / "checkpoint" / "README.md").read_text("utf-8")
+    assert "| teacher | " in card
+    assert "| step 0 | " in card
+    assert " ± " in card
+
+
 def test_the_student_learns(tmp_path: Path) -> None:
     """Fifteen steps bring the student's prediction nearer to the teacher's."""
     trainer = Trainer(config(steps=15, batch_size=8, tasks=TASKS[:1], save_every=100), tmp_path / "run")
@@ -214,6 +235,9 @@ def test_forgetting_by_hand() -> None:
     assert backward_transfer(r) == pytest.approx(((0.5 - 0.9) + (0.85 - 0.8)) / 2)
     assert forgetting(r) == pytest.approx(((0.9 - 0.5) + (0.85 - 0.85)) / 2)
     assert signed_forgetting(r) == pytest.approx(((0.9 - 0.5) + (0.8 - 0.85)) / 2)
+    assert forward_transfer(r, [0.0, 0.2, 0.2]) == pytest.approx(((0.1 - 0.2) + (0.3 - 0.2)) / 2)
+    assert forward_transfer([[0.9]], [0.1]) is None
+    assert forward_transfer([[0.9], [0.5, 0.8]], [0.1]) is None  # a continued run: not measured before
     assert forgetting([[0.9]]) is None
     assert signed_forgetting([[0.9]]) is None
     assert backward_transfer([[None, 0.5], [None, 0.7]]) is None  # not measured on the first task

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kdc_edge.train.config import LossWeights
-from kdc_edge.train.losses import distillation_loss, feature_loss, soft_target_loss
+from kdc_edge.train.losses import distillation_loss, feature_loss, min_snr_weight, soft_target_loss
 
 
 def batch(seed: int, *shape: int) -> torch.Tensor:
@@ -63,3 +63,17 @@ def test_each_term_alone_has_a_gradient_for_the_student_and_none_for_the_teacher
 def test_a_block_that_the_teacher_lacks_is_an_error() -> None:
     with pytest.raises(KeyError):
         feature_loss({"mid_block": batch(0, 1, 2, 2, 2)}, {"up_blocks.0": batch(0, 1, 2, 2, 2)})
+
+
+def test_min_snr_weights_are_the_papers_and_weight_the_denoising_loss_alone() -> None:
+    """By hand: SNR 9 and 1/4 with gamma 5."""
+    a = torch.tensor([0.9, 0.2])
+    assert min_snr_weight(a, 5.0, "epsilon").tolist() == pytest.approx([5 / 9, 1])
+    assert min_snr_weight(a, 5.0, "v_prediction").tolist() == pytest.approx([5 / 10, 0.25 / 1.25])
+    assert min_snr_weight(a, 5.0, "sample").tolist() == pytest.approx([5, 0.25])
+    assert min_snr_weight(torch.tensor([0.0]), 5.0, "epsilon").isfinite().all()
+    student, teacher, target = (torch.randn(2, 4, 2, 2) for _ in range(3))
+    weights = LossWeights(task=2.0, output=1.0, soft=0.0, feature=0.0)
+    weighted = distillation_loss(student, teacher, target, {}, {}, weights, torch.tensor([0.5, 0.0]))
+    expected = 2 * torch.tensor([0.5, 0.0]) * weighted["task"] + weighted["output"]
+    torch.testing.assert_close(weighted["total"], expected)

@@ -17,7 +17,15 @@ from kdc_edge.tokenizer import CLIP_FOLDER
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.garden.judge import load_judge
 from kdc_edge.train.quality.evaluate import Asked, ask, average, backward_transfer, forgetting, score_images
-from kdc_edge.train.quality.metrics import ALEXNET, CLIP, INCEPTION, ImageMetrics, frechet_distance, kernel_distance
+from kdc_edge.train.quality.metrics import (
+    ALEXNET,
+    CLIP,
+    INCEPTION,
+    ImageMetrics,
+    frechet_distance,
+    kernel_distance,
+    kernel_distance_error,
+)
 
 
 def features(seed: int, count: int) -> np.ndarray:
@@ -32,6 +40,19 @@ class Flat(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
+
+
+def test_the_jackknife_of_the_kernel_distance_is_the_spread_over_samples() -> None:
+    """Each sample left out by hand, and the spread of many draws."""
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=(7, 4)), generator.normal(size=(9, 4))
+    without_a = [kernel_distance(np.delete(a, i, 0), b) for i in range(7)]
+    without_b = [kernel_distance(a, np.delete(b, i, 0)) for i in range(9)]
+    expected = sum((len(p) - 1) / len(p) * np.sum((np.array(p) - np.mean(p)) ** 2) for p in (without_a, without_b))
+    assert kernel_distance_error(a, b) == pytest.approx(np.sqrt(expected))
+    draws = [(generator.normal(size=(40, 4)), generator.normal(0.5, size=(40, 4))) for _ in range(60)]
+    spread = np.std([kernel_distance(*pair) for pair in draws])
+    assert 0.6 * spread < np.mean([kernel_distance_error(*pair) for pair in draws]) < 1.6 * spread
 
 
 def test_distances_equal_torchmetrics() -> None:

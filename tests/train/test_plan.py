@@ -18,7 +18,7 @@ from kdc_edge.presets import find_preset
 from kdc_edge.train.checkpoint import init_checkpoint
 from kdc_edge.train.loop import StepDone, Trainer
 from kdc_edge.train.tools.benchmark import OURS, PLAIN_FP32, measure, measure_run
-from kdc_edge.train.tools.plan import _activations, make_plan
+from kdc_edge.train.tools.plan import _activations, make_plan, norms_in_fp32
 from tests.cli.test_commands import run
 from tests.train.test_loop import TASKS, config
 
@@ -77,6 +77,39 @@ def test_activations_are_what_backward_keeps() -> None:
     assert sample.requires_grad
     planned = _activations(find_preset("garden-student").unet, 2, 16, False, None)
     assert planned == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+def test_mixed_precision_is_counted_as_autocast_keeps_it() -> None:
+    """The same count on real tensors: 16-bit copies of weights and activations, 32 bits around normalizations."""
+    torch.manual_seed(0)
+    student = UNet2DConditionModel(**find_preset("garden-student").unet)
+    norms_in_fp32(student)
+    weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        sample = student(torch.randn(2, 4, 16, 16), torch.zeros(2, dtype=torch.long), torch.randn(2, 77, 128)).sample
+    assert sample.requires_grad
+    planned, whole = (
+        _activations(find_preset("garden-student").unet, 2, 16, False, dtype) for dtype in (torch.bfloat16, None)
+    )
+    assert planned == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.1)
+    assert planned > 2 * find_preset("garden-student").unet_parameters
+    assert 0.6 * whole < planned - 2 * find_preset("garden-student").unet_parameters < whole
+
+
+def test_the_plan_is_of_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = make_plan(config(batch_size=8))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shared = make_plan(config(batch_size=8))
+    assert 1.9 < alone.activation_bytes / shared.activation_bytes < 2.1
+    assert shared.lines()[2].startswith("memory of each of 2 processes about ")
+    assert alone.text_bytes_per_caption == 77 * 128 * 2
 
 
 def test_the_benchmark_measures_both_recipes_and_where_time_goes(tmp_path: Path) -> None:

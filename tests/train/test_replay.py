@@ -11,7 +11,7 @@ import torch
 
 from kdc_edge.errors import CheckpointError
 from kdc_edge.train.config import ReplayPolicy
-from kdc_edge.train.data.batch import draw_batch
+from kdc_edge.train.data.batch import Batch, draw_batch, epoch_samples
 from kdc_edge.train.data.cache import Latents
 from kdc_edge.train.replay import ReplayBuffer
 from tests.train.test_loop import config
@@ -166,3 +166,28 @@ def test_the_replayed_share_is_right_on_average(batch_size: int, ratio: float) -
     share, part = batch_size * ratio, batch_size * ratio % 1
     assert max(counts) - min(counts) <= 1
     assert abs(sum(counts) / 600 - share) <= 5 * (part * (1 - part) / 600) ** 0.5 + 1e-9
+
+
+def test_epochs_draw_every_sample_once_before_any_again() -> None:
+    """In uneven steps, over the end of an epoch, in a new order each time."""
+    drawn, sizes = 0, (3, 5, 2, 7, 3)
+    found: list[int] = []
+    for size in sizes:
+        found += epoch_samples(10, drawn, size, seed=0).tolist()
+        drawn += size
+    assert sorted(found[:10]) == sorted(found[10:]) == list(range(10))
+    assert found[:10] != found[10:]
+    assert epoch_samples(10, 0, 10, seed=1).tolist() != found[:10]
+
+
+def test_offset_noise_is_one_for_a_channel_and_epochs_take_the_new_samples() -> None:
+    values = torch.arange(60.0).view(-1, 1, 1, 1, 1).expand(-1, 1, 4, 16, 16)
+    latents = Latents([(values, torch.zeros_like(values))], [str(i) for i in range(60)])
+    chosen = config(batch_size=60, epochs=True, noise_offset=0.5)
+
+    def draw(generator: torch.Generator) -> Batch:
+        return draw_batch(chosen, latents, ReplayBuffer(0), timesteps=lambda n, _: torch.zeros(n), generator=generator)
+
+    batch = draw(torch.Generator().manual_seed(0))
+    assert sorted(map(int, batch.captions)) == list(range(60))
+    assert float(batch.noise.mean((2, 3)).std()) == pytest.approx(0.5, abs=0.1)  # without: 1 / 16

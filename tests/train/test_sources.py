@@ -21,7 +21,7 @@ from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.flower_names import FLOWER_NAMES
 from kdc_edge.train.data.images import LeftOut, read_image
-from kdc_edge.train.data.source import Sample, Source
+from kdc_edge.train.data.source import Sample, Source, fill
 from kdc_edge.train.data.sources import SOURCES, open_source
 from kdc_edge.train.data.tasks import parse_tasks
 from kdc_edge.train.loop import Trainer
@@ -269,7 +269,7 @@ def test_text_files_beside_images_are_captions(tmp_path: Path) -> None:
     (tmp_path / "10_oak" / "b.txt").write_text(" \n")
     source = open_source(f"imagefolder:{tmp_path}")
     assert captions(source) == {
-        "flat.png": "a flat square", "10_oak/a.png": "an oak, old", "10_oak/b.png": "a photo of a oak",
+        "flat.png": "a flat square", "10_oak/a.png": "an oak, old", "10_oak/b.png": "a photo of an oak",
         "2_red elm/c.jpg": "a photo of a red elm",
     }  # fmt: skip
     notes = " | ".join(source.notes())
@@ -281,7 +281,7 @@ def test_text_files_beside_images_are_captions(tmp_path: Path) -> None:
 def test_splits_are_no_classes(tmp_path: Path) -> None:
     folder_of(tmp_path, "train/oak/a.png", "train/elm/b.png", "test/oak/c.png", "validation/elm/d.png")
     source = open_source(f"imagefolder:{tmp_path}")
-    assert captions(source) == {"train/elm/b.png": "a photo of a elm", "train/oak/a.png": "a photo of a oak"}
+    assert captions(source) == {"train/elm/b.png": "a photo of an elm", "train/oak/a.png": "a photo of an oak"}
     assert len(everything(source, part="test")[0]) == 2
     folder_of(tmp_path / "vehicles", "train/a.png", "bus/b.png")
     assert captions(open_source(f"imagefolder:{tmp_path / 'vehicles'}"))["train/a.png"] == "a photo of a train"
@@ -330,7 +330,7 @@ def test_labels_beyond_the_102_flowers_are_refused(tmp_path: Path) -> None:
 def test_butterflies_are_named_by_the_csv_and_tested_on_the_rest(tmp_path: Path) -> None:
     source = open_source(f"butterflies:{butterflies(tmp_path)}")
     captions = Counter(s.caption for s in everything(source)[0])
-    assert captions["a photo of a adonis blue, a type of butterfly"] == 1
+    assert captions["a photo of an adonis blue, a type of butterfly"] == 1
     assert captions["a photo of a red postman, a type of butterfly"] == 4
     assert len(everything(source, part="test")[0]) == 6
 
@@ -347,7 +347,8 @@ def test_tar_files_are_streamed_and_a_pass_goes_on_where_it_stopped(tmp_path: Pa
 def test_a_data_set_in_parquet_has_its_class_names(tmp_path: Path) -> None:
     source = open_source(f"hf:{parquet(tmp_path / 'trees')}", caption="a photo of a {name}")
     samples, _ = everything(source, samples=3)
-    assert [s.caption for s in samples] == ["a photo of a oak", "a photo of a red elm", "a photo of a oak"]
+    assert len(samples) == 3
+    assert {s.caption for s in samples} == {"a photo of an oak", "a photo of a red elm"}
     with pytest.raises(InputError, match="has no split 'night': choose from train"):
         open_source(f"hf:{tmp_path / 'trees'}:night")
 
@@ -473,3 +474,74 @@ def test_every_layout_trains_a_few_steps(tmp_path: Path) -> None:
     score = trainer.evaluate(tasks[1:2])[tasks[1].name]
     assert (score.metric, score.quality) == ("-loss", -score.values["loss"])
     assert score.values["loss"] > 0
+
+
+def test_a_source_without_a_test_part_has_a_tenth_of_it_set_aside(tmp_path: Path) -> None:
+    """Seeded, said, of 20 images or more; training does not see it."""
+    for i in range(20):
+        save(tmp_path / "photos" / "rose" / f"{i:02d}.png", plain((i, 0, 0)))
+    source = open_source(f"imagefolder:{tmp_path / 'photos'}")
+    train, test = ({s.name for s in everything(source, part=part)[0]} for part in ("train", "test"))
+    assert (len(train), len(test), train & test) == (18, 2, set())
+    assert "no test part: 2 of 20 images are set aside, to evaluate on" in source.notes()
+    (tmp_path / "photos" / "rose" / "00.png").unlink()
+    few = open_source(f"imagefolder:{tmp_path / 'photos'}")
+    assert not few.has_test_part
+    assert len(everything(few)[0]) == 19
+
+
+def test_samples_of_a_stream_are_drawn_over_the_whole(tmp_path: Path) -> None:
+    """A split is often sorted by class; a pass goes on where it stopped."""
+    with tarfile.open(tmp_path / "sorted.tar", "w") as tar:
+        for i in range(30):
+            image = save(tmp_path / f"{i:02d}.png", plain((i, 0, 0)))
+            text = tmp_path / f"{i:02d}.txt"
+            text.write_text(f"class {i // 10}")
+            tar.add(image, image.name)
+            tar.add(text, text.name)
+    source = open_source(f"webdataset:{tmp_path / 'sorted.tar'}")
+    drawn, _ = everything(source, samples=9)
+    assert {s.caption for s in drawn} == {"class 0", "class 1", "class 2"}
+    assert [s.name for s in everything(source, samples=9, start=4)[0]] == [s.name for s in drawn[4:]]
+    assert {s.name for s in everything(source, samples=9, seed=1)[0]} != {s.name for s in drawn}
+    train, test = ({s.name for s in everything(source, part=part)[0]} for part in ("train", "test"))
+    assert (len(train), len(test), train & test) == (27, 3, set())
+    assert source.notes() == ["no test part: 3 of 30 rows are set aside, to evaluate on"]
+
+
+@pytest.mark.parametrize(
+    ("template", "name", "caption"),
+    [
+        ("a photo of a {name}", "orchid", "a photo of an orchid"),
+        ("A {name}, a flower", "English rose", "An English rose, a flower"),
+        ("a {name}", "unicorn", "a unicorn"),
+        ("a {name}", "rose", "a rose"),
+        ("an old {name}", "oak", "an old oak"),
+        ("the extra{name}", "oak", "the extraoak"),
+    ],
+)
+def test_captions_have_the_article_that_fits(template: str, name: str, caption: str) -> None:
+    assert fill(template, "", name) == caption
+
+
+def test_several_templates_are_spread_over_the_images_of_a_task(tmp_path: Path) -> None:
+    for i in range(16):
+        save(tmp_path / "photos" / "rose" / f"{i}.png")
+    (task,) = parse_tasks([f"a=imagefolder:{tmp_path / 'photos'}"], ["a=a {name}", "a=one {name}"])
+    assert task.caption == ("a {name}", "one {name}")
+    found = Counter(s.caption for s in everything(task.open())[0])
+    assert set(found) == {"a rose", "one rose"}
+    assert found == Counter(s.caption for s in everything(task.open())[0])
+    with pytest.raises(InputError, match=r"'plain' has no \{name\}"):
+        parse_tasks([f"a=imagefolder:{tmp_path / 'photos'}"], ["a {name}", "plain"])
+
+
+def test_a_random_crop_is_one_square_of_an_image_and_stays_where_it_is(tmp_path: Path) -> None:
+    ramp = Image.fromarray(np.tile(np.arange(0, 250, dtype=np.uint8), (50, 1)))
+    for i in range(6):
+        save(tmp_path / "photos" / "rose" / f"{i}.png", ramp)
+    source = open_source(f"imagefolder:{tmp_path / 'photos'}")
+    found = [[s.image[0, 0, 0] for s in everything(source, crop=crop)[0]] for crop in ("center", "random", "random")]
+    assert set(found[0]) == {found[0][0]}
+    assert len(set(found[1])) > 3
+    assert found[1] == found[2] != [s.image[0, 0, 0] for s in everything(source, crop="random", seed=1)[0]]

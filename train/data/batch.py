@@ -47,14 +47,19 @@ class Batch:
 
 
 def draw_batch(
-    config: TrainConfig, latents: Latents, replay: ReplayBuffer, *, timesteps: DrawTimesteps, generator: torch.Generator
-) -> Batch:
+    config: TrainConfig, latents: Latents, replay: ReplayBuffer, *, timesteps: DrawTimesteps,
+    generator: torch.Generator, drawn: int = 0,
+) -> Batch:  # fmt: skip
     """The global batch of a step: new samples and, once there are any, a share of replayed ones, with their noise.
 
-    Every process draws the same one. The order of draws is part of exact resume.
+    `drawn` counts the task's new samples before this step, for epochs. Every process draws the same one. The order of
+    draws is part of exact resume.
     """
     old = _replayed_count(config, generator) if len(replay) else 0
-    new = torch.randint(len(latents), (config.batch_size - old,), generator=generator)
+    if config.epochs:
+        new = epoch_samples(len(latents), drawn, config.batch_size - old, seed=config.seed)
+    else:
+        new = torch.randint(len(latents), (config.batch_size - old,), generator=generator)
     mean, std = random_flip(latents, generator)(new)
     captions = [latents.captions[i] for i in new.tolist()]
     if old:
@@ -63,13 +68,27 @@ def draw_batch(
         captions += [replay.captions[i] for i in picked.tolist()]
     mean, std = mean.float(), std.float()
     dropped = torch.rand(len(captions), generator=generator) < config.caption_dropout
+    sample, noise = (torch.randn(mean.shape, generator=generator) for _ in range(2))
+    if config.noise_offset:
+        noise += config.noise_offset * torch.randn((*mean.shape[:2], 1, 1), generator=generator)
     return Batch(
-        sample=mean + std * torch.randn(mean.shape, generator=generator),
-        noise=torch.randn(mean.shape, generator=generator),
+        sample=mean + std * sample,
+        noise=noise,
         timestep=timesteps(len(mean), generator),
         replayed=torch.arange(config.batch_size) >= config.batch_size - old,
         captions=["" if d else c for c, d in zip(captions, dropped.tolist(), strict=True)],
     )
+
+
+def epoch_samples(count: int, drawn: int, wanted: int, *, seed: int) -> Tensor:
+    """The numbers (wanted,) of the samples after the first `drawn`: each of `count` once an epoch, in a new order."""
+    found, at = [], drawn
+    while at < drawn + wanted:
+        epoch, start = divmod(at, count)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed((seed + epoch * 0x9E3779B1) % 2**63))
+        found.append(order[start : start + drawn + wanted - at])
+        at += len(found[-1])
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
 
 
 def _replayed_count(config: TrainConfig, generator: torch.Generator) -> int:

@@ -29,7 +29,7 @@ from kdc_edge.diffusers_folder import hash_checkpoint
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import write_atomic
 from kdc_edge.tokenizer import Tokenizer
-from kdc_edge.train.data.images import LeftOut
+from kdc_edge.train.data.images import Crop, LeftOut
 from kdc_edge.train.data.source import Part
 from kdc_edge.train.data.tasks import Task
 
@@ -84,9 +84,11 @@ class Latents:
         return torch.stack([mean for mean, _ in picked]), torch.stack([std for _, std in picked])
 
 
-def cache_key(task: Task, *, vae_sha256: str, size: int, samples: int | None, seed: int, part: Part) -> str:
+def cache_key(
+    task: Task, *, vae_sha256: str, size: int, samples: int | None, seed: int, part: Part, crop: Crop = "center"
+) -> str:
     """Sixteen digits that change with anything that changes the latents."""
-    facts = [task.open().fingerprint(), vae_sha256, size, samples, seed, part]
+    facts = [task.open().fingerprint(), vae_sha256, size, samples, seed, part, *([crop] if crop != "center" else [])]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -112,6 +114,7 @@ def cache_latents(
     samples: int | None = None,
     seed: int = 0,
     part: Part = "train",
+    crop: Crop = "center",
     say: Say = lambda _: None,
     write_once: Callable[[Write], None] = write_here,
 ) -> Latents:
@@ -119,12 +122,12 @@ def cache_latents(
 
     Of several processes one writes: `write_once` runs the writing there and gives back when all may read.
     """
-    key = cache_key(task, vae_sha256=vae_sha256, size=size, samples=samples, seed=seed, part=part)
+    key = cache_key(task, vae_sha256=vae_sha256, size=size, samples=samples, seed=seed, part=part, crop=crop)
     home = folder / f"{task.name}-{part}-{key}"
 
     def write() -> None:
         if not (home / "index.json").is_file():
-            _encode(task, vae, home, size=size, samples=samples, seed=seed, part=part, say=say)
+            _encode(task, vae, home, size=size, samples=samples, seed=seed, part=part, crop=crop, say=say)
 
     write_once(write)
     shards, captions = [], []
@@ -136,7 +139,16 @@ def cache_latents(
 
 
 def _encode(
-    task: Task, vae: AutoencoderKL, home: Path, *, size: int, samples: int | None, seed: int, part: Part, say: Say
+    task: Task,
+    vae: AutoencoderKL,
+    home: Path,
+    *,
+    size: int,
+    samples: int | None,
+    seed: int,
+    part: Part,
+    crop: Crop,
+    say: Say,
 ) -> None:
     """One pass over the source, behind the shards that are there already."""
     source = task.open()
@@ -158,7 +170,7 @@ def _encode(
             images.clear()
             captions.clear()
 
-    for item in source.read(size=size, samples=samples, seed=seed, start=read, part=part):
+    for item in source.read(size=size, samples=samples, seed=seed, start=read, part=part, crop=crop):
         read += 1
         if isinstance(item, LeftOut):
             left[item.reason] += 1

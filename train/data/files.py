@@ -10,14 +10,14 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdc_edge.errors import InputError, require
 from kdc_edge.text import printable
 from kdc_edge.train.data.flower_names import FLOWER_NAMES
-from kdc_edge.train.data.images import PICKLES, SUFFIXES, LeftOut, read_image
-from kdc_edge.train.data.source import Part, Sample, fill
+from kdc_edge.train.data.images import PICKLES, SUFFIXES, Crop, LeftOut, read_image
+from kdc_edge.train.data.source import Part, Sample, Template, fill, set_aside
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,14 @@ class FileSource:
         return digest.hexdigest()
 
     def read(
-        self, *, size: int, samples: int | None, seed: int, start: int = 0, part: Part = "train"
+        self,
+        *,
+        size: int,
+        samples: int | None,
+        seed: int,
+        start: int = 0,
+        part: Part = "train",
+        crop: Crop = "center",
     ) -> Iterator[Sample | LeftOut]:
         wanted: Part = part if self.has_test_part else "train"
         chosen = [entry for entry in self.entries if entry.part == wanted]
@@ -60,7 +67,7 @@ class FileSource:
         for entry in chosen[start:]:
             name = str(entry.path.relative_to(self.root))
             try:
-                yield Sample(name, read_image(entry.path, size=size, name=name), entry.caption)
+                yield Sample(name, read_image(entry.path, size=size, name=name, crop=crop, seed=seed), entry.caption)
             except LeftOut as problem:
                 yield problem
 
@@ -77,7 +84,7 @@ class FileSource:
         return [f"captions: {counts}", f"such as {samples}"]
 
 
-def open_oxford_flowers(what: str, caption: str | None) -> FileSource:
+def open_oxford_flowers(what: str, caption: Template) -> FileSource:
     """The official layout of Flowers-102 (Nilsback and Zisserman, 2008): jpg/, imagelabels.mat, setid.mat.
 
     Training takes the official training and validation parts, 2,040 images; the test part is the official one.
@@ -91,13 +98,13 @@ def open_oxford_flowers(what: str, caption: str | None) -> FileSource:
         if not 1 <= label <= len(FLOWER_NAMES):
             raise InputError(f"{root / 'imagelabels.mat'} has the label {label}: 1 to {len(FLOWER_NAMES)} are flowers")
         if number in known:
-            text = fill(caption, "a photo of a {name}, a type of flower", FLOWER_NAMES[label - 1])
             path = root / "jpg" / f"image_{number:05d}.jpg"
+            text = fill(caption, "a photo of a {name}, a type of flower", FLOWER_NAMES[label - 1], key=path.name)
             entries.append(Entry(path, text, "test" if number in test else "train"))
     return source_of(root, entries, [], "jpg/, imagelabels.mat and setid.mat")
 
 
-def open_butterflies(what: str, caption: str | None) -> FileSource:
+def open_butterflies(what: str, caption: Template) -> FileSource:
     """The 100-species layout: train|valid|test/SPECIES/*.jpg, and a CSV whose `labels` win over folder names.
 
     Training takes train/; the test part is valid/ and test/.
@@ -115,7 +122,8 @@ def open_butterflies(what: str, caption: str | None) -> FileSource:
                 said.append(f"class {folder_name}/{folder.name} has no images")
             for path in found:
                 label = labels.get(path.relative_to(root).as_posix(), folder.name)
-                text = fill(caption, "a photo of a {name}, a type of butterfly", readable(label).lower())
+                name = readable(label).lower()
+                text = fill(caption, "a photo of a {name}, a type of butterfly", name, key=f"{folder.name}/{path.name}")
                 entries.append(Entry(path, text, part))
     return source_of(root, entries, said, "train/SPECIES/*.jpg, and valid/ and test/ alike")
 
@@ -171,4 +179,16 @@ def readable(name: str) -> str:
 def source_of(root: Path, entries: list[Entry], said: list[str], layout: str) -> FileSource:
     if not any(entry.part == "train" for entry in entries):
         raise InputError(f"{root} holds no images to train on: expected {layout}")
+    if not any(entry.part == "test" for entry in entries):
+        entries = _with_test_part(entries, said)
     return FileSource(root, tuple(entries), (*_said_of_pickles(root), *said))
+
+
+def _with_test_part(entries: list[Entry], said: list[str]) -> list[Entry]:
+    """The entries, some images with all their captions set aside; as they were where there are too few."""
+    paths = sorted({entry.path for entry in entries})
+    aside = {paths[i] for i in set_aside(len(paths))}
+    if not aside:
+        return entries
+    said.append(f"no test part: {len(aside)} of {len(paths)} images are set aside, to evaluate on")
+    return [replace(entry, part="test") if entry.path in aside else entry for entry in entries]

@@ -23,7 +23,7 @@ from kdc_edge.errors import InputError
 from kdc_edge.files import inside
 from kdc_edge.text import printable
 from kdc_edge.train.data.files import Entry, FileSource, find_images, open_folder, readable, source_of
-from kdc_edge.train.data.source import Part, fill
+from kdc_edge.train.data.source import Part, Template, fill
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -36,7 +36,7 @@ MAX_LINE_CHARS = 100_000
 MAX_NAME_BYTES = 255
 
 
-def open_imagefolder(what: str, caption: str | None) -> FileSource:
+def open_imagefolder(what: str, caption: Template) -> FileSource:
     """The folder with its captions; `caption` is a template with `{name}`. Raises InputError where none is found."""
     root = open_folder(what)
     entries: list[Entry] = []
@@ -69,14 +69,14 @@ def _parts(root: Path) -> list[tuple[Path, Part]]:
     return [(root, "train")]
 
 
-def _from_files(folder: Path, label: str, part: Part, caption: str | None, said: list[str]) -> Iterator[Entry]:
+def _from_files(folder: Path, label: str, part: Part, caption: Template, said: list[str]) -> Iterator[Entry]:
     """Images with a text file beside them, and images in class folders."""
     bare = 0
     for path in _images_in(folder):
         text = _beside(path)
         bare += not text
         if text:
-            yield Entry(path, fill(caption, "{name}", text), part, "text files")
+            yield Entry(path, fill(caption, "{name}", text, key=path.name), part, "text files")
     classes = _folders(folder)
     repeats = bool(classes) and all(KOHYA.fullmatch(of_class.name) for of_class in classes)
     if repeats:
@@ -86,17 +86,16 @@ def _from_files(folder: Path, label: str, part: Part, caption: str | None, said:
         if not found:
             said.append(f"class {label}{of_class.name} has no images")
         name = of_class.name.partition("_")[2] if repeats else of_class.name
-        name = fill(caption, "a photo of a {name}", readable(name))
         for path in found:
             text = _beside(path)
-            yield Entry(
-                path, fill(caption, "{name}", text) if text else name, part, "text files" if text else "folder names"
-            )
+            default, words = ("{name}", text) if text else ("a photo of a {name}", readable(name))
+            origin = "text files" if text else "folder names"
+            yield Entry(path, fill(caption, default, words, key=path.name), part, origin)
     if bare:
         said.append(f"{bare} images in {printable(str(folder))} left out: neither a text file beside them nor a class")
 
 
-def _from_metadata(path: Path, label: str, part: Part, caption: str | None, said: list[str]) -> list[Entry]:
+def _from_metadata(path: Path, label: str, part: Part, caption: Template, said: list[str]) -> list[Entry]:
     """Rows of `file_name` and a caption; file names stay inside the folder."""
     if path.stat().st_size > MAX_METADATA_BYTES:
         raise InputError(f"{path} is larger than 1 GiB: split the data into several tasks")
@@ -113,7 +112,7 @@ def _from_metadata(path: Path, label: str, part: Part, caption: str | None, said
             )
         file = _locate(folder, row.get("file_name")) if row else None
         if file and text:
-            entries.append(Entry(file, fill(caption, "{name}", text), part, f"{label}{path.name}"))
+            entries.append(Entry(file, fill(caption, "{name}", text, key=file.name), part, f"{label}{path.name}"))
             continue
         reason = "no JSON object" if not row else "no caption" if file else "file_name is no file's name"
         wrong[reason] += 1

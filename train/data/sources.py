@@ -17,8 +17,8 @@ from PIL import Image
 from kdc_edge.errors import InputError
 from kdc_edge.train.data.files import open_butterflies, open_oxford_flowers
 from kdc_edge.train.data.folders import open_imagefolder
-from kdc_edge.train.data.images import LeftOut
-from kdc_edge.train.data.source import Part, Sample, Source
+from kdc_edge.train.data.images import Crop, LeftOut
+from kdc_edge.train.data.source import Part, Sample, Source, Template
 from kdc_edge.train.data.streams import open_hf, open_webdataset
 from kdc_edge.train.garden import scenes as garden
 from kdc_edge.train.garden.scenes import PLURALS, Scene, Split, draw_scenes
@@ -43,8 +43,16 @@ class GardenSource:
         return f"garden {' '.join(self.subjects)}"
 
     def read(
-        self, *, size: int, samples: int | None, seed: int, start: int = 0, part: Part = "train"
+        self,
+        *,
+        size: int,
+        samples: int | None,
+        seed: int,
+        start: int = 0,
+        part: Part = "train",
+        crop: Crop = "center",
     ) -> Iterator[Sample | LeftOut]:
+        del crop  # its images are squares
         count = GARDEN_SAMPLES if samples is None else samples
         split: Split = "train" if part == "train" else "all"
         for i, scene in enumerate(self.scenes(count, seed=seed, split=split)[start:], start):
@@ -57,7 +65,7 @@ class GardenSource:
         return []
 
 
-def _garden(what: str, caption: str | None) -> GardenSource:
+def _garden(what: str, caption: Template) -> GardenSource:
     if caption:
         raise InputError("the garden's images have captions of their own: leave --caption out")
     names = {plural: subject for subject, plural in PLURALS.items()}
@@ -67,7 +75,7 @@ def _garden(what: str, caption: str | None) -> GardenSource:
     return GardenSource(tuple(names[plural] for plural in what.split("+")))
 
 
-SOURCES: dict[str, Callable[[str, str | None], Source]] = {
+SOURCES: dict[str, Callable[[str, Template], Source]] = {
     "garden": _garden,
     "imagefolder": open_imagefolder,
     "oxford-flowers": open_oxford_flowers,
@@ -77,13 +85,14 @@ SOURCES: dict[str, Callable[[str, str | None], Source]] = {
 }
 
 
-def open_source(text: str, *, caption: str | None = None) -> Source:
-    """`KIND:WHAT` as a source that exists; `caption` is a template with `{name}`. Raises InputError."""
+def open_source(text: str, *, caption: Template = None) -> Source:
+    """`KIND:WHAT` as a source that exists; `caption` is a template with `{name}`, or several. Raises InputError."""
     kind, _, what = text.partition(":")
     if kind not in SOURCES:
         raise InputError(f"unknown data source {kind!r} in {text!r}: choose from {', '.join(SOURCES)}")
     if not what:
         raise InputError(f"the data source {text!r} names nothing: write for example imagefolder:photos")
-    if caption is not None and "{name}" not in caption:
-        raise InputError(f"--caption {caption!r} has no {{name}}: every image would have the same caption")
+    for template in (caption,) if isinstance(caption, str) else caption or ():
+        if "{name}" not in template:
+            raise InputError(f"--caption {template!r} has no {{name}}: every image would have the same caption")
     return SOURCES[kind](what, caption)

@@ -1,6 +1,7 @@
 """Rows as a stream: `datasets` reads the hub or a folder (`hf:ID[:split]`), tars.py tar files (`webdataset:GLOB`).
 
-Rows are streamed, so the data may be larger than the disk; nothing but its latents is kept.
+Rows are streamed, so the data may be larger than the disk; nothing but its latents is kept. Samples are drawn over the
+whole: rows are counted first, in a pass over them where the data set's card has no count.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,8 @@ from PIL import Image
 from kdc_edge.errors import InputError, require
 from kdc_edge.files import read_bounded
 from kdc_edge.text import one_line
-from kdc_edge.train.data.images import LeftOut, read_image
-from kdc_edge.train.data.source import Part, Sample, fill
+from kdc_edge.train.data.images import Crop, LeftOut, read_image
+from kdc_edge.train.data.source import SET_ASIDE_SEED, Part, Sample, Template, fill, set_aside
 from kdc_edge.train.data.tars import TarRows
 
 TARS = "webdataset"
@@ -39,29 +42,53 @@ class StreamSource:
     facts: str  # what its fingerprint is made of
     loader: tuple[str, ...]  # the name that datasets.load_dataset takes; tar files where the name is TARS
     splits: tuple[str, ...]
-    template: str | None
+    template: Template
     mirrored = True
 
     @property
     def has_test_part(self) -> bool:
-        return len(self.splits) > 1
+        return len(self.splits) > 1 or bool(set_aside(self._rows("train")))
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self.facts} {self.splits} {self.template}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.facts} {self.splits} {self.template} {SET_ASIDE_SEED}".encode()).hexdigest()
+
+    def _split(self, part: Part) -> str:
+        return self.splits[1 if part == "test" and len(self.splits) > 1 else 0]
+
+    def _rows(self, part: Part) -> int:
+        return _count_rows(self.name, self.loader, self._split(part), self.facts)
+
+    def _chosen(self, part: Part, samples: int | None, seed: int) -> Sequence[int]:
+        """The numbers of the rows that `read` takes, rising."""
+        numbers: Sequence[int] = range(self._rows(part))
+        aside = set_aside(len(numbers)) if len(self.splits) == 1 else frozenset()
+        if aside:
+            numbers = [n for n in numbers if (n in aside) == (part == "test")]
+        if samples is None or samples >= len(numbers):
+            return numbers
+        return sorted(random.Random(seed).sample(numbers, samples))
 
     def read(
-        self, *, size: int, samples: int | None, seed: int, start: int = 0, part: Part = "train"
+        self,
+        *,
+        size: int,
+        samples: int | None,
+        seed: int,
+        start: int = 0,
+        part: Part = "train",
+        crop: Crop = "center",
     ) -> Iterator[Sample | LeftOut]:
-        """In the data's own order, the first `samples` rows: a stream cannot be drawn from at random."""
-        del seed
-        rows = _load(self.name, self.loader, self.splits[1 if part == "test" and self.has_test_part else 0])
+        """In the data's own order, `samples` rows drawn over the whole."""
+        chosen = self._chosen(part, samples, seed)[start:]
+        rows = _load(self.name, self.loader, self._split(part))
         image_column, caption_column = find_columns(self.name, rows)
         names = _class_names(rows, caption_column)
-        stream = iter(islice(_undecoded(rows, image_column), start, samples))
-        for number in count(start):
+        stream, at = iter(_undecoded(rows, image_column)), 0
+        for number in chosen:
             label = f"{self.name} row {number}"
             try:
-                row = next(stream)
+                row = next(islice(stream, number - at, None))
+                at = number + 1
             except StopIteration:
                 return
             except Exception as error:  # a lost connection: what was read so far is kept
@@ -71,16 +98,37 @@ class StreamSource:
                 yield row
                 continue
             try:
-                image = read_image(_content(row.get(image_column), label), size=size, name=label)
-                yield Sample(label, image, fill(self.template, "{name}", _text(row.get(caption_column), names, label)))
+                content = _content(row.get(image_column), label)
+                image = read_image(content, size=size, name=label, crop=crop, seed=seed)
+                text = _text(row.get(caption_column), names, label)
+                yield Sample(label, image, fill(self.template, "{name}", text, key=label))
             except LeftOut as problem:
                 yield problem
 
     def notes(self) -> list[str]:
-        return []
+        total = self._rows("train")
+        aside = len(set_aside(total)) if len(self.splits) == 1 else 0
+        return [f"no test part: {aside} of {total} rows are set aside, to evaluate on"] if aside else []
 
 
-def open_hf(what: str, caption: str | None) -> StreamSource:
+@lru_cache(maxsize=64)
+def _count_rows(name: str, loader: tuple[str, ...], split: str, facts: str) -> int:
+    """Rows of a split of the data that `facts` tell: by its card, else by a pass, up to where a stream breaks off."""
+    del facts  # a changed data set is counted again
+    rows = _load(name, loader, split)
+    known = getattr(getattr(rows, "info", None), "splits", None) or {}
+    if split in known and known[split].num_examples:
+        return int(known[split].num_examples)
+    total = 0
+    try:
+        for _ in _undecoded(rows, find_columns(name, rows)[0]):
+            total += 1
+    except Exception:  # said when it is read
+        return total + 1
+    return total
+
+
+def open_hf(what: str, caption: Template) -> StreamSource:
     """`ID[:split]`: a data set of the hub, or a local folder in a layout that `datasets` knows."""
     datasets = require("datasets", extra="train", purpose="a data source hf:")
     name, _, split = what.rpartition(":") if ":" in what else (what, "", "")
@@ -102,7 +150,7 @@ def open_hf(what: str, caption: str | None) -> StreamSource:
     return source
 
 
-def open_webdataset(what: str, caption: str | None) -> StreamSource:
+def open_webdataset(what: str, caption: Template) -> StreamSource:
     """Tar files by a glob pattern; in them `KEY.jpg` (or png, webp) beside `KEY.txt`, `KEY.cls` or `KEY.json`."""
     files = sorted(glob.glob(what, recursive=True))  # noqa: PTH207 - the pattern may be absolute
     if not files:

@@ -50,6 +50,9 @@ def _rows(file: str) -> Iterator[dict[str, Any]]:
                     row = {}
                 key = str(path.parent / stem)
                 row |= _read(tar, member, kind.lower())
+    except GeneratorExit:  # nobody reads on
+        row = {}
+        raise
     finally:
         if row:  # whole, even where the tar is cut behind it
             yield row

@@ -19,10 +19,11 @@ class Task:
 
     name: str
     source: str
-    caption: str | None = None  # a template with {name}; the source's own where None
+    caption: str | tuple[str, ...] | None = None  # a template with {name}, or several; the source's own where None
 
     def __str__(self) -> str:
-        return f"{self.name}={self.source}" + (f" ({self.caption})" if self.caption else "")
+        templates = self.caption if isinstance(self.caption, str) else ", ".join(self.caption or ())
+        return f"{self.name}={self.source}" + (f" ({templates})" if templates else "")
 
     def open(self) -> Source:
         from kdc_edge.train.data.sources import open_source  # a configuration with its tasks needs no numpy
@@ -38,17 +39,23 @@ def parse_task(text: str) -> Task:
 
 
 def parse_tasks(texts: Sequence[str], captions: Sequence[str] = ()) -> tuple[Task, ...]:
-    """Tasks with their caption templates, `TASK=TEMPLATE` for one task or a template for all; raises InputError."""
+    """Tasks with their caption templates, `TASK=TEMPLATE` for one task or a template for all; raises InputError.
+
+    Of several templates of a task, each image has one.
+    """
     tasks = [_split(text) for text in texts]
     names = {task.name for task in tasks}
-    templates: dict[str, str] = {}
+    templates: dict[str, list[str]] = {}
+    common: list[str] = []
     for caption in captions:
         name, equals, template = caption.partition("=")
         if equals and name in names:
-            templates[name] = template
+            templates.setdefault(name, []).append(template)
         else:
-            templates |= dict.fromkeys(names - templates.keys(), caption)
-    tasks = [replace(task, caption=templates.get(task.name)) for task in tasks]
+            common.append(caption)
+    for i, task in enumerate(tasks):
+        own = templates.get(task.name, common)
+        tasks[i] = replace(task, caption=tuple(own) if len(own) > 1 else next(iter(own), None))
     for task in tasks:
         task.open()
     return tuple(tasks)

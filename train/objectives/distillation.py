@@ -24,7 +24,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from kdc_edge.train.data.batch import Batch, add_noise
-from kdc_edge.train.losses import distillation_loss
+from kdc_edge.train.losses import distillation_loss, min_snr_weight
 from kdc_edge.train.objective import Objective, Setup
 from kdc_edge.train.student import source_name
 
@@ -102,8 +102,15 @@ class Distillation(Objective):
             student_features = {n: f.float() for n, f in self.student_tap.features.items()}
             return distillation_loss(
                 student_pred.float(), None if teacher_pred is None else teacher_pred.float(), target, student_features,
-                teacher_features, self.setup.config.loss,
+                teacher_features, self.setup.config.loss, self._task_weight(batch.timestep),
             )  # fmt: skip
+
+    def _task_weight(self, timestep: Tensor) -> Tensor | None:
+        """Min-SNR weights (B,) where they are asked for."""
+        gamma = self.setup.config.snr_gamma
+        if gamma is None:
+            return None
+        return min_snr_weight(self.alphas_cumprod[timestep], gamma, self.schedule.prediction_type)
 
     def _targets(
         self, noisy: Tensor, timestep: Tensor, text: Tensor, replayed: Tensor

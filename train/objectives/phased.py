@@ -59,6 +59,7 @@ class Grid:
                 f"--phases {self.phases} with {self.points} grid points each need more than the"
                 f" {self.num_train_timesteps} timesteps of the schedule: use fewer"
             )
+        phase_ends(self.phases, self.num_train_timesteps)
 
     def timesteps(self) -> Tensor:
         """(N K + 1,): from -1 over every grid point to the last timestep."""

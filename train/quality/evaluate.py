@@ -10,8 +10,9 @@ give other numbers. Higher is better: distances count negatively.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,13 +30,20 @@ from kdc_edge.pipeline import Pipeline, Request, own_request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.torch import TorchComponent, load_network
 from kdc_edge.tokenizer import Tokenizer
+from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.source import Sample
 from kdc_edge.train.data.sources import GardenSource
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.garden import scenes as garden
 from kdc_edge.train.garden.judge import LABELS, load_judge, shares
 from kdc_edge.train.garden.scenes import Scene, render_many
-from kdc_edge.train.quality.metrics import ImageMetrics, frechet_distance, kernel_distance
+from kdc_edge.train.quality.metrics import (
+    ImageMetrics,
+    frechet_distance,
+    kernel_distance,
+    kernel_distance_error,
+    standard_error,
+)
 
 EVALUATION = Request("", steps=12, guidance=4.0, sampler="dpm++2m")  # how images are made, unless somebody asks
 EVALUATION_SEED = 2024
@@ -47,12 +55,19 @@ QUALITIES = (
 )  # fmt: skip
 
 
+def evaluation_request(config: TrainConfig) -> Request:
+    """How the images of a run's evaluations are made."""
+    return replace(EVALUATION, steps=config.eval_steps, guidance=config.eval_guidance)
+
+
 @dataclass(frozen=True)
 class Score:
     """What was found on one task."""
 
     values: dict[str, float]
     by_image: tuple[float, ...] = ()  # the garden's prompt accuracy, image by image
+    errors: dict[str, float] = field(default_factory=dict)  # standard errors; none of the Frechet distances
+    images: int = 0  # that were scored
 
     @property
     def metric(self) -> str:
@@ -172,27 +187,33 @@ def score_images(
     metrics: ImageMetrics | None,
     *,
     paired: np.ndarray | None = None,
-    loss: float | None = None,
+    losses: Sequence[float] | None = None,
 ) -> Score:
     """What images uint8 (N, H, W, 3), one a prompt, are worth.
 
     Of the garden: prompt_accuracy, the share of asked attributes that are in the image; exact, the share of
     images with all of them; judge_frechet and judge_kernel, distances of the judge's features. Elsewhere, what
-    `metrics` has weights for. `paired` are the teacher's images from the same noise, `loss` that of held-out latents.
+    `metrics` has weights for. `paired` are the teacher's images from the same noise, `losses` those of held-out
+    latents.
     """
-    values: dict[str, float] = {} if loss is None else {"loss": loss}
+    values: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    if losses is not None:
+        values["loss"], errors["loss"] = float(np.mean(losses)), standard_error(np.array(losses))
     by_image: tuple[float, ...] = ()
     if asked.scenes:
         judge, images = load_judge(), _to_garden_size(images)
         right = judge.right(images, asked.scenes)
         found, by_image = shares(right), tuple(right.mean(0).tolist())
         values |= {"prompt_accuracy": float(np.mean([found[n] for n in LABELS])), "exact": found["all"]}
+        errors |= {"prompt_accuracy": standard_error(right.mean(0)), "exact": standard_error(np.asarray(right.all(0)))}
         if asked.references is not None:
             ours, theirs = judge.features(images), judge.features(asked.references)
             values |= {"judge_frechet": frechet_distance(ours, theirs), "judge_kernel": kernel_distance(ours, theirs)}
+            errors["judge_kernel"] = kernel_distance_error(ours, theirs)
     if metrics is not None and not asked.scenes:
-        values |= metrics.measure(images, asked.references, asked.prompts, paired)
-    return Score(values, by_image)
+        values |= metrics.measure(images, asked.references, asked.prompts, paired, errors)
+    return Score(values, by_image, {n: e for n, e in errors.items() if math.isfinite(e)}, len(images))
 
 
 def _to_garden_size(images: np.ndarray) -> np.ndarray:
@@ -250,6 +271,16 @@ def signed_forgetting(matrix: Matrix) -> float | None:
     return _mean((np.fmax.reduce(r[:-1], axis=0) - r[-1])[:-1]) if len(r) > 1 else None
 
 
+def forward_transfer(matrix: Matrix, start: Sequence[float | None]) -> float | None:
+    """mean_{j>0} (R[j-1][j] - R_0[j]): what earlier tasks gave to later ones, over the student before training.
+
+    `start` is R_0, its quality on each task (Lopez-Paz and Ranzato, arXiv 1706.08840). None for a single task.
+    """
+    r = _array(matrix)
+    before = _array([[*start, *[None] * r.shape[1]]])[0, : r.shape[1]]
+    return _mean(np.diag(r, 1) - before[1:])
+
+
 def _mean(differences: np.ndarray) -> float | None:
     """Over the tasks on which both were measured; None where there are none."""
     known = differences[~np.isnan(differences)]
@@ -273,27 +304,24 @@ class Evaluated:
 
 def evaluate_tasks(
     generate: Generator,
-    tasks: Sequence[Task],
+    tasks: Mapping[str, Asked],
     *,
-    images: int,
-    size: int,
     metrics: ImageMetrics,
     teacher: Generator | None = None,
     seed: int = 7,
 ) -> dict[str, Evaluated]:
-    """Score a generator on each task; `teacher` makes the images that LPIPS compares with.
+    """Score a generator on what is asked of each task; `teacher` makes the images that LPIPS compares with.
 
-    `size` is that of the reference images, in pixels. Raises InputError where nothing can be measured.
+    Raises InputError where nothing can be measured.
     """
     found = {}
-    for task in tasks:
-        asked = ask(task, images, size=size)
+    for name, asked in tasks.items():
         paired = teacher(asked.prompts, seed=seed) if teacher and not asked.scenes else None
         made = generate(asked.prompts, seed=seed)
         score = score_images(made, asked, metrics, paired=paired)
         if not score.values:
-            raise InputError(f"nothing can be measured on {task.name}: {'; '.join(metrics.missing())}")
-        found[task.name] = Evaluated(score, made)
+            raise InputError(f"nothing can be measured on {name}: {'; '.join(metrics.missing())}")
+        found[name] = Evaluated(score, made)
     return found
 
 

@@ -21,7 +21,7 @@ from kdc_edge.train.distributed import any_process, on_main_process
 from kdc_edge.train.losses import mean_squared_error
 from kdc_edge.train.networks import Teacher
 from kdc_edge.train.quality.evaluate import Score, ask, score_images
-from kdc_edge.train.quality.evaluation_set import EvaluationSet, is_kept, key_of
+from kdc_edge.train.quality.evaluation_set import EvaluationSet, kept_images, key_of
 from kdc_edge.train.quality.metrics import ImageMetrics
 
 EVALUATION_NOISE = 7  # the seed of every evaluation's noise
@@ -62,11 +62,20 @@ class Evaluator:
             return EvaluationSet(ask(task, self.images, size=self.teacher.size), latents)
         path = self.folder / f"{task.name}.safetensors"
         key = key_of(task, size=self.teacher.size, vae_sha256=self.teacher.vae_sha256)
-        if any_process(self.accelerator, not is_kept(path, key)):
-            asked = ask(task, self.images, size=self.teacher.size)
-            made = EvaluationSet(asked, self.teacher.test_latents(task, self.images))
-            on_main_process(self.accelerator, lambda: made.save(path, key))
-        return EvaluationSet.load(path)
+        kept = kept_images(path, key)
+        if any_process(self.accelerator, kept < self.images):
+            try:
+                asked = ask(task, self.images, size=self.teacher.size)
+                made = EvaluationSet(asked, self.teacher.test_latents(task, self.images))
+            except InputError as error:
+                if not kept:
+                    raise
+                raise InputError(
+                    f"--eval-images {self.images} is more than the {kept} that the run kept of {task.name}, whose data"
+                    f" cannot be read ({error}): use {kept}"
+                ) from None
+            on_main_process(self.accelerator, lambda: made.save(path, key, images=self.images))
+        return EvaluationSet.load(path).first(self.images)
 
     def score(self, unet: UNet2DConditionModel, task: Task, *, network: nn.Module, model: Model | None = None) -> Score:
         """The quality of a U-Net's images on a task.
@@ -82,12 +91,12 @@ class Evaluator:
         teacher_images = None
         if self.metrics.has_lpips and not asked.scenes:
             teacher_images = self.teacher.generator(self.teacher.unet)(asked.prompts, seed=EVALUATION_NOISE)
-        loss = self._held_out_loss(network, found.latents)
-        return score_images(images, asked, self.metrics, paired=teacher_images, loss=loss)
+        losses = self._held_out_losses(network, found.latents)
+        return score_images(images, asked, self.metrics, paired=teacher_images, losses=losses)
 
     @torch.no_grad()
-    def _held_out_loss(self, network: nn.Module, latents: Latents) -> float:
-        """The denoising loss on a task's test part (or training part, where it has no other), noise fixed."""
+    def _held_out_losses(self, network: nn.Module, latents: Latents) -> list[float]:
+        """The denoising loss of each image of a task's test part (or training part), noise fixed."""
         device, schedule = self.teacher.device, self.teacher.schedule
         alphas_cumprod = torch.tensor(schedule.alphas_cumprod, dtype=torch.float32).to(device)
         generator, losses = torch.Generator().manual_seed(EVALUATION_NOISE), []
@@ -102,4 +111,4 @@ class Evaluator:
             with self.accelerator.autocast():
                 pred = network(noisy, batch.timestep, text).sample
             losses.append(mean_squared_error(pred.float(), target).mean().item())
-        return sum(losses) / len(losses)
+        return losses

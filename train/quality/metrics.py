@@ -10,6 +10,7 @@ its file by `weights_only`, so that no pickled code runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,27 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(within - 2 * ab.mean())
 
 
+def kernel_distance_error(a: np.ndarray, b: np.ndarray) -> float:
+    """Standard error of `kernel_distance` of features (N, d), (M, d): the jackknife over both sets (Efron 1981)."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    n, m, d = len(a), len(b), a.shape[1]
+    aa, bb, ab = ((x @ y.T / d + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    variance = 0.0
+    for count, within, across, others in ((n, aa, ab, m), (m, bb, ab.T, n)):
+        if count < 3:
+            return math.nan
+        rows = within.sum(1) - np.diag(within)  # what leaves with each sample, once a side
+        left = (rows.sum() - 2 * rows) / ((count - 1) * (count - 2))
+        left -= 2 * (across.sum() - across.sum(1)) / ((count - 1) * others)
+        variance += (count - 1) / count * float(((left - left.mean()) ** 2).sum())
+    return math.sqrt(variance)
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of values (N,)."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
 class ImageMetrics:
     """The metrics whose weight files are here."""
 
@@ -81,22 +103,26 @@ class ImageMetrics:
         references: np.ndarray | None,
         prompts: Sequence[str],
         paired: np.ndarray | None = None,
+        errors: dict[str, float] | None = None,
     ) -> dict[str, float]:
-        """What can be measured of uint8 images (N, H, W, 3).
+        """What can be measured of uint8 images (N, H, W, 3); `errors` receives standard errors where there are any.
 
         fid, kid: to `references` (M, H, W, 3). clip_score: to the prompts. lpips: to `paired`, the teacher's images
         from the same prompts and noise.
         """
         found: dict[str, float] = {}
+        errors = {} if errors is None else errors
         if references is not None and min(len(images), len(references)) > 1 and self._find(INCEPTION):
             ours, theirs = self.inception_features(images), self.inception_features(references)
-            found["kid"] = kernel_distance(ours, theirs)
+            found["kid"], errors["kid"] = kernel_distance(ours, theirs), kernel_distance_error(ours, theirs)
             if min(len(images), len(references)) >= MIN_FID_IMAGES:
                 found["fid"] = frechet_distance(ours, theirs)
         if self._clip_folder is not None:
-            found["clip_score"] = self.clip_score(images, prompts)
+            scores = self.clip_scores(images, prompts)
+            found["clip_score"], errors["clip_score"] = float(scores.mean()), standard_error(scores)
         if paired is not None and self._find(ALEXNET):
-            found["lpips"] = self.lpips(images, paired)
+            distances = self.lpips_distances(images, paired)
+            found["lpips"], errors["lpips"] = float(distances.mean()), standard_error(distances)
         return found
 
     def measurable(self, images: int) -> set[str]:
@@ -160,9 +186,13 @@ class ImageMetrics:
             raise InputError(f"{folder} holds no CLIP as safetensors: {str(error)[:100]}; fetch it again") from None
         return model.eval().to(self.device), processor
 
-    @torch.inference_mode()
     def clip_score(self, images: np.ndarray, prompts: Sequence[str]) -> float:
-        """100 * max(cosine, 0) of image and prompt, the mean (Hessel et al., arXiv 2104.08718).
+        """The mean of `clip_scores`."""
+        return float(self.clip_scores(images, prompts).mean())
+
+    @torch.inference_mode()
+    def clip_scores(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """100 * max(cosine, 0) of each image and its prompt, (N,) (Hessel et al., arXiv 2104.08718).
 
         torchmetrics 1.9 computes the same, but not with transformers 5, whose features come in an object.
         """
@@ -172,7 +202,8 @@ class ImageMetrics:
             inputs = processor(text=[prompt], images=[image], return_tensors="pt", truncation=True, max_length=77)
             seen = model(**inputs.to(self.device))
             cosines.append(torch.nn.functional.cosine_similarity(seen.image_embeds, seen.text_embeds))
-        return float(100 * torch.cat(cosines).clamp(min=0).mean())
+        found: np.ndarray = (100 * torch.cat(cosines).clamp(min=0)).cpu().numpy()
+        return found
 
     @property
     def lpips_network(self) -> Any:
@@ -180,15 +211,20 @@ class ImageMetrics:
         lpips = require("torchmetrics.functional.image.lpips", extra="eval", purpose="LPIPS")
         return _alexnet_lpips(lpips, self._find(ALEXNET)).requires_grad_(False)
 
-    @torch.inference_mode()
     def lpips(self, images: np.ndarray, others: np.ndarray) -> float:
-        """LPIPS of image pairs by AlexNet, the mean (Zhang et al., arXiv 1801.03924)."""
+        """The mean of `lpips_distances`."""
+        return float(self.lpips_distances(images, others).mean())
+
+    @torch.inference_mode()
+    def lpips_distances(self, images: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """LPIPS of image pairs by AlexNet, (N,) (Zhang et al., arXiv 1801.03924)."""
         network = self.lpips_network
         a, b = (
             torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (images, others)
         )
         pairs = zip(torch.split(a, 16), torch.split(b, 16), strict=True)
-        return float(torch.cat([network(x, y).flatten() for x, y in pairs]).mean())
+        found: np.ndarray = torch.cat([network(x, y).flatten() for x, y in pairs]).numpy()
+        return found
 
 
 def _alexnet_lpips(lpips: Any, path: Path | None) -> Any:

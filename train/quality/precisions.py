@@ -1,7 +1,7 @@
 """R's last row for every exported precision, beside the checkpoint's own: does int8 forget more?
 
-    own = evaluate_tasks(open_generator(checkpoint), tasks, ...)
-    other = evaluate_tasks(open_generator(bundle), tasks, ...)
+    own = evaluate_tasks(open_generator(checkpoint), asked, ...)
+    other = evaluate_tasks(open_generator(bundle), asked, ...)
     compare(own, other).added_forgetting          # QualityDrop(mean=0.004, stderr=0.006): within the noise
 
 Prompts and noise are the same, image by image, so that differences are the precision's. What a bundle loses on

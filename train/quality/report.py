@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from kdc_edge.bundle import Model
 from kdc_edge.checkpoints.assemble import read_sources
-from kdc_edge.files import write_atomic
 from kdc_edge.hub import hub_id, label
 from kdc_edge.pipeline import made_for
 from kdc_edge.text import markdown_table
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.quality.evaluate import (
-    EVALUATION,
     QUALITIES,
     average,
     backward_transfer,
+    evaluation_request,
     forgetting,
+    forward_transfer,
     quality_matrix,
     signed,
     signed_forgetting,
 )
 from kdc_edge.train.quality.metrics import NETWORKS
+from kdc_edge.train.recipes import find_recipe
 from kdc_edge.train.runs import Position
 from kdc_edge.version import __version__
+
+TEACHER, STEP_0 = "teacher", "step 0"  # rows beside R: the teacher, the student before training
 
 CARD = Template("""\
 ---
@@ -46,41 +51,63 @@ $sources
 
 $tasks
 
-$settings$earlier
+$settings$earlier$recipe
 ## Measured
 
-R, `$metric` of each task (column) after training each task (row); higher is better.
+R, `$metric` of each task (column) after training each task (row), where it was measured also of the teacher and of the
+student before training; higher is better.
 
 $matrix
 $transfer
-After the last task:
+After the last task, ± standard errors over images:
 
 $last
 Conditions: $conditions.
 """)
 
 
-def write_results(run: Path, config: TrainConfig, position: Position, model: Model) -> dict[str, Any]:
-    """R by the name of its metric, what follows from it, R of every other metric, and every value measured."""
+def so_far(config: TrainConfig, position: Position) -> tuple[TrainConfig, Position]:
+    """The configuration and position of a run that ends with the last task that was evaluated."""
+    learnt = len(position.values)
+    cut = replace(
+        position,
+        matrix=[row[:learnt] for row in position.matrix],
+        values=[row[:learnt] for row in position.values],
+        errors=[row[:learnt] for row in position.errors],
+    )
+    return replace(config, tasks=config.tasks[:learnt]), cut
+
+
+def make_results(config: TrainConfig, position: Position, model: Model) -> dict[str, Any]:
+    """results.json: R of the chosen metric, what follows from it, R of the other metrics, and every value measured."""
     measured = {name for row in position.values for found in row for name in found or {}}
     matrices = {
         signed(name): quality_matrix(position.values, signed(name)) for name, _ in QUALITIES if name in measured
     }
-    results: dict[str, Any] = {
-        "tasks": [t.name for t in config.tasks],
+    names = [t.name for t in config.tasks]
+    conditions = made_for(model, evaluation_request(config)).conditions
+    baselines = {
+        who: quality_matrix([[found.get(name) for name in names]], position.metric)[0]
+        for who, found in position.baselines.items()
+    }
+    return {
+        "tasks": names,
         "metric": position.metric,
         position.metric: position.matrix,
         "average": average(position.matrix),
         "backward_transfer": backward_transfer(position.matrix),
         "forgetting_max_minus_last": forgetting(position.matrix),
         "forgetting_signed": signed_forgetting(position.matrix),
+        "forward_transfer": forward_transfer(position.matrix, baselines.get(STEP_0, [])),
+        "baselines": baselines,
         "matrices": matrices,
         "networks": {name: network for name, network in NETWORKS.items() if name in measured},
         "values": position.values,
-        "conditions": f"{config.eval_images} images a task, {made_for(model, EVALUATION).conditions}, averaged weights",
+        "standard_errors": position.errors,
+        "baseline_values": position.baselines,
+        "references": position.references,
+        "conditions": f"{config.eval_images} images a task, {conditions}, averaged weights",
     }
-    write_atomic(run / "results.json", json.dumps(results, indent=2) + "\n")
-    return results
 
 
 def model_card(
@@ -91,17 +118,20 @@ def model_card(
     `settings` are the flags of each task, by its name: those of earlier tasks that differ are listed.
     """
     names, matrix = results["tasks"], results[results["metric"]]
-    rows = [
+    rows = [[who, *map(_number, found)] for who, found in results.get("baselines", {}).items()] + [
         [name, *map(_number, row), *[""] * (len(names) - len(row))] for name, row in zip(names, matrix, strict=True)
     ]
+    spread = (results.get("standard_errors") or [[]])[-1]
     last = [
-        (name, ", ".join(f"{metric} {value:.4g}" for metric, value in (values or {}).items()))
-        for name, values in zip(names, results["values"][-1], strict=True)
+        (name, ", ".join(_with_error(n, value, (errors or {}).get(n)) for n, value in (values or {}).items()))
+        for name, values, errors in itertools.zip_longest(names, results["values"][-1], spread)
     ]
+    references = dict.fromkeys(results.get("references", {}).values())
     transfer = {
         "average": results["average"],
         "backward transfer": results["backward_transfer"],
         "forgetting (maximum minus last)": results["forgetting_max_minus_last"],
+        "forward transfer (before a task's training, over step 0)": results.get("forward_transfer"),
         "signed forgetting (maximum before the last task minus last)": results.get("forgetting_signed"),
     }
     return CARD.substitute(
@@ -114,11 +144,12 @@ def model_card(
         tasks="\n".join(f"{i}. {t.name}: `{t.source}`" for i, t in enumerate(config.tasks, 1)),
         settings=markdown_table(("group", "setting", "value"), config.table()),
         earlier=_earlier_settings(config, settings or {}),
+        recipe=f"\nRecipe {config.recipe}: {find_recipe(config.recipe).source}.\n" if config.recipe else "",
         metric=results["metric"],
         matrix=markdown_table(("after", *names), rows),
         transfer="".join(f"- {name}: {_number(value)}\n" for name, value in transfer.items() if value is not None),
         last=markdown_table(("task", "values"), last),
-        conditions=results["conditions"],
+        conditions="; ".join([results["conditions"], *(f"compared with {kind}" for kind in references)]),
     )
 
 
@@ -144,6 +175,11 @@ def _earlier_settings(config: TrainConfig, settings: Mapping[str, Mapping[str, s
     if not rows:
         return ""
     return f"\nEarlier tasks were trained with other settings:\n\n{markdown_table(('task', 'setting', 'value'), rows)}"
+
+
+def _with_error(name: str, value: float, error: float | None) -> str:
+    """ "kid 0.0123 ± 0.002": with the standard error where it is known."""
+    return f"{name} {value:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def _number(value: float | None) -> str:

@@ -77,7 +77,9 @@ def measure_run(config: TrainConfig, run: Path, steps: int) -> Speed:
     """The speed of the first task's steps; raises InputError for fewer than one."""
     if steps < 1:
         raise InputError(f"--benchmark {steps} is too few: use 1 or more")
-    config = replace(config, steps=steps + WARMUP, save_every=steps + WARMUP, log_with="none", sample_every=0)
+    config = replace(
+        config, steps=steps + WARMUP, save_every=steps + WARMUP, log_with="none", sample_every=0, baselines=False
+    )
     watch = Stopwatch(exact=True)
     trainer = Trainer(config, run, watch=watch)
     events = trainer.run()

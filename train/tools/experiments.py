@@ -86,7 +86,7 @@ def run_cell(cell: Cell, out: Path, size: Size) -> dict[str, object]:
     config = TrainConfig(
         teacher=GARDEN_TEACHER, student="garden-student", tasks=TASKS, steps=size.steps, batch_size=size.batch_size,
         samples=size.samples, eval_images=size.images, seed=cell.seed, save_every=50, keep=1, log_with="none",
-        cache=out / "cache", replay=0,
+        cache=out / "cache", replay=0, baselines=False,
     )  # fmt: skip
     trainer = {"replay": _replay, "losses": _losses, "inheritance": _inheritance}[cell.grid](cell, out, config)
     for _ in trainer.run():

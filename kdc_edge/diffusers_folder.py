@@ -228,8 +228,8 @@ def obstacles(unet: Settings, vae: Settings, text: Settings) -> Iterator[str]:
             yield f"its U-Net has {key} = {unet[key]!r:.80}: {why}"
     channels = vae["latent_channels"]
     if unet["in_channels"] != channels:
-        kinds: dict[object, str] = {9: "an inpainting model", 8: "an image-to-image model", 5: "a depth-to-image model"}
-        what = kinds.get(unet["in_channels"], "another kind of model")
+        kinds = {"9": "an inpainting model", "8": "an image-to-image model", "5": "a depth-to-image model"}
+        what = kinds.get(str(unet["in_channels"]), "another kind of model")
         yield (
             f"its U-Net has in_channels = {unet['in_channels']!r:.80} where the VAE has {channels!r:.80}: {what}; take"
             " a text-to-image checkpoint"

@@ -273,7 +273,7 @@ def _added_tokens(folder: Path, config: Mapping[str, object]) -> dict[int, Rules
             found = {index: {"content": content, "normalized": True} for content, index in tokens.items()}
         listed = read_json(new, BundleError).get("added_tokens") if new.exists() else None
         for rules in listed if isinstance(listed, list) else ():
-            if isinstance(rules, dict):
+            if isinstance(rules, dict) and isinstance(rules.get("id"), int | str):
                 found[rules.get("id")] = rules
     return {
         int(index): rules

@@ -305,11 +305,12 @@ class Pipeline:
         ]
         decoded = {min(self.decoder_batch, count - start) for start in range(0, count, self.decoder_batch)}
         image = (1, 3, *(side * self.model.vae_scale for side in latent[1:]))
-        return {
+        found: dict[str, list[Shapes]] = {
             "text_encoder": [{"input_ids": tokens.ids.shape}],
             "unet": unet,
             "vae_decoder": [{"latent_sample": (n, *latent)} for n in sorted(decoded)],
-        } | ({} if request.edit is None else {ENCODER: [{"sample": image}]})
+        }
+        return found if request.edit is None else {**found, ENCODER: [{"sample": image}]}
 
 
 def own_request(

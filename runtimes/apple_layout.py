@@ -121,8 +121,9 @@ class AdaptedEncoder:
     network: Adapted
     scaling_factor: float
 
-    def __call__(self, *, sample: np.ndarray) -> np.ndarray:
-        """Mean and log variance (B, 2C, h, w), float32."""
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        """Mean and log variance (B, 2C, h, w), float32, of `sample` (B, 3, H, W)."""
+        (sample,) = inputs.values()
         mean = self._draw(sample, 0.0)
         deviation = (self._draw(sample, SPREAD) - mean) / SPREAD
         return np.concatenate([mean, 2 * np.log(np.maximum(deviation, np.float32(LEAST)))], axis=1)

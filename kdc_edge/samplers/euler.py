@@ -75,12 +75,12 @@ class Heun(Euler):
         twice = np.repeat(np.arange(steps), 2)[1:]  # 0, 1, 1, 2, 2, ...
         self.timesteps = self.timesteps[twice]
         self.sigmas = [self.sigmas[k] for k in twice] + [0.0]
-        self.first: Latents  # slope at the start of the step
+        self.first_slope: Latents  # at the start of the step
         self.start: Latents
 
     def step(self, noise_pred: Latents, i: int, sample: Latents) -> Latents:
         slope = self.slope(noise_pred, i, sample)
         if i % 2 == 0:
-            self.first, self.start = slope, sample
+            self.first_slope, self.start = slope, sample
             return sample + (self.sigmas[i + 1] - self.sigmas[i]) * slope
-        return self.start + (self.sigmas[i] - self.sigmas[i - 1]) * (self.first + slope) / 2
+        return self.start + (self.sigmas[i] - self.sigmas[i - 1]) * (self.first_slope + slope) / 2

@@ -76,6 +76,7 @@ class Body(BaseModel):
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     scheduler: str | None = None
+    plain_prompt: bool = False  # brackets are text
 
     def requests(self, model: Model, limits: Limits) -> list[ImageRequest]:
         """One request an image, with seeds that count up. Raises InputError beyond the limits."""
@@ -90,7 +91,10 @@ class Body(BaseModel):
         if self.scheduler is not None and self.scheduler not in SAMPLERS:
             raise InputError(f"scheduler is {self.scheduler!r:.40}: choose from {', '.join(SAMPLERS)}")
         request, _ = own_request(
-            model, ImageRequest(self.prompt, self.negative_prompt, width=width, height=height, weighted=True),
+            model,
+            ImageRequest(
+                self.prompt, self.negative_prompt, width=width, height=height, weighted=not self.plain_prompt
+            ),
             sampler=self.scheduler, steps=self.num_inference_steps, guidance=self.guidance_scale,
         )  # fmt: skip
         return [replace(request, seed=(seed + i) % 2**64) for i in range(self.n)]

@@ -122,8 +122,7 @@ def weighted(tokenizer: Tokenizer, texts: Sequence[str], *, max_chunks: int = MA
 
 def overflow(tokenizer: Tokenizer, text: str, *, max_chunks: int) -> int:
     """Tokens of the text that are cut off."""
-    room = (tokenizer.max_length - 2) * max_chunks
-    return max(0, len(_row(tokenizer, text, room + 1_000)[0]) - room)
+    return max(0, len(_row(tokenizer, text, 4 * len(text))[0]) - (tokenizer.max_length - 2) * max_chunks)
 
 
 def _row(tokenizer: Tokenizer, text: str, most: int) -> tuple[list[int], list[float]]:

@@ -77,6 +77,7 @@ class Body(BaseModel):
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     scheduler: str | None = None
+    plain_prompt: bool = False  # brackets are text
 
     @property
     def revised(self) -> dict[str, str]:
@@ -99,7 +100,7 @@ class Body(BaseModel):
             model,
             ImageRequest(
                 self.prompt[:MAX_PROMPT_CHARS], self.negative_prompt[:MAX_PROMPT_CHARS], width=width, height=height,
-                weighted=True,
+                weighted=not self.plain_prompt,
             ),
             sampler=self.scheduler, steps=self.num_inference_steps, guidance=self.guidance_scale,
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,8 @@ def test_steps_are_strength_times_steps_and_progress_counts_them(pipeline: Pipel
         assert [(p.step, p.steps) for p in done if p.stage == "scheduler"] == [(i + 1, taken) for i in range(taken)]
         assert sum(p.stage == "vae_encoder" for p in done) == 1
     assert describe(request, plain(0), "m")["Denoising strength"] == 0.2
+    heun = list(pipeline.run(replace(request, steps=4, sampler="heun", edit=Edit(plain(9), 0.5))))
+    assert [(p.step, p.steps) for p in heun if p.stage == "scheduler"] == [(1, 3), (2, 3), (3, 3)]
     assert [p.stage for p in pipeline.prepare(request)].count("load") == 4
 
 

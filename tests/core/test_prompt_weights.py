@@ -106,6 +106,7 @@ def test_long_prompts_are_chunks_in_a_row(clip: Tokenizer) -> None:
     assert weighted(clip, ["a " * 10_000]).chunks == MAX_CHUNKS
     assert weighted(clip, [text], max_chunks=1).ids.shape == (1, 77)
     assert [overflow(clip, text, max_chunks=n) for n in (1, 2)] == [2, 0]
+    assert overflow(clip, "x " * 5_000, max_chunks=8) == 5_000 - 8 * 75
 
 
 def test_textual_inversion_tokens_work_in_brackets(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ from kdc_edge.image import read_parameters
 from tests.cli.test_commands import complaint, run
 from tests.export.editing import SCHEDULERS, closeness_db, photo
 
+# diffusers 0.42 hands torch tensors to numpy 2 in the old way.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+
 
 @pytest.fixture(scope="module")
 def few_step(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

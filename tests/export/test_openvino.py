@@ -65,6 +65,7 @@ def operations(bundle: Path, component: str = "unet") -> Counter[str]:
     return Counter(node.get_type_name() for node in model.get_ops())
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 @pytest.mark.parametrize("masked", [False, True])
 def test_images_are_changed_as_diffusers_does(fp32: Path, checkpoint: Path, masked: bool) -> None:
     pipeline = open_pipeline(fp32, threads=1)

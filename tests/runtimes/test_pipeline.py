@@ -67,7 +67,7 @@ def test_the_defaults_are_the_checkpoints_scheduler_and_the_requests_steps(
 
     monkeypatch.setattr(pipeline, "generate_batch", generate_batch)
     pipeline("a red flower")
-    assert asked == [Request("a red flower", sampler="ddim")]
+    assert asked == [Request("a red flower", sampler="ddim", weighted=True)]
 
 
 def test_seeds_are_one_an_image(pipeline: Pipeline) -> None:

@@ -46,8 +46,7 @@ class ExportRequest:
     stage: Stage = lambda _: nullcontext()  # gets what runs now, and holds as long as it runs
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.extra if name not in OPTIONAL]:
-            raise InputError(f"--with {unknown[0]!r:.80} is unknown: choose from {', '.join(OPTIONAL)}")
+        check_optional(self.extra)
         calibration = (self.calibration_prompts, self.calibration_samples)
         if calibration != (None, None) and not self.format.calibrated:
             raise InputError(
@@ -123,6 +122,12 @@ class CoreMLOptions:
         _check_choice("attention", self.attention, ("original", "split-einsum", "sdpa"))
         if self.attention == "sdpa" and self.deployment_target == "iOS17":
             raise InputError("--attention sdpa needs iOS 18 or macOS 15: add --deployment-target iOS18")
+
+
+def check_optional(names: Sequence[str]) -> None:
+    """Raise UsageError for the name of an optional component that there is not."""
+    for name in names:
+        _check_choice("with", name, OPTIONAL)
 
 
 def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:

@@ -130,7 +130,7 @@ def split_engine(what: str | Path) -> tuple[Path, str | None]:
 
 def describe(case: Case) -> Row:
     """The row before anything runs: the conditions, and what the folder says of itself, or why it cannot be read."""
-    asked = {key: value for key, value in vars(case.request).items() if key != "latents"}
+    asked = {key: value for key, value in vars(case.request).items() if key not in ("latents", "edit", "weighted")}
     row = Row(
         name=label(case.folder),
         folder=str(case.folder),

@@ -24,7 +24,7 @@ from kdc_edge.cli.project import (
 )
 from kdc_edge.components import OPTIONAL
 from kdc_edge.errors import InputError
-from kdc_edge.export.targets import TARGETS, ExportRequest, Target, export_checkpoint
+from kdc_edge.export.targets import TARGETS, ExportRequest, Target, check_optional, export_checkpoint
 from kdc_edge.formats import DEFAULT_PRECISION, find_format, targets
 from kdc_edge.text import megabytes
 
@@ -95,14 +95,16 @@ def export(
     row = find_format(target, precision or DEFAULT_PRECISION)
     if precision is None:
         say(f"no precision given: {row.precision}, {row.description}")
+    given = {name: value for name, value in options.items() if value is not None}
+    _refuse_other_targets(target, given)
+    chosen = TARGETS[row.target].options(**given)
+    check_optional(extra or ())
     if checkpoint or task:
         source = find_checkpoint(local(checkpoint) if checkpoint else LATEST, task)
     else:
         source = latest_checkpoint()
     if checkpoint is None:
         say(f"no checkpoint given: {source.resolve()}")
-    given = {name: value for name, value in options.items() if value is not None}
-    _refuse_other_targets(target, given)
     from kdc_edge.checkpoints import Additions, open_checkpoint
 
     source = open_checkpoint(source, Additions.parse(vae, lora, embedding, prediction_type), say=say)
@@ -119,7 +121,7 @@ def export(
         calibration_samples=calibration_samples,
         decoder=None if decoder is None else find_decoder_folder(decoder), extra=tuple(dict.fromkeys(extra or ())),
     )  # fmt: skip
-    bundle = export_checkpoint(request, TARGETS[row.target].options(**given))
+    bundle = export_checkpoint(request, chosen)
     if bundle.manifest.parity is None:
         say("not proved: --no-verify was given")
     else:

@@ -8,7 +8,7 @@ with MeasuringBar(cases) as progress:
         progress.say(found.row.name)
 
 with Stages()("converting unet"):
-    convert()
+    ...
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def _family_defaults(given: Given[TrainConfig]) -> Given[TrainConfig]:
 
     if "recipe" in given.named or given.values["objective"] == "phased":
         return given
-    family = find_preset(given.values["student"]).family
+    family = find_preset(given.values["student"], "--student").family
     found = {name: value for name, value in FAMILY_DEFAULTS[family].items() if name not in given.named}
     for name, value in found.items():
         say(f"--{name.replace('_', '-')} {value}, for a student of this size")

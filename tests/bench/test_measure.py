@@ -139,6 +139,10 @@ def test_the_samplers_arithmetic_is_the_scheduler(monkeypatch: pytest.MonkeyPatc
     class Slow:
         timesteps = np.array([900, 500, 100])
         init_noise_sigma = 1.0
+        first = 0
+
+        def skip(self, steps: int) -> None:
+            assert steps == 0
 
         def scale_model_input(self, sample: np.ndarray, i: int) -> np.ndarray:  # noqa: ARG002
             return sample

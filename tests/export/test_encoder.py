@@ -114,8 +114,8 @@ def test_what_is_missing_is_said(bundle: Path, onnx_bundle: Path, tmp_path: Path
     assert "give the image to change" in complaint("generate", "a", "--strength", 0.5, cwd=tmp_path, code=2)
     said = complaint("generate", "a", "--bundle", onnx_bundle, "--image", "nothing.png", cwd=tmp_path)
     assert "the image nothing.png cannot be used: missing" in said
-    said = complaint("export", "nowhere", "--with", "vae_decoder", cwd=tmp_path)
-    assert "--with 'vae_decoder' is unknown: choose from vae_encoder" in said
+    said = complaint("export", "nowhere", "--with", "vae_decoder", cwd=tmp_path, code=2)
+    assert "--with 'vae_decoder' is unknown, did you mean vae_encoder? Choose from vae_encoder" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.png"]
     with pytest.raises(InputError, match="without an image to change"):
         Pipeline.open(onnx_bundle)("a", mask_image=photo())

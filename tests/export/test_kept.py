@@ -56,7 +56,7 @@ def test_a_damaged_entry_is_computed_again(cache: Path, damage: str) -> None:
     content = path.read_bytes()
     at = content.index(np.full(2, -1, np.float32).tobytes())
     path.write_bytes(
-        {"cut": content[:-90], "flipped": content[:at] + b"\0" + content[at + 1 :], "empty": b"",
+        {"cut": content[:-90], "flipped": content[: at + 3] + b"@" + content[at + 4 :], "empty": b"",
          "another": b"a text\n"}[damage]
     )  # fmt: skip
     assert kept_reference("a", lambda: reference(2)).calls["unet"][0][1][0] == -2

@@ -106,7 +106,7 @@ def test_every_precision_is_proved_and_smaller(bundles: dict[str, Path]) -> None
         bundle = Bundle.open(root)
         assert bundle.manifest.parity is not None
         optional = ["vae_encoder"] if precision == "fp32" else []  # that one was asked for it
-        checks = [c.what for c in bundle.manifest.parity.checks]
+        checks = [c.what for c in bundle.manifest.parity.checks if "in 32 bits" not in c.what]
         assert checks == ["text_encoder", "unet", "vae_decoder", "image", *optional]
         assert all(c.passed for c in bundle.manifest.parity.checks)
         sizes[precision] = (root / "unet" / "openvino_model.bin").stat().st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -212,9 +213,9 @@ def test_settings_that_never_end(tmp_path: Path, make: Callable[[Path], None]) -
 
 def test_what_a_bundle_says_of_itself_is_shown(own_bundle: Path, tmp_path: Path) -> None:
     path = own_bundle / "kdc-edge.json"
-    path.write_text(
-        path.read_text("utf-8").replace('"command": null', r'"command": "\u001b]0;title\u0007 \u009b31m \u202e red"')
-    )
+    manifest = json.loads(path.read_text("utf-8"))
+    manifest["provenance"]["command"] = "\x1b]0;title\x07 \x9b31m \u202e red"
+    path.write_text(json.dumps(manifest))
     for arguments in (["info", own_bundle], ["info", own_bundle, "--json"]):
         shown = run(*arguments, cwd=tmp_path).stdout
         assert "title" in shown

@@ -6,7 +6,8 @@
 
 Every measurement is a process of its own, which makes one image, as a user's command does. Rounds alternate
 between the candidates, so that an hour in which the machine is slow is slow for all. Bundles are exported into
-the work folder once. The last line on stdout names the JSON file; peers.md beside it is made from it.
+the work folder once. The last line on stdout names the JSON file; the table beside it is made from it.
+`--suite few-steps` has a student of four phases with the VAE's decoder and with small ones.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from statistics import median
@@ -28,17 +31,51 @@ PROMPT = "a photo of a red flower"
 GUIDANCE = 7.5
 SIZE = 512
 
-# name -> (kind, bundle or precision, low memory)
-CANDIDATES: dict[str, tuple[str, str, bool]] = {
-    "diffusers eager, fp32": ("diffusers", "float32", False),
-    "diffusers eager, bf16": ("diffusers", "bfloat16", False),
-    "openvino_genai, fp16 files": ("genai", "openvino-fp16", False),
-    "kdc-edge, OpenVINO fp16": ("kdc-edge", "openvino-fp16", False),
-    "kdc-edge, OpenVINO fp16, --low-memory": ("kdc-edge", "openvino-fp16", True),
-    "kdc-edge, OpenVINO int8": ("kdc-edge", "openvino-int8", False),
-    "kdc-edge, OpenVINO int8, --low-memory": ("kdc-edge", "openvino-int8", True),
-    "kdc-edge, ONNX fp16": ("kdc-edge", "onnx-fp16", False),
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to make the image."""
+
+    kind: str  # "diffusers", "genai" or "kdc-edge"
+    what: str  # diffusers: a dtype; else a bundle: TARGET-PRECISION, with +DECODER where a small one decodes
+    few_steps: int = 0  # of a few-step student, without guidance; 0: the steps that are asked for, guided
+    low_memory: bool = False
+
+    def steps(self, asked: int) -> int:
+        return self.few_steps or asked
+
+    @property
+    def guidance(self) -> float:
+        return 1.0 if self.few_steps else GUIDANCE
+
+    def folder(self, work: Path) -> Path:
+        return work / ("few-steps" if self.few_steps else "bundles") / self.what
+
+
+GUIDED = {
+    "diffusers eager, fp32": Candidate("diffusers", "float32"),
+    "diffusers eager, bf16": Candidate("diffusers", "bfloat16"),
+    "openvino_genai, fp16 files": Candidate("genai", "openvino-fp16"),
+    "kdc-edge, OpenVINO fp16": Candidate("kdc-edge", "openvino-fp16"),
+    "kdc-edge, OpenVINO fp16, --low-memory": Candidate("kdc-edge", "openvino-fp16", low_memory=True),
+    "kdc-edge, OpenVINO int8": Candidate("kdc-edge", "openvino-int8"),
+    "kdc-edge, OpenVINO int8, --low-memory": Candidate("kdc-edge", "openvino-int8", low_memory=True),
+    "kdc-edge, ONNX fp16": Candidate("kdc-edge", "onnx-fp16"),
 }
+DECODERS = {"": "the VAE's decoder", "+taesd": "taesd", "+thin": "thin"}
+FEW_STEPS = {
+    "diffusers eager, fp32, 20 guided steps": Candidate("diffusers", "float32"),
+    "openvino_genai, fp16 files, 4 steps": Candidate("genai", "openvino-fp16", 4),
+    **{
+        f"OpenVINO {precision}, {steps} steps, {title}": Candidate("kdc-edge", f"openvino-{precision}{decoder}", steps)
+        for precision in ("fp16", "int8")
+        for decoder, title in DECODERS.items()
+        for steps in (4, 2)
+    },
+    "OpenVINO int8, 4 steps, thin, --low-memory": Candidate("kdc-edge", "openvino-int8+thin", 4, low_memory=True),
+    "ONNX int8, 4 steps, thin": Candidate("kdc-edge", "onnx-int8+thin", 4),
+}
+SUITES = {"guided": GUIDED, "few-steps": FEW_STEPS}
 
 # Yields once loaded, then after each U-Net step (its time, or None for now), and DONE after each image, endlessly.
 Steps = Iterator[float | None]
@@ -63,7 +100,7 @@ def run_diffusers(checkpoint: Path, dtype: str, steps: int, threads: int) -> Ste
         )  # fmt: skip
 
 
-def run_genai(folder: Path, steps: int, threads: int) -> Steps:
+def run_genai(folder: Path, steps: int, guidance: float, threads: int) -> Steps:
     import openvino_genai
 
     pipeline = openvino_genai.Text2ImagePipeline(folder, "CPU", INFERENCE_NUM_THREADS=threads)
@@ -71,20 +108,21 @@ def run_genai(folder: Path, steps: int, threads: int) -> Steps:
     while True:
         yield from _as_steps(
             lambda tick: pipeline.generate(
-                PROMPT, num_inference_steps=steps, guidance_scale=GUIDANCE, height=SIZE, width=SIZE,
+                PROMPT, num_inference_steps=steps, guidance_scale=guidance, height=SIZE, width=SIZE,
                 callback=lambda _i, _n, _latents: bool(tick()),  # True would stop it
             )
         )  # fmt: skip
 
 
-def run_ours(folder: Path, steps: int, threads: int, *, low_memory: bool) -> Steps:
-    from kdc_edge.pipeline import GuidanceMode, Request
+def run_ours(folder: Path, candidate: Candidate, steps: int, threads: int) -> Steps:
+    from kdc_edge.pipeline import GuidanceMode, Request, made_for
     from kdc_edge.runtimes import open_pipeline
 
-    pipeline = open_pipeline(folder, threads=threads, low_memory=low_memory)
+    pipeline = open_pipeline(folder, threads=threads, low_memory=candidate.low_memory)
     yield None
-    mode: GuidanceMode = "sequential" if low_memory else "batched"
-    request = Request(PROMPT, steps=steps, guidance=GUIDANCE, width=SIZE, height=SIZE, guidance_mode=mode)
+    mode: GuidanceMode = "sequential" if candidate.low_memory else "batched"
+    request = Request(PROMPT, guidance=GUIDANCE, width=SIZE, height=SIZE, guidance_mode=mode)
+    request = replace(made_for(pipeline.model, request), steps=steps)
     while True:
         for progress in pipeline.run(request):
             if progress.stage == "unet":
@@ -106,21 +144,23 @@ def process_age_sec() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks / os.sysconf("SC_CLK_TCK")
 
 
-def work(name: str, checkpoint: Path, bundles: Path, steps: int, threads: int, *, again: bool) -> dict[str, Any]:
+def work(
+    candidate: Candidate, checkpoint: Path, folder: Path, asked: int, threads: int, *, again: bool
+) -> dict[str, Any]:
     """In a process of its own: one image, and what it took; with `again` a second one, when all is loaded."""
     started = time.time() - process_age_sec()
-    kind, what, low_memory = CANDIDATES[name]
-    if kind == "diffusers":
-        generator = run_diffusers(checkpoint, what, steps, threads)
-    elif kind == "genai":
-        generator = run_genai(bundles / what, steps, threads)
+    steps = candidate.steps(asked)
+    if candidate.kind == "diffusers":
+        generator = run_diffusers(checkpoint, candidate.what, steps, threads)
+    elif candidate.kind == "genai":
+        generator = run_genai(candidate.folder(folder), steps, candidate.guidance, threads)
     else:
-        generator = run_ours(bundles / what, steps, threads, low_memory=low_memory)
+        generator = run_ours(candidate.folder(folder), candidate, steps, threads)
     next(generator)
     loaded = time.time()
     ends = [tick or time.time() for tick in itertools.takewhile(lambda tick: tick != DONE, generator)]
     done = time.time()
-    assert len(ends) == steps, f"{name}: {len(ends)} steps were seen where {steps} were asked for"
+    assert len(ends) == steps, f"{candidate}: {len(ends)} steps were seen where {steps} were asked for"
     status = Path("/proc/self/status").read_text().splitlines()
     peak_kib = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
     report = {
@@ -138,20 +178,54 @@ def work(name: str, checkpoint: Path, bundles: Path, steps: int, threads: int, *
     return report
 
 
-def size_bytes(name: str, checkpoint: Path, bundles: Path) -> int:
-    kind, what, _ = CANDIDATES[name]
-    if kind == "diffusers":
+def size_bytes(candidate: Candidate, checkpoint: Path, work: Path) -> int:
+    if candidate.kind == "diffusers":
         return sum(p.stat().st_size for p in checkpoint.rglob("*.safetensors"))
-    return sum(p.stat().st_size for p in (bundles / what).rglob("*") if p.is_file())
+    return sum(p.stat().st_size for p in candidate.folder(work).rglob("*") if p.is_file())
 
 
-def export(checkpoint: Path, bundles: Path) -> None:
-    for bundle in dict.fromkeys(what for kind, what, _ in CANDIDATES.values() if kind != "diffusers"):
-        if not (bundles / bundle).exists():
-            target, precision = bundle.split("-", 1)
-            few = ["--calibration-samples", "4"] if precision == "int8" else []  # random weights: nothing to lose
-            command = ["kdc-edge", "export", str(checkpoint), "--target", target, "--precision", precision]
-            subprocess.run([*command, *few, "--no-verify", "--out", str(bundles / bundle)], check=True)
+def export(candidate: Candidate, checkpoint: Path, work: Path) -> None:
+    """The candidate's bundle, unless it is there."""
+    out = candidate.folder(work)
+    if candidate.kind == "diffusers" or out.exists():
+        return
+    source = few_step_checkpoint(checkpoint, work) if candidate.few_steps else checkpoint
+    bundle, _, decoder = candidate.what.partition("+")
+    target, precision = bundle.split("-", 1)
+    command = ["kdc-edge", "export", str(source), "--target", target, "--precision", precision]
+    if precision == "int8":
+        command += ["--calibration-samples", "4"]  # random weights: nothing to lose
+    if decoder:
+        command += ["--decoder", str(random_decoder(decoder, work))]
+    subprocess.run([*command, "--no-verify", "--out", str(out)], check=True)
+
+
+def few_step_checkpoint(checkpoint: Path, work: Path) -> Path:
+    """The same weights with the scheduler and the sampling of a student of four phases."""
+    out = work / "few-steps-checkpoint"
+    if not out.exists():
+        shutil.copytree(checkpoint, out, copy_function=os.link)
+        for path, changes in (
+            (out / "scheduler" / "scheduler_config.json", {
+                "_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "set_alpha_to_one": True,
+            }),
+            (out / "model_index.json", {"scheduler": ["diffusers", "DDIMScheduler"]}),
+        ):  # fmt: skip
+            content = json.loads(path.read_text()) | changes
+            path.unlink()  # a link to the other checkpoint's
+            path.write_text(json.dumps(content, indent=2))
+        (out / "sampling.json").write_text('{"scheduler": "ddim", "steps": 4, "guidance": 1.0}')
+    return out
+
+
+def random_decoder(preset: str, work: Path) -> Path:
+    from kdc_edge.presets import find_decoder
+    from kdc_edge.runtimes.small_decoder import new_decoder
+
+    out = work / "decoders" / preset
+    if not out.exists():
+        new_decoder(find_decoder(preset, 8), 4).save_pretrained(out)
+    return out
 
 
 def table(report: dict[str, Any]) -> str:
@@ -179,40 +253,51 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--work", type=Path, default=Path("peers"))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--suite", choices=SUITES, default="guided")
+    parser.add_argument("--steps", type=int, default=20, help="of the guided rows")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="patterns of names to run: '*genai*' '*fp16'")
     parser.add_argument("--again", action="store_true", help="a second image in each process, all being loaded")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    bundles: Path = args.work / "bundles"
+    candidates = SUITES[args.suite]
     if args.worker:
-        print(json.dumps(work(args.worker, args.checkpoint, bundles, args.steps, args.threads, again=args.again)))
+        candidate = candidates[args.worker]
+        print(json.dumps(work(candidate, args.checkpoint, args.work, args.steps, args.threads, again=args.again)))
         return
-    from dataclasses import asdict
-
     from kdc_edge.bench.record import here
 
-    names = [n for n in CANDIDATES if any(fnmatch(n, pattern) for pattern in args.only or ["*"])]
-    export(args.checkpoint, bundles)
-    out = args.work / "peers.json"
+    names = [n for n in candidates if any(fnmatch(n, pattern) for pattern in args.only or ["*"])]
+    for name in names:
+        export(candidates[name], args.checkpoint, args.work)
+    out = args.work / f"{args.suite}.json"
     report = json.loads(out.read_text()) if out.exists() else {"rows": {}}  # rounds add up over calls
     report["conditions"] = {
         "checkpoint": args.checkpoint.resolve().name, "steps": args.steps, "guidance": GUIDANCE, "size": SIZE,
-        "scheduler": "DPM-Solver++ 2M; openvino_genai: the checkpoint's", "threads": args.threads,
+        "scheduler": "guided: DPM-Solver++ 2M, openvino_genai the checkpoint's; few steps: DDIM, trailing",
+        "threads": args.threads,
         "machine": asdict(here()),
     }  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     for round_ in range(args.rounds):
         for name in names if round_ % 2 == 0 else reversed(names):
             command = [sys.executable, __file__, str(args.checkpoint), "--work", str(args.work)]
-            command += ["--steps", str(args.steps), "--threads", str(args.threads), "--worker", name]
+            command += [
+                "--suite",
+                args.suite,
+                "--steps",
+                str(args.steps),
+                "--threads",
+                str(args.threads),
+                "--worker",
+                name,
+            ]
             command += ["--again"] if args.again else []
             found = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True)
             run = json.loads(found.stdout.splitlines()[-1])
             row = report["rows"].setdefault(name, {"runs": []})
             row["runs"].append(run)
-            row["size_bytes"] = size_bytes(name, args.checkpoint, bundles)
+            row["size_bytes"] = size_bytes(candidates[name], args.checkpoint, args.work)
             out.write_text(json.dumps(report, indent=1) + "\n")
             print(
                 f"{name}: {run['total_sec']:.1f} s, {run['peak_rss_bytes'] / 1e9:.2f} GB", file=sys.stderr, flush=True

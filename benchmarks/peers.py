@@ -220,7 +220,7 @@ def few_step_checkpoint(checkpoint: Path, work: Path) -> Path:
 
 def random_decoder(preset: str, work: Path) -> Path:
     from kdc_edge.presets import find_decoder
-    from kdc_edge.runtimes.small_decoder import new_decoder
+    from kdc_edge.runtimes.torch.small_decoder import new_decoder
 
     out = work / "decoders" / preset
     if not out.exists():

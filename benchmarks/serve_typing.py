@@ -1,6 +1,6 @@
 """Images a second while a prompt is typed into the page of `kdc-edge serve`, in a headless Chromium.
 
-    python -m benchmarks.serve_typing bundles/onnx-w8 --keys-per-sec 5
+    PYTHONPATH=. python benchmarks/serve_typing.py bundles/onnx-w8 --keys-per-sec 5
 
 Run from the repository's root. Prints one JSON object.
 """
@@ -12,7 +12,8 @@ import json
 import time
 from pathlib import Path
 
-from benchmarks.serve_load import start
+from serve_load import start
+
 from tests.report.browser import Browser
 
 PROMPT = "a yellow flower with five petals and a red center"

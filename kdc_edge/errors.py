@@ -85,7 +85,7 @@ def unknown_choice(option: str, value: object, choices: Iterable[str], words: st
     """
     names = list(choices)
     lower = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(str(value).lower()[:80], lower, n=1, cutoff=0.65)
+    near = difflib.get_close_matches(str(value).lower()[:80], lower, n=1, cutoff=0.7)
     hint = f", did you mean {lower[near[0]]}? Choose" if near else ": choose"
     return UsageError(f"{words or f'{option} {value!r:.80} is unknown'}{hint} from {', '.join(names)}")
 

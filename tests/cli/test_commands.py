@@ -121,7 +121,7 @@ def test_generate_takes_the_checkpoints_own_scheduler(own_bundle: Path, tmp_path
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
     assert "nowhere" in complaint("generate", "x", "--bundle", "nowhere", cwd=tmp_path)
-    assert "kdc-edge export" in complaint("generate", "x", cwd=tmp_path)
+    assert "kdc-edge export" in complaint("bench", cwd=tmp_path)
     assert "kdc-edge train" in complaint("export", cwd=tmp_path)
     assert "nowhere" in complaint("export", "nowhere", cwd=tmp_path)
     assert "int3" in complaint("export", "nowhere", "--precision", "int3", cwd=tmp_path, code=2)

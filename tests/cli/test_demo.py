@@ -23,7 +23,7 @@ def test_an_empty_folder_gives_an_image(tmp_path: Path) -> None:
     assert "the demonstration that ships with kdc-edge" in done.stderr
     said = read_parameters(tmp_path / done.stdout.strip())
     assert said["prompt"] == PROMPT
-    assert (said["steps"], said["guidance"]) == ("4", "1")
+    assert (said["Steps"], said["CFG scale"]) == ("4", "1.0")
 
 
 def test_bundles_of_ones_own_come_first(bundle: Path, tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_a_small_sample_size_of_an_old_version_is_64(teacher: Path) -> None:
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("unet/config.json", {"in_channels": 9}, "in_channels = 9 where the VAE has 4: an inpainting model"),
     ("unet/config.json", {"in_channels": 8}, "in_channels = 8 where the VAE has 4: an image-to-image model"),
-    ("unet/config.json", {"in_channels": [4, 4]}, "in_channels = [4, 4] where the VAE has 4: another kind of model"),
+    ("unet/config.json", {"in_channels": [4, 4]}, r"in_channels = \[4, 4\] where the VAE has 4: another kind of model"),
     ("unet/config.json", {"out_channels": 8}, "out_channels = 8"),
     ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type = 'timestep'"),
     ("unet/config.json", {"num_class_embeds": 10}, "num_class_embeds = 10"),

@@ -31,7 +31,7 @@ from tests.cli.test_commands import complaint, run
         ("export x --target onxx", "--target 'onxx' is unknown, did you mean onnx?"),
         ("export x --attention fusd", "--attention 'fusd' is unknown, did you mean fused?"),
         ("init --preset kdc482 --out new", "--preset 'kdc482' is unknown, did you mean kdc-482m?"),
-        ("bench BUNDLE --format cvs", "--format 'cvs' is unknown, did you mean csv?"),
+        ("bench BUNDLE --format jsn", "--format 'jsn' is unknown, did you mean json?"),
         ("bench BUNDLE --fail-over end_to_end=3", "'end_to_end' is not measured, did you mean end_to_end_sec?"),
         ("bench BUNDLE --guidance-mode loud", "--guidance-mode 'loud' is unknown: choose from batched, sequential"),
         ("fit --formats onnx-f16", "--formats 'onnx-f16' is unknown, did you mean onnx-fp16?"),

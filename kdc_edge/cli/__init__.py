@@ -43,7 +43,7 @@ class _Ends:
             if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(signal.SIGINT, self._interrupt)
             signal.signal(signal.SIGTERM, self._terminate)
-        sys.unraisablehook = self._unraisable
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
 
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
         self.code = INTERRUPTED
@@ -56,7 +56,7 @@ class _Ends:
     def _unraisable(self, failure: UnraisableHookArgs) -> None:
         """Send the signal again, a moment later, where a finalizer or a callback of the interpreter swallowed it."""
         if self.code is None or not isinstance(failure.exc_value, KeyboardInterrupt | SystemExit):
-            sys.__unraisablehook__(failure)
+            self._hook(failure)
         else:
             again = threading.Timer(RESEND_SEC, os.kill, (os.getpid(), self.code - 128))
             again.daemon = True
@@ -64,7 +64,7 @@ class _Ends:
 
     def restore(self) -> None:
         """To what ends a process silently: Python's own shutdown would print a traceback."""
-        sys.unraisablehook = sys.__unraisablehook__
+        sys.unraisablehook = self._hook
         with contextlib.suppress(ValueError):
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) is not signal.SIG_IGN:

@@ -188,7 +188,7 @@ def test_every_script_is_named_in_the_docs() -> None:
 def serving(pipeline: kdc_edge.Pipeline, token: str) -> Iterator[str]:
     """kdc-edge serve's application on a free port of this machine."""
     worker = Worker(pipeline, name="garden", waiting=2)
-    config = uvicorn.Config(make_app(worker, token=token), port=0, log_level="error", lifespan="off")
+    config = uvicorn.Config(make_app(worker, token=token), port=0, log_config=None, log_level="error", lifespan="off")
     sock = config.bind_socket()
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})

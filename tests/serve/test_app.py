@@ -307,7 +307,9 @@ def test_a_failure_is_said_and_the_next_job_works(worker: Worker, monkeypatch: p
 @contextmanager
 def listening(worker: Worker) -> Iterator[str]:
     """A real server on a free port of this machine."""
-    config = uvicorn.Config(make_app(worker, limits=Limits(steps=1000)), port=0, log_level="error", lifespan="off")
+    config = uvicorn.Config(
+        make_app(worker, limits=Limits(steps=1000)), port=0, log_config=None, log_level="error", lifespan="off"
+    )
     server = uvicorn.Server(config)
     sock = config.bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})

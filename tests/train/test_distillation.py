@@ -26,7 +26,7 @@ STAGES: tuple[int, ...] = tuple(find_preset("garden-teacher").unet["block_out_ch
 def test_every_preset_takes_two_steps(preset: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the garden's teacher, which has SD 1.x's arrangement in small, with its channels."""
 
-    def narrow(name: str) -> Preset:
+    def narrow(name: str, _option: str = "--student") -> Preset:
         wide = find_preset(name)
         channels = STAGES[: len(wide.unet["block_out_channels"])]  # type: ignore[arg-type]
         return replace(wide, unet={**wide.unet, "block_out_channels": channels})

@@ -33,7 +33,7 @@ def test_the_whole_grid_is_every_condition_of_every_seed() -> None:
     found = cells(tuple(GRIDS), Size(seeds=3))
     assert len(found) == 3 * (5 + 5 + 2)
     assert len({cell.name for cell in found}) == len(found)
-    with pytest.raises(InputError, match="--grid taste"):
+    with pytest.raises(InputError, match="--grid 'taste' is unknown"):
         cells(["taste"], Size())
     with pytest.raises(InputError, match="in none of these grids"):
         cells(["losses"], Size(), ["no replay"])

@@ -44,13 +44,13 @@ from kdc_edge.train.networks import image_size, prepare_learning, view_run
 from kdc_edge.train.objective import Stopwatch
 from kdc_edge.train.objectives import find_objective
 from kdc_edge.train.quality import evaluation_set
-from kdc_edge.train.quality.evaluate import Score, choose_metric, quality_matrix, signed
+from kdc_edge.train.quality.evaluate import Score
 from kdc_edge.train.quality.held_out import Evaluator, check_quality
+from kdc_edge.train.quality.matrix import choose_metric, quality_matrix, signed
 from kdc_edge.train.quality.metrics import ImageMetrics
 from kdc_edge.train.quality.report import STEP_0, TEACHER, make_results, model_card, so_far
 from kdc_edge.train.quality.sheet import write_sample_sheet
-from kdc_edge.train.replay import ReplayBuffer
-from kdc_edge.train.runs import (
+from kdc_edge.train.runs.states import (
     CHECKPOINTS,
     MODEL_FILE,
     BeforeTaskEnd,
@@ -59,7 +59,8 @@ from kdc_edge.train.runs import (
     load_state,
     save_state,
 )
-from kdc_edge.train.tracking import Tracker
+from kdc_edge.train.runs.tracking import Tracker
+from kdc_edge.train.strategies.buffer import ReplayBuffer
 
 PROMPTS_A_TASK = 64  # captions that are written beside the weights
 # first parts of a state's names

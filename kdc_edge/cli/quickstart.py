@@ -98,7 +98,7 @@ def _train(config: TrainConfig, folder: Path) -> Trained:
     """The first task is the same with and without replay, so it is trained once and the runs part after it."""
     from kdc_edge.cli.progress import ProgressBar
     from kdc_edge.train.loop import Trainer
-    from kdc_edge.train.runs import branch_run
+    from kdc_edge.train.runs.continuing import branch_run
 
     with ProgressBar(3 * config.steps) as progress:
         kept = Trainer(config, folder / "replay")

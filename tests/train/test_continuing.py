@@ -22,7 +22,8 @@ from kdc_edge.train.data.tasks import parse_task
 from kdc_edge.train.loop import StepDone, Trainer
 from kdc_edge.train.quality.evaluation_set import EvaluationSet
 from kdc_edge.train.quality.metrics import ImageMetrics
-from kdc_edge.train.runs import continue_run, list_states, load_state
+from kdc_edge.train.runs.continuing import continue_run
+from kdc_edge.train.runs.states import list_states, load_state
 from tests.cli.test_commands import complaint, run
 from tests.train.test_loop import TASKS, config, logged, weights
 from tests.train.test_sources import class_folders

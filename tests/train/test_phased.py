@@ -21,7 +21,7 @@ from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import FewSteps, TrainConfig
 from kdc_edge.train.loop import StepDone, Trainer
 from kdc_edge.train.objectives.phased import Grid, Jump, Phased, phase_ends, pseudo_huber
-from kdc_edge.train.runs import begin_stage
+from kdc_edge.train.runs.continuing import begin_stage
 from tests.train.test_loop import TASKS, config, weights
 
 CPU = torch.device("cpu")

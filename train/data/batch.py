@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.cache import Latents
-from kdc_edge.train.replay import ReplayBuffer, Take
+from kdc_edge.train.strategies.buffer import ReplayBuffer, Take
 
 DrawTimesteps = Callable[[int, torch.Generator], Tensor]  # how many, random state -> (count,)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from kdc_edge.files import write_atomic
 from kdc_edge.report.charts import spread_chart, standalone
-from kdc_edge.train.quality.evaluate import EVALUATION, forgetting
+from kdc_edge.train.quality.evaluate import EVALUATION
+from kdc_edge.train.quality.matrix import forgetting
 
 Result = Mapping[str, Any]
 Numbers = dict[str, list[float]]  # condition -> one value a seed

@@ -24,7 +24,7 @@ from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import LossWeights, TrainConfig
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.loop import Trainer
-from kdc_edge.train.runs import branch_run
+from kdc_edge.train.runs.continuing import branch_run
 from kdc_edge.train.tools.experiment_report import write_report
 
 TASKS = tuple(Task(name, f"garden:{name}") for name in ("flowers", "butterflies", "fish"))

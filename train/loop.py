@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import random
-import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +24,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
-from torch import Tensor
 
 from kdc_edge.bundle import Model
 from kdc_edge.diffusers_folder import read_model
@@ -55,30 +51,19 @@ from kdc_edge.train.runs.states import (
     MODEL_FILE,
     BeforeTaskEnd,
     Position,
+    claim_run,
+    cut_metrics,
     list_states,
     load_state,
     save_state,
 )
 from kdc_edge.train.runs.tracking import Tracker
+from kdc_edge.train.stepping import StepDone, Stepper
 from kdc_edge.train.strategies.buffer import ReplayBuffer
 
 PROMPTS_A_TASK = 64  # captions that are written beside the weights
 # first parts of a state's names
 STATE_KINDS = ("generator", "before", "student", "ema", "optimizer", "scaler", "objective")
-
-
-@dataclass(frozen=True)
-class StepDone:
-    task: str
-    step: int  # 1-based, of the task
-    steps: int
-    total: int  # steps of all tasks so far
-    losses: dict[str, float]  # every term unweighted, and their weighted total
-    by_timestep: list[float | None]  # the objective's binned term, the least noisy bin first; None where none was drawn
-    learning_rate: float
-    samples_per_sec: float
-    replayed: float  # share of the batch
-    replay_mb: float  # size of the buffer
 
 
 @dataclass(frozen=True)
@@ -121,10 +106,11 @@ class Trainer:
     ) -> None:
         self.config, self.run_folder = config, run
         self.accelerator, model, metrics = check_run(config, run, resume=resume)
-        self._claim_folder(resume)  # after what can be refused at once
+        claim_run(run, config, self.accelerator, resume=resume)  # after what can be refused at once
         self.watch = watch or Stopwatch()
         learning = prepare_learning(config, model, self.accelerator, run, watch=self.watch, say=say)
         self.teacher, self.student, self.objective = learning.teacher, learning.student, learning.objective
+        self.stepper = Stepper(config, self.accelerator, self.teacher, self.student, self.objective, self.watch)
         self.evaluator = Evaluator(
             self.teacher, metrics, config.eval_images, self.accelerator, run / evaluation_set.FOLDER,
             garden_loss=any(not task.source.startswith("garden:") for task in config.tasks),
@@ -148,24 +134,6 @@ class Trainer:
         budget = None if self.config.replay_mb is None else int(self.config.replay_mb * 1e6)
         capacity = self.config.replay if budget is None else None
         return ReplayBuffer(capacity, capacity_bytes=budget, policy=self.config.replay_policy)
-
-    def _claim_folder(self, resume: bool) -> None:
-        """Refuse a folder that is not this run's; a run that was killed before its first state starts again."""
-        path = self.run_folder / "config.json"
-        if resume and self.accelerator.is_main_process:  # what a kill in the middle of a write left
-            for half in (*self.run_folder.glob(".*.part-*"), *(self.run_folder / CHECKPOINTS).glob(".*.part-*")):
-                shutil.rmtree(half)
-            for half in self.run_folder.glob(".*.json.*"):
-                half.unlink()
-        if resume and path.is_file():
-            return
-
-        def claim() -> None:
-            refuse_foreign_folder(self.run_folder, None)
-            write_atomic(path, json.dumps(self.config.as_json(), indent=2))
-
-        self.accelerator.wait_for_everyone()  # all have looked before one writes
-        on_main_process(self.accelerator, claim)
 
     # --- the run ---
 
@@ -228,7 +196,8 @@ class Trainer:
         rate = learning_rate(self.config, self.position.step)
         with self.watch("data"):
             batch = self.draw_batch(latents)
-        losses, by_timestep = self._descend(batch, task, rate)
+        name = f"step {self.position.step + 1} of {task.name}"
+        losses, by_timestep = self.stepper(batch, rate=rate, name=name)
         self.position.step += 1
         self.position.total += 1
         self.position.drawn += int((~batch.replayed).sum())
@@ -249,41 +218,6 @@ class Trainer:
         return draw_batch(
             self.config, latents, self.replay, timesteps=timesteps, generator=self.generator, drawn=self.position.drawn
         )
-
-    def _descend(self, batch: Batch, task: Task, rate: float) -> tuple[dict[str, float], list[float | None]]:
-        """One optimizer step; each process computes its share in `accumulate` micro-batches."""
-        accelerator, config, objective = self.accelerator, self.config, self.objective
-        micro_batches = accelerator.num_processes * config.accumulate
-        sums: dict[str, Tensor] = {}
-        by_bin = torch.zeros(2, objective.bins, device=accelerator.device)  # summed binned term, and count
-        self.student.begin_step(rate)
-        for i in range(config.accumulate):
-            with self.watch("data"):
-                number = accelerator.process_index * config.accumulate + i
-                mine = batch.micro_batch(number, micro_batches).to(accelerator.device)
-                text = self.teacher.embed(mine.captions)
-            last = i == config.accumulate - 1
-            with nullcontext() if last else accelerator.no_sync(self.student.prepared):
-                terms = objective(self.student.prepared, mine, text)
-                with self.watch("student"):
-                    weight = torch.where(mine.replayed, config.replay_weight, 1.0)
-                    accelerator.backward((terms["total"] * weight).mean() / config.accumulate)
-            terms = {n: t.detach() for n, t in terms.items()}
-            sums = {n: sums.get(n, 0) + t.mean() / config.accumulate for n, t in terms.items()}
-            bins, binned = objective.bin_of(mine.timestep), terms[objective.binned_term]
-            by_bin[0].index_add_(0, bins, binned)
-            by_bin[1].index_add_(0, bins, torch.ones_like(binned))
-        with self.watch("optimizer"):
-            means = accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
-            losses = dict(zip(sums, means, strict=True))
-            if not math.isfinite(losses["total"]):
-                raise KdcError(
-                    f"the loss is no number at step {self.position.step + 1} of {task.name}: lower --learning-rate,"
-                    " then --resume from the last saved state"
-                )
-            self.student.end_step()
-            total, count = accelerator.reduce(by_bin, "sum").tolist()
-        return losses, [t / n if n else None for t, n in zip(total, count, strict=True)]
 
     def any_process(self, flag: bool) -> bool:
         """Is the flag up in any process? All must ask together."""
@@ -346,13 +280,7 @@ class Trainer:
             self.student.load_state_dict(tensors, steps=self.position.total)
             self.objective.load_state_dict(under("objective/", tensors))
         if self.accelerator.is_main_process:
-            self._cut_metrics()
-
-    def _cut_metrics(self) -> None:
-        """Drop what was logged after the state that the run goes on from."""
-        path = self.run_folder / "metrics.jsonl"
-        if path.is_file():
-            write_atomic(path, "".join(path.read_text().splitlines(keepends=True)[: self.position.total]))
+            cut_metrics(self.run_folder, self.position.total)
 
     def _prompts(self, latents: Latents) -> list[str]:
         """Some captions of a task, for an export to calibrate itself on."""

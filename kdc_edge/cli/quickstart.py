@@ -115,7 +115,7 @@ def _train(config: TrainConfig, folder: Path) -> Trained:
 
 def _follow(trainer: Trainer, progress: ProgressBar, name: str, *, until_task: int) -> None:
     """Consume a run until so many of its tasks are done."""
-    from kdc_edge.train.loop import StepDone
+    from kdc_edge.train.stepping import StepDone
 
     for event in trainer.run():
         if isinstance(event, StepDone):

@@ -224,7 +224,7 @@ def _benchmark(settings: TrainConfig, steps: int) -> None:
 def _follow(trainer: Trainer) -> None:
     """Consume the run: progress on the terminal; SIGTERM saves the state and stops."""
     from kdc_edge.cli.progress import ProgressBar
-    from kdc_edge.train.loop import StepDone
+    from kdc_edge.train.stepping import StepDone
 
     stop = False
 

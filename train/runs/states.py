@@ -16,11 +16,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdc_edge.errors import CheckpointError
-from kdc_edge.files import atomic_folder, read_json, write_atomic
+from kdc_edge.files import atomic_folder, read_json, refuse_foreign_folder, write_atomic
+from kdc_edge.train.config import TrainConfig
+from kdc_edge.train.distributed import on_main_process
 from kdc_edge.train.strategies.buffer import ReplayBuffer
 
 REPLAY_BEFORE = "replay-before.safetensors"
@@ -103,3 +106,32 @@ def load_state(run: Path) -> tuple[Position, dict[str, Tensor], ReplayBuffer]:
     except Exception as error:
         raise CheckpointError(f"{folder} is damaged: {error}; remove it and resume from the one before") from None
     return position, tensors, ReplayBuffer.load(folder / "replay.safetensors")
+
+
+def claim_run(run: Path, config: TrainConfig, accelerator: Accelerator, *, resume: bool) -> None:
+    """Write a new run's configuration, or refuse a folder that is not this run's. Collective.
+
+    What a kill in the middle of a write left is removed; a run that was killed before its first state starts again.
+    """
+    path = run / "config.json"
+    if resume and accelerator.is_main_process:
+        for half in (*run.glob(".*.part-*"), *(run / CHECKPOINTS).glob(".*.part-*")):
+            shutil.rmtree(half)
+        for half in run.glob(".*.json.*"):
+            half.unlink()
+    if resume and path.is_file():
+        return
+
+    def claim() -> None:
+        refuse_foreign_folder(run, None)
+        write_atomic(path, json.dumps(config.as_json(), indent=2))
+
+    accelerator.wait_for_everyone()  # all have looked before one writes
+    on_main_process(accelerator, claim)
+
+
+def cut_metrics(run: Path, total: int) -> None:
+    """Drop what was logged after the state that the run goes on from, of `total` steps."""
+    path = run / "metrics.jsonl"
+    if path.is_file():
+        write_atomic(path, "".join(path.read_text().splitlines(keepends=True)[:total]))

@@ -32,7 +32,7 @@ from kdc_edge.files import read_json, refuse_foreign_folder, write_atomic
 from kdc_edge.presets import find_preset
 from kdc_edge.train.checkpoint import write_checkpoint
 from kdc_edge.train.config import TrainConfig, check_same, learning_rate
-from kdc_edge.train.data.batch import Batch, draw_batch, random_flip
+from kdc_edge.train.data.batch import Batch, draw_batch
 from kdc_edge.train.data.cache import Latents, Say
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.distributed import any_process, make_accelerator, on_main_process, under
@@ -60,10 +60,11 @@ from kdc_edge.train.runs.states import (
 from kdc_edge.train.runs.tracking import Tracker
 from kdc_edge.train.stepping import StepDone, Stepper
 from kdc_edge.train.strategies.buffer import ReplayBuffer
+from kdc_edge.train.strategies.registry import STRATEGIES
 
 PROMPTS_A_TASK = 64  # captions that are written beside the weights
 # first parts of a state's names
-STATE_KINDS = ("generator", "before", "student", "ema", "optimizer", "scaler", "objective")
+STATE_KINDS = ("generator", "before", "student", "ema", "optimizer", "scaler", "objective", "strategy")
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_atomic(run / MODEL_FILE, self.ships.model_dump_json(indent=2))
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.replay = self._new_buffer()
+        self.strategy = STRATEGIES[config.strategy](config, self.accelerator, learning)
         self.position = Position()
         self.before: BeforeTaskEnd | None = None
         if resume:
@@ -130,10 +131,10 @@ class Trainer:
                 self.evaluator.evaluation_set(task)
         self.tracker = Tracker(self.accelerator, config, run, since=self.position.total)
 
-    def _new_buffer(self) -> ReplayBuffer:
-        budget = None if self.config.replay_mb is None else int(self.config.replay_mb * 1e6)
-        capacity = self.config.replay if budget is None else None
-        return ReplayBuffer(capacity, capacity_bytes=budget, policy=self.config.replay_policy)
+    @property
+    def replay(self) -> ReplayBuffer:
+        """The samples of earlier tasks."""
+        return self.strategy.buffer
 
     # --- the run ---
 
@@ -149,17 +150,19 @@ class Trainer:
                 self.teacher.prepare_text([*latents.captions, *self.replay.captions, ""])
             if position.step == 0:
                 self.student.begin_task()
-                self._remember_student()
+                with self.watch("strategy"):
+                    self.strategy.begin_task(position.task, self.generator)
             while position.step < config.steps:
                 yield self._step(task, latents)
                 if config.sample_every and position.total % config.sample_every == 0:
                     self._draw_samples()
                 if position.step % config.save_every == 0 and position.step < config.steps:
                     self.save()
-            self.before = BeforeTaskEnd(self.generator.get_state(), copy.copy(self.replay), position.drawn)
-            flipped = random_flip(latents, self.generator)
-            if task.name not in self.replay.tasks:  # a few-step stage begins with the samples of all its tasks
-                self.replay.add(latents.captions, flipped, task=task.name, generator=self.generator)
+            self.before = BeforeTaskEnd(
+                self.generator.get_state(), copy.copy(self.replay), position.drawn, self.strategy.state_dict()
+            )
+            with self.watch("strategy"):
+                self.strategy.remember(task, latents, self.generator)
             scores = self.evaluate()
             position.values.append([s.values for s in scores.values()])
             position.errors.append([s.errors | {"images": s.images} for s in scores.values()])
@@ -185,26 +188,20 @@ class Trainer:
             scores = self.evaluate(unknown, teacher=who == TEACHER) if unknown else {}
             found[who] = found.get(who, {}) | {name: score.values for name, score in scores.items()}
 
-    def _remember_student(self) -> None:
-        """Let replayed samples be distilled from the EMA student from the previous task, where that is asked for."""
-        if self.config.replay_teacher == "student" and self.position.task > 0:
-            with self.student.averaged():
-                self.objective.replay_from(self.student.full_weights())
-
     def _step(self, task: Task, latents: Latents) -> StepDone:
         started = time.perf_counter()
         rate = learning_rate(self.config, self.position.step)
         with self.watch("data"):
             batch = self.draw_batch(latents)
         name = f"step {self.position.step + 1} of {task.name}"
-        losses, by_timestep = self.stepper(batch, rate=rate, name=name)
+        losses, by_timestep = self.stepper(batch, rate=rate, name=name, hold_back=self.strategy.hold_back)
         self.position.step += 1
         self.position.total += 1
-        self.position.drawn += int((~batch.replayed).sum())
+        self.position.drawn += self.strategy.new_samples(batch)
         event = StepDone(
             task.name, self.position.step, self.config.steps, self.position.total, losses, by_timestep, rate,
             self.config.batch_size / (time.perf_counter() - started), batch.replayed.float().mean().item(),
-            self.replay.size_bytes / 1e6,
+            self.strategy.size_bytes / 1e6,
         )  # fmt: skip
         if self.accelerator.is_main_process:
             with (self.run_folder / "metrics.jsonl").open("a") as file:
@@ -215,9 +212,10 @@ class Trainer:
     def draw_batch(self, latents: Latents) -> Batch:
         """The next global batch."""
         timesteps = self.objective.draw_timesteps
-        return draw_batch(
+        batch = draw_batch(
             self.config, latents, self.replay, timesteps=timesteps, generator=self.generator, drawn=self.position.drawn
         )
+        return self.strategy.mark(batch, self.generator)
 
     def any_process(self, flag: bool) -> bool:
         """Is the flag up in any process? All must ask together."""
@@ -259,6 +257,7 @@ class Trainer:
         """Save everything that a resumed run needs. Collective."""
         tensors = {"generator": self.generator.get_state(), **self.student.state_dict()}
         tensors |= {f"objective/{n}": t for n, t in self.objective.state_dict().items()}
+        tensors |= {f"strategy/{n}": t for n, t in self.strategy.state_dict().items()}
         keep, before = self.config.keep, self.before if self.position.step == 0 else None
         write = partial(save_state, self.run_folder, self.position, tensors, self.replay, keep=keep, before=before)
         on_main_process(self.accelerator, write)
@@ -273,12 +272,10 @@ class Trainer:
                     f"the saved state of {self.run_folder} holds {', '.join(sorted(unknown))}, which this version"
                     " does not know: resume with the version that started the run"
                 )
-            budget = self.replay  # this run's own, which may differ from the saved one's
-            saved.limit(budget.capacity, capacity_bytes=budget.capacity_bytes, policy=budget.policy)
-            self.replay = saved
             self.generator.set_state(tensors["generator"])
             self.student.load_state_dict(tensors, steps=self.position.total)
             self.objective.load_state_dict(under("objective/", tensors))
+            self.strategy.load_state_dict(under("strategy/", tensors), saved, tasks=self.position.task)
         if self.accelerator.is_main_process:
             cut_metrics(self.run_folder, self.position.total)
 

@@ -7,6 +7,7 @@ losses, by_timestep = stepper(batch, rate=1e-4, name="step 1 of flowers")
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -47,9 +48,12 @@ class Stepper:
     objective: Objective
     watch: Stopwatch
 
-    def __call__(self, batch: Batch, *, rate: float, name: str) -> tuple[dict[str, float], list[float | None]]:
+    def __call__(
+        self, batch: Batch, *, rate: float, name: str, hold_back: Callable[[], dict[str, float]] = dict
+    ) -> tuple[dict[str, float], list[float | None]]:
         """Every loss term of the whole batch, and the objective's binned term by timestep bin.
 
+        `hold_back` changes the gradients before the optimizer's step and gives terms of its own.
         Raises KdcError, which names the step, where the loss is no number.
         """
         accelerator, config, objective = self.accelerator, self.config, self.objective
@@ -80,6 +84,7 @@ class Stepper:
                 raise KdcError(
                     f"the loss is no number at {name}: lower --learning-rate, then --resume from the last saved state"
                 )
+            losses |= hold_back()
             self.student.end_step()
             total, count = accelerator.reduce(by_bin, "sum").tolist()
         return losses, [t / n if n else None for t, n in zip(total, count, strict=True)]

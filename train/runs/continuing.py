@@ -20,6 +20,7 @@ from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import refuse_foreign_folder, write_atomic
 from kdc_edge.train.config import TrainConfig, check_same
 from kdc_edge.train.data.cache import Write, write_here
+from kdc_edge.train.distributed import under
 from kdc_edge.train.quality import evaluation_set
 from kdc_edge.train.runs.states import CHECKPOINTS, REPLAY_BEFORE, Position, list_states, load_state, save_state
 from kdc_edge.train.strategies.buffer import ReplayBuffer
@@ -82,7 +83,8 @@ def extend_run(run: Path, config: TrainConfig) -> None:
         settings={n: s for n, s in position.settings.items() if n != last},
         prompts={n: p for n, p in position.prompts.items() if n != last},
     )  # fmt: skip
-    tensors["generator"] = tensors.pop("before/generator")
+    before = under("before/", tensors)  # in place of what the task's end made of it
+    tensors = {n: t for n, t in tensors.items() if not n.startswith(("before/", "strategy/"))} | before
     save_state(run, position, tensors, ReplayBuffer.load(state / REPLAY_BEFORE), keep=config.keep + 1)
     shutil.rmtree(state.rename(state.with_name(f".{state.name}")))
     write_atomic(run / "config.json", json.dumps(config.as_json(), indent=2))

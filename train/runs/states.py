@@ -56,6 +56,7 @@ class BeforeTaskEnd:
     generator: Tensor
     replay: ReplayBuffer
     drawn: int
+    strategy: dict[str, Tensor] = field(default_factory=dict)  # its state_dict
 
 
 def save_state(
@@ -68,6 +69,7 @@ def save_state(
     """
     if before is not None:
         tensors = tensors | {"before/generator": before.generator, "before/drawn": torch.tensor(before.drawn)}
+        tensors |= {f"before/strategy/{n}": t for n, t in before.strategy.items()}
     states = run / "state"
     out = states / f"{position.total:08d}-{position.task}"
     if not (out / "state.json").is_file():

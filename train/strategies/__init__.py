@@ -1,1 +1,1 @@
-"""What a run does against forgetting."""
+"""What a run does against forgetting: strategies, and the buffer of replayed samples."""

@@ -98,7 +98,7 @@ def _train(config: TrainConfig, folder: Path) -> Trained:
     """The first task is the same with and without replay, so it is trained once and the runs part after it."""
     from kdc_edge.cli.progress import ProgressBar
     from kdc_edge.train.loop import Trainer
-    from kdc_edge.train.runs import branch_run
+    from kdc_edge.train.runs.continuing import branch_run
 
     with ProgressBar(3 * config.steps) as progress:
         kept = Trainer(config, folder / "replay")
@@ -115,7 +115,7 @@ def _train(config: TrainConfig, folder: Path) -> Trained:
 
 def _follow(trainer: Trainer, progress: ProgressBar, name: str, *, until_task: int) -> None:
     """Consume a run until so many of its tasks are done."""
-    from kdc_edge.train.loop import StepDone
+    from kdc_edge.train.stepping import StepDone
 
     for event in trainer.run():
         if isinstance(event, StepDone):

@@ -21,8 +21,8 @@ from kdc_edge.errors import InputError
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import Quality, TrainConfig, learning_rate
 from kdc_edge.train.data.tasks import Task, parse_task
-from kdc_edge.train.loop import StepDone, TaskDone, Trainer
-from kdc_edge.train.quality.evaluate import (
+from kdc_edge.train.loop import TaskDone, Trainer
+from kdc_edge.train.quality.matrix import (
     QUALITIES,
     average,
     backward_transfer,
@@ -32,7 +32,8 @@ from kdc_edge.train.quality.evaluate import (
     quality_matrix,
     signed_forgetting,
 )
-from kdc_edge.train.runs import branch_run
+from kdc_edge.train.runs.continuing import branch_run
+from kdc_edge.train.stepping import StepDone
 
 TASKS = (Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies"))
 

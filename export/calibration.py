@@ -20,8 +20,9 @@ from kdc_edge.bundle import CalibrationInfo
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.export.reference import Recorder
-from kdc_edge.pipeline import Pipeline, Request, made_for
+from kdc_edge.pipeline import Pipeline
 from kdc_edge.prompts import own_prompts
+from kdc_edge.request import Request, made_for
 from kdc_edge.runtimes.base import COMPONENTS, LoadedComponents, LoadOptions, get_runtime
 from kdc_edge.tokenizer import Tokenizer
 

@@ -31,7 +31,8 @@ from kdc_edge.export.kept import kept_reference, key_of
 from kdc_edge.export.reference import Call, record
 from kdc_edge.export.targets import Stage
 from kdc_edge.formats import Format
-from kdc_edge.pipeline import Pipeline, Request, own_request
+from kdc_edge.pipeline import Pipeline
+from kdc_edge.request import Request, own_request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.base import get_runtime, preferred_engine
 

@@ -25,8 +25,9 @@ from kdc_edge.errors import CheckpointError, KdcError, require
 from kdc_edge.export.targets import Stage
 from kdc_edge.files import read_json
 from kdc_edge.noise import initial_latents
-from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.pipeline import Pipeline
 from kdc_edge.quiet import quiet
+from kdc_edge.request import Request
 from kdc_edge.runtimes.torch import TorchComponent, load_network
 from kdc_edge.runtimes.torch.small_decoder import SmallDecoder, load_decoder
 from kdc_edge.samplers import SAMPLERS, sampler_for

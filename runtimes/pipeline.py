@@ -32,8 +32,8 @@ from kdc_edge.hardware import check_threads
 from kdc_edge.hub import local
 from kdc_edge.image import preview
 from kdc_edge.image_files import ImageLike
-from kdc_edge.pipeline import Request, own_request
 from kdc_edge.prompt_weights import MAX_CHUNKS
+from kdc_edge.request import Request, own_request
 from kdc_edge.runtimes.base import (
     ENGINES,
     Engine,

@@ -22,7 +22,8 @@ from transformers import CLIPTextConfig
 from kdc_edge.diffusers_defaults import AUTOENCODER_TINY, SCHEDULERS, TEXT_ENCODER, UNET, VAE
 from kdc_edge.diffusers_folder import RANDOM_WEIGHTS, read_model
 from kdc_edge.errors import CheckpointError
-from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.pipeline import Pipeline
+from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.torch import quiet
 from kdc_edge.samplers import sampler_for

@@ -20,7 +20,7 @@ from kdc_edge.errors import BundleError, InputError, ParityError
 from kdc_edge.export.components import load_component
 from kdc_edge.export.rewrites.attention import set_attention
 from kdc_edge.export.targets import CoreMLOptions, ExportRequest, export_checkpoint
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_for_bench, open_pipeline
 from kdc_edge.runtimes.apple_layout import PROGRAM
 from kdc_edge.runtimes.coreml_tools import load_coremltools

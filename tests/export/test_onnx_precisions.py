@@ -24,7 +24,7 @@ from kdc_edge.export.onnx.int8 import quantize_int8, uint8_scale
 from kdc_edge.export.onnx.weights import round_channels
 from kdc_edge.export.targets import ExportRequest, OnnxOptions, export_checkpoint
 from kdc_edge.hardware import Processor
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline
 from tests.runtimes.test_base import some_inputs
 

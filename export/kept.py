@@ -33,7 +33,7 @@ def key_of(provenance: Provenance, requests: Sequence[Request]) -> str:
     parts = [
         provenance.checkpoint_sha256,
         provenance.decoder_sha256,
-        [vars(request) | {"latents": None} for request in requests],
+        [vars(request) | {"latents": None, "edit": None} for request in requests],  # an edit is the model's example
         package_versions(PACKAGES),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -66,8 +66,10 @@ class Pipeline:
         max_batch: int = MAX_BATCH,  # images that `batches` puts together at most
         decoder_batch: int = 1,  # images in one call of the decoder; an exported one takes 1
         max_chunks: int = MAX_CHUNKS,  # of a prompt; 1 where the U-Net's text length is fixed
+        fixed_size: bool = False,  # the networks take images of the model's own size alone
     ) -> None:
         self.max_chunks = max_chunks
+        self.fixed_size = fixed_size
         self.model = model
         self.tokenizer = tokenizer
         self.components = components
@@ -88,10 +90,12 @@ class Pipeline:
         request, count = requests[0], len(requests)
         noise = NormalStreams([r.seed for r in requests])
         edits = [r.edit for r in requests if r.edit is not None]
-        drawn = noise.draw((count, *self.latent_shape(request)[1:])) if edits else None
+        shape = (count, *self.latent_shape(request)[1:])
+        needed = edits and not (self.model.inpainting and edits[0].only_noise)
+        drawn = noise.draw(shape) if needed else None
         latents = self._initial_latents(requests, noise)  # (B, C, h, w)
-        if edits and edits[0].mask is not None:
-            noise.draw(latents.shape)  # diffusers encodes the image without its masked part too, and drops it
+        # diffusers encodes the image without its masked part for every model, and drops it for most.
+        masked = noise.draw(shape) if edits and edits[0].mask is not None else None
         sampler = make_sampler(request.sampler, self.schedule, request.steps, noise=noise)
         sampler.skip(request.skipped)
 
@@ -103,10 +107,11 @@ class Pipeline:
         yield Progress("text_encoder", 1, 1)
 
         begin: Begin | None = None
-        if drawn is not None:
+        if edits:
             begin = encode_edits(
-                self.components[ENCODER], edits, drawn=drawn, noise=latents, scaling_factor=self.model.scaling_factor
-            )
+                self.components[ENCODER], edits, drawn=drawn, noise=latents,
+                masked=masked if self.model.inpainting else None, scaling_factor=self.model.scaling_factor,
+            )  # fmt: skip
             yield Progress("vae_encoder", 1, 1)
         latents = begin.start(sampler) if begin else latents * np.float32(sampler.init_noise_sigma)
         unet, steps = self.components["unet"], len(sampler.timesteps)
@@ -114,6 +119,7 @@ class Pipeline:
             timestep = int(sampler.timesteps[i])
             at = partial(Progress, step=i + 1 - sampler.first, steps=steps - sampler.first, timestep=timestep)
             sample = sampler.scale_model_input(latents, i)
+            sample = begin.extend(sample) if begin else sample
             if request.guided(i, steps):
                 cond, uncond = _predict_both(unet, sample, timestep, hidden, batched=request.batched)
                 yield at("unet")
@@ -187,7 +193,7 @@ class Pipeline:
         _check_memory(self.latent_shape(request), self.model.vae_scale)
         _, _, *sides = self.latent_shape(request)
         height, width = (side * self.model.vae_scale for side in sides)
-        check_edits([r.edit for r in requests], (height, width), request.steps)
+        check_edits([r.edit for r in requests], (height, width), request.steps, inpainting=self.model.inpainting)
         if request.edit is not None:
             require_encoder(self.components)
         make_sampler(request.sampler, self.schedule, request.steps)
@@ -217,6 +223,10 @@ class Pipeline:
             unit = self.model.vae_scale * self.model.latent_unit
             if pixels < unit or pixels > MAX_SIDE or pixels % unit:
                 raise InputError(f"--{name} {pixels} cannot be made: use a multiple of {unit} up to {MAX_SIDE}")
+            if self.fixed_size and pixels != self.model.image_size:
+                raise InputError(
+                    f"--{name} {pixels} cannot be made: this bundle's sizes are fixed, leave --width and --height out"
+                )
             sides.append(pixels // self.model.vae_scale)
         return (1, self.model.latent_channels, sides[0], sides[1])
 
@@ -255,7 +265,7 @@ class Pipeline:
         guided_steps = {request.batched and request.guided(i, request.steps) for i in taken}
         unet: list[Shapes] = [
             {
-                "sample": (b, *latent),
+                "sample": (b, self.model.unet_channels, *latent[1:]),
                 "timestep": (1,),
                 "encoder_hidden_states": (b, tokens.length, -1),
             }

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kdc_edge.bench.record import Row
     from kdc_edge.bundle import Bundle
     from kdc_edge.cli.progress import ProgressBar
-    from kdc_edge.pipeline import Request
+    from kdc_edge.request import Request
     from kdc_edge.train.loop import Trainer
     from kdc_edge.train.quality.evaluate import Score
     from kdc_edge.train.tools.decoder import DecoderTrainer

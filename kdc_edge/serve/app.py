@@ -35,8 +35,9 @@ from starlette.routing import Route
 from kdc_edge.bundle import Model
 from kdc_edge.errors import InputError
 from kdc_edge.image import encode_png, preview
-from kdc_edge.pipeline import Pipeline, own_request
-from kdc_edge.pipeline import Request as ImageRequest
+from kdc_edge.pipeline import Pipeline
+from kdc_edge.request import Request as ImageRequest
+from kdc_edge.request import own_request
 from kdc_edge.samplers import SAMPLERS
 from kdc_edge.serve.worker import Busy, Done, Event, Failed, Finished, Job, Step, Worker
 from kdc_edge.text import invalid_field, printable

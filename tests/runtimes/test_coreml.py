@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kdc_edge.errors import BundleError, InputError
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 from kdc_edge.runtimes import LoadOptions, base, get_runtime, open_pipeline
 from kdc_edge.runtimes.apple_layout import PROGRAM
 from kdc_edge.runtimes.mil.evaluator import Evaluator

@@ -181,7 +181,7 @@ def _record_own(checkpoint: Path, networks: dict[str, Any], requests: Sequence[R
     recorders = {name: Recorder(TorchComponent(name, network)) for name, network in networks.items()}
     encoder = {ENCODER: TorchComponent(ENCODER, load_network(checkpoint, ENCODER))} if requests[0].edit else {}
     tokenizer = Tokenizer.from_folder(checkpoint / "tokenizer")
-    pipeline = Pipeline(read_model(checkpoint), tokenizer, recorders | encoder)
+    pipeline = Pipeline(read_model(checkpoint), tokenizer, {**recorders, **encoder})
     images = [pipeline.generate(request) for request in requests]
     return Reference({name: recorder.calls for name, recorder in recorders.items()}, images, made_by)
 

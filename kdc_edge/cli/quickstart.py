@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kdc_edge.bench.record import Row
     from kdc_edge.bundle import Bundle
     from kdc_edge.cli.progress import ProgressBar
-    from kdc_edge.pipeline import Request
+    from kdc_edge.request import Request
     from kdc_edge.train.loop import Trainer
     from kdc_edge.train.quality.evaluate import Score
     from kdc_edge.train.tools.decoder import DecoderTrainer
@@ -126,7 +126,7 @@ def _train(config: TrainConfig, folder: Path) -> Trained:
     """
     from kdc_edge.cli.progress import ProgressBar
     from kdc_edge.train.loop import Trainer
-    from kdc_edge.train.runs import begin_stage, branch_run
+    from kdc_edge.train.runs.continuing import begin_stage, branch_run
     from kdc_edge.train.tools.decoder import DecoderTrainer
 
     stage = replace(config, **arguments(config, FEW_STEP_STAGE["garden"]), objective="phased")
@@ -199,7 +199,7 @@ class _Watch:
 
     def run(self, trainer: Trainer, name: str, *, until_task: int) -> None:
         """Until so many tasks of the run are done."""
-        from kdc_edge.train.loop import StepDone
+        from kdc_edge.train.stepping import StepDone
 
         for event in trainer.run():
             if self.stopped.is_set():

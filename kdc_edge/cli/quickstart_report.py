@@ -30,7 +30,8 @@ from kdc_edge.report.html import (
 from kdc_edge.text import megabytes
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.loop import Trainer
-from kdc_edge.train.quality.evaluate import Score, average, forgetting
+from kdc_edge.train.quality.evaluate import Score
+from kdc_edge.train.quality.matrix import average, forgetting
 from kdc_edge.train.tools.decoder import DecoderTrainer
 
 LOSSES = {

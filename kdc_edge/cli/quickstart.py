@@ -126,7 +126,7 @@ def _train(config: TrainConfig, folder: Path) -> Trained:
     from kdc_edge.train.runs.continuing import begin_stage, branch_run
     from kdc_edge.train.tools.decoder import DecoderTrainer
 
-    stage = replace(config, **arguments(config, FEW_STEP_STAGE["garden"]), objective="phased")
+    stage = replace(config, **arguments(config, FEW_STEP_STAGE["phased"]["garden"]), objective="phased")
     stage = replace(stage, steps=max(1, config.steps // 4))
     without = replace(config, replay=0)
     decoding = DecoderConfig(

@@ -130,9 +130,9 @@ def _train(config: TrainConfig, folder: Path) -> Trained:
     stage = replace(stage, steps=max(1, config.steps // 4))
     without = replace(config, replay=0)
     decoding = DecoderConfig(
-        tasks=config.tasks, checkpoint=config.teacher, samples=config.samples, steps=3 * config.steps // 2,
+        tasks=config.tasks, checkpoint=config.teacher, samples=config.samples, steps=5 * config.steps // 4,
         batch_size=DECODER_BATCH, learning_rate=2e-3, seed=config.seed,
-        eval_images=min(DECODER_IMAGES, config.eval_images), save_every=3 * config.steps // 2,
+        eval_images=min(DECODER_IMAGES, config.eval_images), save_every=5 * config.steps // 4,
     )  # fmt: skip
     kept = Trainer(config, folder / "replay")
     cache = kept.run_folder / "cache"
@@ -244,12 +244,12 @@ def _generate(name: str, folder: Path, requests: Sequence[Request]) -> list[np.n
 
 
 def _prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
-    """The captions that the runs were evaluated on: up to four of each task, which the page shows, and the others."""
+    """Captions that the runs were evaluated on: up to four of each task, which the page shows, and half of the others."""
     from kdc_edge.train.quality.evaluate import ask
 
     captions = [ask(task, config.eval_images, size=64).prompts for task in config.tasks]
     shown = [caption for found in captions for caption in found[:: max(1, len(found) // SHOWN)][:SHOWN]]
-    return shown, [caption for found in captions for caption in found if caption not in shown]
+    return shown, [caption for found in captions for caption in found if caption not in shown][::2]
 
 
 def _bench(cases: Sequence[Case]) -> list[Measured]:

@@ -10,8 +10,7 @@ import torch
 
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
-from kdc_edge.pipeline import made_for
-from kdc_edge.request import Request
+from kdc_edge.request import Request, made_for
 from kdc_edge.train.config import FewSteps, TrainConfig
 from kdc_edge.train.loop import Trainer
 from kdc_edge.train.objectives.distribution import Distribution

@@ -244,7 +244,7 @@ def _generate(name: str, folder: Path, requests: Sequence[Request]) -> list[np.n
 
 
 def _prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
-    """Captions that the runs were evaluated on: up to four of each task, which the page shows, and half of the others."""
+    """Captions that the runs were evaluated on: up to four a task, which the page shows, and half of the others."""
     from kdc_edge.train.quality.evaluate import ask
 
     captions = [ask(task, config.eval_images, size=64).prompts for task in config.tasks]

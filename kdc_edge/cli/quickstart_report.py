@@ -134,7 +134,7 @@ def _few_steps(story: Story) -> list[Markup]:
             f"A second stage of {stage.config.steps} steps a task teaches the student to make an image in {few.steps}"
             f" steps without guidance, which calls the U-Net {few.steps} times instead of {2 * many.steps}; fewer steps"
             f" may be asked of the same bundle. A small decoder ({parameters / 1e6:.2f} million parameters,"
-            f" {decoder.config.steps} steps) takes the place of the VAE's, whose images it meets with {db:.1f} dB."
+            f" {decoder.config.steps} steps) takes the place of the VAE's: {db:.1f} dB between their images."
         ),
         data_table(
             ("bundle", "U-Net calls", "time", "images a second", "prompt accuracy", "every attribute right"), cells

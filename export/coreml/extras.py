@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kdc_edge.bundle import Check, Model
 from kdc_edge.errors import CheckpointError
 from kdc_edge.export.coreml.apple_modules import AppleNetwork, floats
-from kdc_edge.export.optional import smooth
+from kdc_edge.export.examples import smooth
 from kdc_edge.export.parity import compare
 from kdc_edge.formats import Format
 from kdc_edge.runtimes.apple_layout import PROGRAM

@@ -19,7 +19,7 @@ from kdc_edge.diffusers_folder import read_model
 from kdc_edge.export.coreml.mixed import read_recipe
 from kdc_edge.image import read_parameters, save_png
 from kdc_edge.noise_schedule import NoiseSchedule
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.apple_layout import PROGRAM
 from kdc_edge.runtimes.mil.evaluator import Evaluator

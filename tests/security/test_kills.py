@@ -147,7 +147,7 @@ def _sound_run(run: Path) -> None:
 def _sound_demo(demo: Path) -> None:
     assert (demo / "report.html").read_text("utf-8").rstrip().endswith("</html>")
     assert all(row.failure is None for row in read_report(demo / "bench.json").rows)
-    for name in ("onnx-fp32", "onnx-fp16"):
+    for name in ("onnx-fp16", "few-steps"):
         Bundle.open(demo / "bundles" / name).verify()
 
 

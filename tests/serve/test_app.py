@@ -22,10 +22,12 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from kdc_edge.image import read_parameters
-from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.pipeline import Pipeline
+from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.serve import app as module
-from kdc_edge.serve.app import Limits, make_app
+from kdc_edge.serve.app import make_app
+from kdc_edge.serve.body import Limits
 from kdc_edge.serve.worker import Event, Finished, Step, Worker
 
 URL = "/v1/images/generations"

@@ -15,7 +15,7 @@ from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.image import psnr_db
 from kdc_edge.noise_schedule import NoiseSchedule
-from kdc_edge.pipeline import Request, made_for
+from kdc_edge.request import Request, made_for
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import FewSteps, TrainConfig

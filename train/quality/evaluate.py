@@ -22,7 +22,8 @@ from kdc_edge.bundle import Model, kind_of
 from kdc_edge.components import COMPONENTS, Component
 from kdc_edge.errors import InputError
 from kdc_edge.noise import initial_latents
-from kdc_edge.pipeline import Pipeline, Request, own_request
+from kdc_edge.pipeline import Pipeline
+from kdc_edge.request import Request, own_request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.torch import TorchComponent, load_network
 from kdc_edge.tokenizer import Tokenizer

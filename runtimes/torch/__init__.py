@@ -86,8 +86,14 @@ class TorchComponent:
         self._network = network
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
-        with _torch.inference_mode():
-            output = self._forward(**{name: self._tensor(value) for name, value in inputs.items()})
+        """Compute; raises CheckpointError where the layers, as the configuration puts them together, do not fit."""
+        try:
+            with _torch.inference_mode():
+                output = self._forward(**{name: self._tensor(value) for name, value in inputs.items()})
+        except _torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CheckpointError(f"the checkpoint's {self._name} cannot compute this: {one_line(error)}") from None
         return np.asarray(output.float().cpu().numpy())
 
     def explain(self) -> Execution:

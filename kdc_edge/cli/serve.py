@@ -46,7 +46,8 @@ def serve(
 
     uvicorn = require("uvicorn", extra="serve", purpose="kdc-edge serve")
     require("starlette", extra="serve", purpose="kdc-edge serve")
-    from kdc_edge.serve.app import Limits, make_app
+    from kdc_edge.serve.app import make_app
+    from kdc_edge.serve.body import Limits
     from kdc_edge.serve.worker import Worker
 
     if host not in ("127.0.0.1", "localhost", "::1") and token is None:

@@ -20,31 +20,27 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, replace
 from importlib.resources import files
-from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from kdc_edge.bundle import Model
 from kdc_edge.errors import InputError
 from kdc_edge.image import encode_png, preview
-from kdc_edge.pipeline import Pipeline
 from kdc_edge.request import Request as ImageRequest
 from kdc_edge.request import own_request
 from kdc_edge.samplers import SAMPLERS
+from kdc_edge.serve.body import DEFAULT_LIMITS, Body, EditBody, Limits
 from kdc_edge.serve.worker import Busy, Done, Event, Failed, Finished, Job, Step, Worker
 from kdc_edge.text import invalid_field, printable
 from kdc_edge.version import __version__
 
 MAX_BODY_BYTES = 64 * 1024
-MAX_PROMPT_CHARS = 2000  # of a prompt that are read; a model reads 77 tokens of them
 MAX_EDIT_BYTES = 16 * 2**20  # of a body with an image and a mask
 MAX_EDITS = 4  # bodies with images that are read at once
 BODY_SEC = 10.0  # that a client has to send its body
@@ -53,80 +49,8 @@ MAX_PENDING_STEPS = 4  # events of steps that wait for a slow client; older ones
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The largest request that is accepted."""
-
-    images: int = 4
-    steps: int = 100
-    pixels: int = 1024 * 1024  # of one image
-    input_pixels: int = 25_000_000  # of an image to change
-
-
-class Body(BaseModel):
-    """A request for images, as OpenAI's interface and diffusers name its parts."""
-
-    model_config = ConfigDict(extra="ignore")  # clients send `model`, `user`, `quality` and the like
-
-    prompt: str
-    n: Annotated[int, Field(ge=1)] = 1
-    size: Annotated[str, Field(pattern=r"^(auto|\d{1,5}x\d{1,5})$")] = "auto"
-    response_format: Literal["b64_json"] = "b64_json"
-    stream: bool = False
-    negative_prompt: str = ""
-    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None  # a random one where None
-    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    scheduler: str | None = None
-    plain_prompt: bool = False  # brackets are text
-
-    @property
-    def revised(self) -> dict[str, str]:
-        """What OpenAI's interface names beside an image whose prompt is not the client's: it was too long."""
-        return {"revised_prompt": self.prompt[:MAX_PROMPT_CHARS]} if len(self.prompt) > MAX_PROMPT_CHARS else {}
-
-    def requests(self, model: Model, limits: Limits) -> list[ImageRequest]:
-        """One request an image, with seeds that count up. Raises InputError beyond the limits."""
-        if self.n > limits.images:
-            raise InputError(f"n is {self.n}: this server makes at most {limits.images} images a request")
-        if (steps := self.num_inference_steps or 0) > limits.steps:
-            raise InputError(f"num_inference_steps is {steps}: this server takes at most {limits.steps}")
-        width, height = (None, None) if self.size == "auto" else (int(side) for side in self.size.split("x"))
-        if width is not None and height is not None and width * height > limits.pixels:
-            raise InputError(f"size is {self.size}: this server makes at most {limits.pixels} pixels an image")
-        seed = secrets.randbelow(2**32) if self.seed is None else self.seed
-        if self.scheduler is not None and self.scheduler not in SAMPLERS:
-            raise InputError(f"scheduler is {self.scheduler!r:.40}: choose from {', '.join(SAMPLERS)}")
-        request, _ = own_request(
-            model,
-            ImageRequest(
-                self.prompt[:MAX_PROMPT_CHARS], self.negative_prompt[:MAX_PROMPT_CHARS], width=width, height=height,
-                weighted=not self.plain_prompt,
-            ),
-            sampler=self.scheduler, steps=self.num_inference_steps, guidance=self.guidance_scale,
-        )  # fmt: skip
-        return [replace(request, seed=(seed + i) % 2**64) for i in range(self.n)]
-
-
-class EditBody(Body):
-    """A request for changed images: OpenAI's `image` and `mask`, diffusers' `strength`."""
-
-    image: str  # base64, or a data URL
-    mask: str | None = None  # transparent pixels are repainted, as OpenAI says; without any, white ones
-    strength: Annotated[float, Field(gt=0, le=1)] | None = None
-
-    def edited(self, pipeline: Pipeline, limits: Limits) -> list[ImageRequest]:
-        """As `requests`, with the image. Raises InputError for what is no image too."""
-        requests = self.requests(pipeline.model, limits)
-        edit = pipeline.read_edit(
-            requests[0], _decoded(self.image, "image"), strength=self.strength, transparent_is_masked=True,
-            mask=None if self.mask is None else _decoded(self.mask, "mask"), max_pixels=limits.input_pixels,
-        )  # fmt: skip
-        return [replace(request, edit=edit) for request in requests]
-
-
 def make_app(
-    worker: Worker, *, limits: Limits = Limits(), token: str | None = None, hosts: frozenset[str] = frozenset()
+    worker: Worker, *, limits: Limits = DEFAULT_LIMITS, token: str | None = None, hosts: frozenset[str] = frozenset()
 ) -> Starlette:
     """The application. `token` is asked for as a bearer where given; `hosts` are names besides localhost's."""
     server = _Server(worker, limits)
@@ -356,14 +280,6 @@ async def _http_error(_request: Request, error: Exception) -> Response:
 
 def _sse(event: str, **data: object) -> str:
     return f"event: {event}\ndata: {json.dumps(data)}\n\n"
-
-
-def _decoded(text: str, what: str) -> bytes:
-    """The bytes of base64, or of a data URL."""
-    try:
-        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
-    except ValueError:
-        raise InputError(f"{what} is not in base64") from None
 
 
 def _base64(data: bytes) -> str:

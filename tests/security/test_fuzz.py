@@ -27,8 +27,8 @@ from kdc_edge.runtimes.mil.program import read_program
 from kdc_edge.tokenizer import Tokenizer
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.data.images import LeftOut, read_image
-from kdc_edge.train.replay import ReplayBuffer
-from kdc_edge.train.runs import Position, load_state, save_state
+from kdc_edge.train.runs.states import Position, load_state, save_state
+from kdc_edge.train.strategies.buffer import ReplayBuffer
 from tests.cli.test_commands import run
 from tests.security.fuzz import NASTY, Fuzzer, Target, mutate_bytes, mutate_json
 from tests.train.test_sources import plain

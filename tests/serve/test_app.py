@@ -26,7 +26,8 @@ from kdc_edge.pipeline import Pipeline
 from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.serve import app as module
-from kdc_edge.serve.app import Limits, make_app
+from kdc_edge.serve.app import make_app
+from kdc_edge.serve.body import Limits
 from kdc_edge.serve.worker import Event, Finished, Step, Worker
 
 URL = "/v1/images/generations"

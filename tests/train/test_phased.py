@@ -19,9 +19,10 @@ from kdc_edge.request import Request, made_for
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import FewSteps, TrainConfig
-from kdc_edge.train.loop import StepDone, Trainer
+from kdc_edge.train.loop import Trainer
 from kdc_edge.train.objectives.phased import Grid, Jump, Phased, phase_ends, pseudo_huber
-from kdc_edge.train.runs import begin_stage
+from kdc_edge.train.runs.continuing import begin_stage
+from kdc_edge.train.stepping import StepDone
 from tests.train.test_loop import TASKS, config, weights
 
 CPU = torch.device("cpu")

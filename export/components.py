@@ -242,6 +242,7 @@ class ExportComponent:
     module: nn.Module  # takes the config's inputs in their order
     config: ComponentConfig
     class_name: str  # of the network
+    full_precision: bool = False  # kept in fp32, whatever the format says
 
 
 _KINDS = {

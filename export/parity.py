@@ -42,6 +42,7 @@ LARGE = 64  # latents a side; from here on one image takes a minute on two cores
 STEPS = 4  # enough to visit noise, structure and detail
 GUIDANCE = 4.0
 COMPONENT_DB = 30.0  # of a component in fewer bits than 32, where it reaches its aim in 32
+IN_32_BITS = " in 32 bits"  # of a check's name
 RECOGNIZABLE_DB = 20.0  # of two images that differ in a detail; images of two subjects are at about 10
 
 
@@ -111,7 +112,7 @@ def check_component(
     exact = compare(name, calls, in_32_bits().components[name], row.min_component_psnr_db)
     lower = min(COMPONENT_DB, row.min_component_psnr_db)
     return [
-        exact.model_copy(update={"what": f"{name} in 32 bits"}),
+        exact.model_copy(update={"what": f"{name}{IN_32_BITS}"}),
         found.model_copy(update={"threshold_db": lower}),
     ]
 
@@ -130,7 +131,7 @@ def check_images(
     exact = _compare_images(expected, in_32_bits(), requests, row.min_image_psnr_db)
     lower = min(RECOGNIZABLE_DB, row.min_image_psnr_db)
     return [
-        exact.model_copy(update={"what": "image in 32 bits"}),
+        exact.model_copy(update={"what": f"image{IN_32_BITS}"}),
         found.model_copy(update={"threshold_db": lower}),
     ]
 

@@ -85,7 +85,7 @@ class _Export:
 
     def write(self, part: ExportComponent, folder: Path, recipe: Recipe | None) -> list[str]:
         """One component's packages in `folder`; their files' names, programs first."""
-        precision = self.request.precision
+        precision = self._precision(part)
         network, package = self._convert(part)
         if recipe is not None and part.name == "unet":
             package = apply_recipe(package, recipe)
@@ -97,7 +97,7 @@ class _Export:
         """The other networks that Apple's package reads, proved, and Resources/."""
         row, checks = self.request.format, []
         for name, network in extra_networks(self.request.checkpoint, self.model):
-            package = convert(network, half=self._half, target=self.options.deployment_target)
+            package = convert(network, half=row.precision != "fp32", target=self.options.deployment_target)
             save(compress(package, row.precision), folder / name, name, network, self.request.tell)
             checks.append(prove(name, network, folder / name / f"{EXTRAS[name]}.mlpackage", row))
         lay_out_resources(folder)
@@ -114,9 +114,8 @@ class _Export:
         tell(f"searching; measurements are kept in {folder}, for other budgets too")
         return Search(part.module.unet, package, calibration, folder, tell).find(budget)
 
-    @property
-    def _half(self) -> bool:
-        return self.request.precision != "fp32"
+    def _precision(self, part: ExportComponent) -> str:
+        return "fp32" if part.full_precision else self.request.precision
 
     def _network(self, part: ExportComponent) -> AppleNetwork:
         own = 2 if self.model.guided else 1
@@ -129,7 +128,7 @@ class _Export:
             whole = self.options.attention == "original" and target == "iOS17"
             set_attention(part.module.unet, "sdpa" if whole else self.options.attention)
         network = self._network(part)
-        return network, convert(network, half=self._half, target=target)
+        return network, convert(network, half=self._precision(part) != "fp32", target=target)
 
 
 def _read_budget(row: Format, options: CoreMLOptions) -> tuple[Budget | None, Recipe | None]:

@@ -44,6 +44,8 @@ def export(request: ExportRequest, options: OnnxOptions) -> Bundle:
             fuse_attention(part.module)
         split_upsampling(part.module)
         model = trace(part, sizes)
+        if part.full_precision:
+            return save_graph(model, folder)
         if calibration is not None and part.name == "unet":
             with tempfile.TemporaryDirectory(dir=folder) as work:
                 base = Path(work) / "base.onnx"

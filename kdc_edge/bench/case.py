@@ -16,6 +16,7 @@ from pydantic import ConfigDict
 
 from kdc_edge.bench.record import Row, text_sha256
 from kdc_edge.bundle import Bundle, Model, kind_of
+from kdc_edge.checkpoints.assemble import is_single_file, open_checkpoint
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError, KdcError
 from kdc_edge.formats import find_format
@@ -123,9 +124,11 @@ def references(what: str | Path, cases: Sequence[Case]) -> list[Case]:
 
 
 def split_engine(what: str | Path) -> tuple[Path, str | None]:
-    """The folder, and the engine that "torch:" in front of it stands for."""
+    """The folder, assembled where a single file is named, and the engine that "torch:" in front of it stands for."""
     text = str(what)
-    return (local(text.removeprefix(TORCH)), "torch") if text.startswith(TORCH) else (local(what), None)
+    folder, engine = (text.removeprefix(TORCH), "torch") if text.startswith(TORCH) else (text, None)
+    place = local(folder)
+    return open_checkpoint(place) if is_single_file(place) else place, engine
 
 
 def describe(case: Case) -> Row:

@@ -15,7 +15,7 @@ import typer
 from typer import Argument, Option
 
 from kdc_edge.cli.options import Guidance, Json, guidance_modes, listed, make_request
-from kdc_edge.cli.project import BUNDLES, LATEST, Config, command_line, latest_checkpoint, need_export, say
+from kdc_edge.cli.project import BUNDLES, LATEST, Config, command_line, latest_checkpoint, need_export, open_folder, say
 from kdc_edge.errors import InputError, KdcError, unknown_choice
 from kdc_edge.formats import FORMATS, GOOD_PSNR_DB, Format
 
@@ -36,7 +36,7 @@ DEFINITIONS = (
 
 def fit(
     checkpoint: Annotated[
-        Path | None, Argument(help="A diffusers folder; the latest run's, else the bundles as they are.")
+        Path | None, Argument(help="A diffusers folder or .safetensors file; the latest run's, else the bundles alone.")
     ] = None,
     max_size: Annotated[str | None, Option(metavar="SIZE", help="Of the bundle's folder, such as 300MB.")] = None,
     max_sec: Annotated[float | None, Option(help="For an image, warm, from the prompt to the PNG.")] = None,
@@ -106,7 +106,7 @@ def fit(
             raise InputError(f"--out {path} is of no known kind: give it a name that ends in {', '.join(FILES)}")
     request = make_request(prompt, guidance_mode=None, guidance_interval="0.0:1.0", seed=seed, low_memory=False)
     base = Case(Path(), request, repeats, warmup, device=device, threads=threads)
-    checkpoint = local(checkpoint) if checkpoint else None
+    checkpoint = open_folder(local(checkpoint)) if checkpoint else None
     if checkpoint is None and LATEST.exists():
         checkpoint = latest_checkpoint()
         say(f"no checkpoint given: {checkpoint.resolve()}")

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from typer import Argument, Option
@@ -27,11 +27,8 @@ from kdc_edge.cli.options import (
     listed,
     make_request,
 )  # fmt: skip
-from kdc_edge.cli.project import Config, best_bundle, say
+from kdc_edge.cli.project import Config, best_bundle, open_folder, say
 from kdc_edge.errors import InputError
-
-if TYPE_CHECKING:
-    from kdc_edge.checkpoints import Additions
 
 NAME_CHARS, NAME_BYTES = 60, 150  # of a prompt in a file's name
 
@@ -115,7 +112,7 @@ def generate(
     bundle = local(bundle) if bundle else None
     if bundle is None:
         bundle = best_bundle()
-    bundle = _opened(bundle, Additions.parse(vae, lora, embedding, prediction_type))
+    bundle = open_folder(bundle, Additions.parse(vae, lora, embedding, prediction_type))
     request = make_request(
         "", negative_prompt=negative_prompt, guidance_mode=guidance_mode,
         guidance_interval=guidance_interval, width=width, height=height, low_memory=low_memory,
@@ -155,19 +152,6 @@ def generate(
                     save_png(path, done.pixels, describe(asked, done.pixels, label(bundle)))
                     typer.echo(path)
             made += len(batch)
-
-
-def _opened(folder: Path, additions: Additions) -> Path:
-    """A bundle as it is; a checkpoint as a diffusers folder, with what is put to it."""
-    from kdc_edge.bundle import kind_of
-    from kdc_edge.checkpoints import open_checkpoint
-    from kdc_edge.checkpoints.assemble import is_single_file
-
-    if kind_of(folder) == "checkpoint" or is_single_file(folder):
-        return open_checkpoint(folder, additions, say=say)
-    if additions:
-        raise InputError("a bundle is fixed: give --vae, --lora, --embedding and --prediction-type to kdc-edge export")
-    return folder
 
 
 def prompts_and_seeds(prompts: list[str], images: int | None, seeds: list[int]) -> Iterator[tuple[str, int]]:

@@ -86,10 +86,16 @@ class TorchComponent:
         self._network = network
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        """Compute; raises CheckpointError where the layers, as the configuration puts them together, do not fit."""
         # diffusers' own `dtype` looks at every layer of the network: 10 ms for the U-Net of SD 1.x.
         sample = next(p for p in self._network.parameters() if p.is_floating_point())
-        with _torch.inference_mode():
-            output = self._forward(**{name: _tensor(value, sample) for name, value in inputs.items()})
+        try:
+            with _torch.inference_mode():
+                output = self._forward(**{name: _tensor(value, sample) for name, value in inputs.items()})
+        except _torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CheckpointError(f"the checkpoint's {self._name} cannot compute this: {one_line(error)}") from None
         return np.asarray(output.float().cpu().numpy())
 
     def explain(self) -> Execution:

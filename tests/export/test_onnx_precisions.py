@@ -99,7 +99,10 @@ def test_original_attention_is_standard_onnx_and_equal(
     with pytest.raises(InputError, match="--height 128 cannot be made: this bundle's sizes are fixed"):
         pipeline.check(Request("a red flower", steps=1, width=128, height=128))
     with pytest.raises(BundleError, match="cannot compute this"):
-        pipeline.components["vae_decoder"](latent_sample=np.zeros((1, 4, 32, 32), np.float32))
+        pipeline.components["unet"](
+            sample=np.zeros((1, 4, 32, 32), np.float32), timestep=np.zeros(1, np.int64),
+            encoder_hidden_states=np.zeros((1, 77, 128), np.float32),
+        )  # fmt: skip
     with pytest.raises(InputError, match="--attention 'sdpa' is unknown: choose from fused, original"):
         OnnxOptions(attention="sdpa")
 

@@ -115,7 +115,7 @@ def run_genai(folder: Path, steps: int, guidance: float, threads: int) -> Steps:
 
 
 def run_ours(folder: Path, candidate: Candidate, steps: int, threads: int) -> Steps:
-    from kdc_edge.pipeline import GuidanceMode, Request, made_for
+    from kdc_edge.request import GuidanceMode, Request, made_for
     from kdc_edge.runtimes import open_pipeline
 
     pipeline = open_pipeline(folder, threads=threads, low_memory=candidate.low_memory)

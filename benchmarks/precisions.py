@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from kdc_edge.image import grid
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.train.garden.judge import load_judge
 from kdc_edge.train.garden.scenes import Scene, draw_scenes

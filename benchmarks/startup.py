@@ -16,7 +16,7 @@ import json  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from kdc_edge.bench.sensors import peak_rss_bytes  # noqa: E402
-from kdc_edge.pipeline import Request  # noqa: E402
+from kdc_edge.request import Request  # noqa: E402
 from kdc_edge.runtimes import open_pipeline  # noqa: E402
 
 

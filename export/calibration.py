@@ -18,11 +18,14 @@ import numpy as np
 
 from kdc_edge.bundle import CalibrationInfo
 from kdc_edge.diffusers_folder import read_model
+from kdc_edge.editing import ENCODER
 from kdc_edge.errors import InputError
+from kdc_edge.export.examples import example_edit
 from kdc_edge.export.reference import Recorder
-from kdc_edge.pipeline import Pipeline, Request, made_for
+from kdc_edge.pipeline import Pipeline
 from kdc_edge.prompts import own_prompts
-from kdc_edge.runtimes.base import COMPONENTS, LoadedComponents, LoadOptions, get_runtime
+from kdc_edge.request import Request, made_for
+from kdc_edge.runtimes.base import LoadOptions, get_runtime
 from kdc_edge.tokenizer import Tokenizer
 
 SAMPLES = 64  # of both halves of guidance; twice as many of a guidance-free student, in the same time
@@ -47,7 +50,8 @@ def calibrate(
 ) -> Calibration:
     """Generate in PyTorch from prompts drawn at random, and keep `samples` of the U-Net's calls.
 
-    Without prompts, the checkpoint's own captions are taken. A few-step student's timesteps are its own.
+    Without prompts, the checkpoint's own captions are taken. A few-step student's timesteps are its own. An inpainting
+    model repaints smooth random images.
 
     Raises InputError for no prompts or a count that cannot be used, CheckpointError for the checkpoint.
     """
@@ -61,9 +65,9 @@ def calibrate(
         raise InputError("there are no prompts to calibrate on: give --calibration-prompts a file with one a line")
     rng = np.random.default_rng(seed)
     runtime = get_runtime("torch")
-    loaded = LoadedComponents(lambda name: runtime.load(checkpoint, name, LoadOptions(device="CPU")))
-    unet = Recorder(loaded["unet"])
-    components = {name: unet if name == "unet" else loaded[name] for name in COMPONENTS if name != "vae_decoder"}
+    unet = Recorder(runtime.load(checkpoint, "unet", LoadOptions(device="CPU")))
+    names = ("text_encoder", ENCODER) if model.inpainting else ("text_encoder",)
+    components = {name: runtime.load(checkpoint, name, LoadOptions(device="CPU")) for name in names} | {"unet": unet}
     pipeline = Pipeline(model, Tokenizer.from_folder(checkpoint / "tokenizer"), components)
     base = made_for(pipeline.model, Request("", steps=STEPS, guidance=GUIDANCE))
     samples_an_image = min(samples_an_image, base.steps)
@@ -75,7 +79,8 @@ def calibrate(
             break
         kept = sorted(rng.choice(base.steps, wanted, replace=False))
         unet.calls.clear()
-        request = replace(base, prompt=str(prompt), seed=seed + number)
+        edit = example_edit(model, seed + number)
+        request = replace(base, prompt=str(prompt), seed=seed + number, edit=edit)
         for progress in pipeline.run(request):
             if progress.stage == "unet" and progress.step > kept[-1]:
                 break  # the later steps, and the decoder, are not needed

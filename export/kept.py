@@ -22,7 +22,7 @@ from kdc_edge.components import COMPONENTS
 from kdc_edge.export.reference import Reference
 from kdc_edge.files import user_cache, write_atomic
 from kdc_edge.hardware import package_versions
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 
 MAX_BYTES = 500_000_000  # of all entries; at 512 px one of four steps has 10 MB
 PACKAGES = ("kdc-edge", "torch", "diffusers", "transformers", "numpy")  # whose versions are part of the hash
@@ -33,7 +33,7 @@ def key_of(provenance: Provenance, requests: Sequence[Request]) -> str:
     parts = [
         provenance.checkpoint_sha256,
         provenance.decoder_sha256,
-        [vars(request) | {"latents": None} for request in requests],
+        [vars(request) | {"latents": None, "edit": None} for request in requests],  # an edit is the model's example
         package_versions(PACKAGES),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

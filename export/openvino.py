@@ -31,6 +31,7 @@ from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.openvino import trimmed
 
 _ov: Any = require("openvino", extra="export", purpose="an export to OpenVINO")
+_decoder: Any = require("openvino.frontend.pytorch.ts_decoder", extra="export", purpose="an export to OpenVINO")
 
 MODEL = "openvino_model.xml"
 W4_GROUP = 64  # weights of a row that share a scale; it divides every width of SD 1.x
@@ -57,9 +58,11 @@ def convert(part: ExportComponent) -> Any:
     """The component as an OpenVINO model in fp32 with optimum's names; its weights are still the module's."""
     dummies = part.config.generate_dummy_inputs()
     shapes = part.config.input_shapes
+    example = tuple(dummies.values())
+    # torch would trace a second time to compare; the proof does that better.
+    traced = _decoder.TorchScriptPythonDecoder(part.module, example_input=example, trace_kwargs={"check_trace": False})
     model = _ov.convert_model(
-        part.module,
-        example_input=tuple(dummies.values()),
+        traced,
         input=[_ov.PartialShape([-1 if isinstance(n, str) else n for n in shape]) for shape in shapes.values()],
     )
     for ports, names in ((model.inputs, shapes), (model.outputs, part.config.output_shapes)):

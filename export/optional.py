@@ -18,6 +18,7 @@ from kdc_edge.bundle import Check
 from kdc_edge.components import CHECKER, CLIP_SIDE, Component
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.editing import draw_latents
+from kdc_edge.export.examples import smooth
 from kdc_edge.export.parity import check_component
 from kdc_edge.formats import Format
 from kdc_edge.runtimes import open_pipeline
@@ -60,11 +61,3 @@ def _prove(
 
     calls = [(inputs, reference(**inputs))]
     return check_component(name, calls, open_pipeline(bundle), partial(open_pipeline, bundle, exact=True), row, seen)
-
-
-def smooth(rng: np.random.Generator, shape: list[int]) -> np.ndarray:
-    """Values in [-1, 1]; patches of 8 pixels where it is an image."""
-    if len(shape) < 4 or shape[-1] % 8 or shape[-2] % 8:
-        return rng.uniform(0, 1, shape).astype(np.float32)
-    small = rng.uniform(-1, 1, [*shape[:2], shape[2] // 8, shape[3] // 8]).astype(np.float32)
-    return small.repeat(8, axis=2).repeat(8, axis=3)

@@ -27,11 +27,13 @@ from kdc_edge.bundle import Bundle, Check, Model, Parity
 from kdc_edge.components import COMPONENTS, Component
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import KdcError
+from kdc_edge.export.examples import example_edit
 from kdc_edge.export.kept import kept_reference, key_of
 from kdc_edge.export.reference import Call, record
 from kdc_edge.export.targets import Stage
 from kdc_edge.formats import Format
-from kdc_edge.pipeline import Pipeline, Request, own_request
+from kdc_edge.pipeline import Pipeline
+from kdc_edge.request import Request, own_request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.base import get_runtime, preferred_engine
 
@@ -58,8 +60,10 @@ def check_parity(
     Raises CheckpointError when PyTorch itself computes no numbers.
     """
     base = Request("", steps=STEPS, guidance=GUIDANCE)
-    base, _ = own_request(read_model(checkpoint), base, sampler=None, steps=None, guidance=None)
-    requests = [replace(base, prompt=prompt, seed=i) for i, prompt in enumerate(prompts)]
+    model = read_model(checkpoint)
+    base, _ = own_request(model, base, sampler=None, steps=None, guidance=None)
+    edit = example_edit(model)
+    requests = [replace(base, prompt=prompt, seed=i, edit=edit) for i, prompt in enumerate(prompts)]
     key = key_of(Bundle.open(bundle).manifest.provenance, requests)
     reference = kept_reference(
         key, lambda: record(checkpoint, requests, decoder, stage)

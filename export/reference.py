@@ -18,15 +18,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from kdc_edge.components import COMPONENTS, Component
 from kdc_edge.diffusers_folder import read_model
+from kdc_edge.editing import ENCODER
 from kdc_edge.errors import CheckpointError, KdcError, require
 from kdc_edge.export.targets import Stage
 from kdc_edge.files import read_json
 from kdc_edge.noise import initial_latents
-from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.pipeline import Pipeline
 from kdc_edge.quiet import quiet
+from kdc_edge.request import Request
 from kdc_edge.runtimes.torch import TorchComponent, load_network
 from kdc_edge.runtimes.torch.small_decoder import SmallDecoder, load_decoder
 from kdc_edge.samplers import SAMPLERS, sampler_for
@@ -84,7 +87,7 @@ def record(
 
 
 def open_diffusers(checkpoint: Path, networks: dict[str, Any], sampler: str) -> Any:
-    """diffusers' StableDiffusionPipeline on the networks.
+    """diffusers' StableDiffusionPipeline on the networks, StableDiffusionInpaintPipeline for an inpainting model.
 
     Its scheduler is the checkpoint's own, or that of the sampler's class, made from the checkpoint's as users do.
     """
@@ -92,9 +95,11 @@ def open_diffusers(checkpoint: Path, networks: dict[str, Any], sampler: str) -> 
     transformers = require("transformers", extra="export", purpose="the proof")
     config = read_json(checkpoint / "scheduler" / "scheduler_config.json", CheckpointError)
     kind = SAMPLERS[sampler]
+    inpaints = read_model(checkpoint).inpainting
     with quiet():
         own = getattr(diffusers, str(config.get("_class_name", kind.scheduler))).from_config(config)
-        pipeline = diffusers.StableDiffusionPipeline(
+        kind_of_pipeline = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
+        pipeline = getattr(diffusers, kind_of_pipeline)(
             vae=networks["vae_decoder"],
             text_encoder=networks["text_encoder"],
             tokenizer=transformers.CLIPTokenizer.from_pretrained(checkpoint / "tokenizer", local_files_only=True),
@@ -143,7 +148,7 @@ def _record_diffusers(pipeline: Any, decoder: Any, requests: Sequence[Request], 
         with stage(f"proof: diffusers' image {number} of {len(requests)} in PyTorch"):
             images.append(_generate(pipeline, request))
     version = require("diffusers", extra="export", purpose="the proof").__version__
-    made_by = f"diffusers {version}, StableDiffusionPipeline with {type(pipeline.scheduler).__name__}"
+    made_by = f"diffusers {version}, {type(pipeline).__name__} with {type(pipeline.scheduler).__name__}"
     return Reference(calls, images, made_by)
 
 
@@ -153,15 +158,18 @@ def _generate(pipeline: Any, request: Request) -> np.ndarray:
     side = side if isinstance(side, int) else side[0]
     scale = pipeline.vae_scale_factor
     width, height = request.width or side * scale, request.height or side * scale
-    shape = (1, pipeline.unet.config.in_channels, height // scale, width // scale)
+    shape = (1, pipeline.vae.config.latent_channels, height // scale, width // scale)
     latents = torch.from_numpy(initial_latents(shape, request.seed))
     generator = torch.Generator().manual_seed(request.seed)
     torch.randn(shape, generator=generator)  # a sampler's noise is what the seed gives after the initial latents
+    given: dict[str, Any] = {}
+    if (edit := request.edit) is not None and edit.mask is not None:
+        given = {"image": Image.fromarray(edit.image), "mask_image": Image.fromarray(edit.mask), "strength": 1.0}
     with quiet():
         image = pipeline(
             request.prompt, height=height, width=width, num_inference_steps=request.steps,
             guidance_scale=request.guidance, negative_prompt=request.negative_prompt, latents=latents,
-            generator=generator, output_type="np",
+            generator=generator, output_type="np", **given,
         ).images[0]  # fmt: skip
     if not np.isfinite(image).all():
         raise KdcError("the image holds values that are no numbers")
@@ -171,7 +179,9 @@ def _generate(pipeline: Any, request: Request) -> np.ndarray:
 
 def _record_own(checkpoint: Path, networks: dict[str, Any], requests: Sequence[Request], made_by: str) -> Reference:
     recorders = {name: Recorder(TorchComponent(name, network)) for name, network in networks.items()}
-    pipeline = Pipeline(read_model(checkpoint), Tokenizer.from_folder(checkpoint / "tokenizer"), recorders)
+    encoder = {ENCODER: TorchComponent(ENCODER, load_network(checkpoint, ENCODER))} if requests[0].edit else {}
+    tokenizer = Tokenizer.from_folder(checkpoint / "tokenizer")
+    pipeline = Pipeline(read_model(checkpoint), tokenizer, {**recorders, **encoder})
     images = [pipeline.generate(request) for request in requests]
     return Reference({name: recorder.calls for name, recorder in recorders.items()}, images, made_by)
 

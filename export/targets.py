@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -157,11 +157,15 @@ def export_checkpoint(request: ExportRequest, options: object = None) -> Bundle:
     `options` are of the target's own class; its defaults when None. Raises CheckpointError, ParityError or InputError;
     `request.out` is then as it was.
     """
+    from kdc_edge.diffusers_folder import read_model
+
     target = TARGETS[request.format.target]
+    model = read_model(request.checkpoint)
+    if model.inpainting:  # each image begins with the encoder
+        request = replace(request, extra=tuple(dict.fromkeys((*request.extra, "vae_encoder"))))
     if request.decoder is not None:  # refused before calibration and search, which may take hours
-        from kdc_edge.diffusers_folder import read_model
         from kdc_edge.runtimes.torch.small_decoder import load_decoder
 
-        load_decoder(request.decoder, read_model(request.checkpoint))
+        load_decoder(request.decoder, model)
     export = importlib.import_module(target.module).export
     return cast("Bundle", export(request, target.options() if options is None else options))

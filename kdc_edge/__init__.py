@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdc_edge.bundle import Bundle
     from kdc_edge.errors import KdcError
-    from kdc_edge.pipeline import Request
+    from kdc_edge.request import Request
     from kdc_edge.runtimes.pipeline import Pipeline, open_pipeline
 
 from kdc_edge.telemetry import switch_off
@@ -28,7 +28,7 @@ _MODULES = {
     "Bundle": "kdc_edge.bundle",
     "KdcError": "kdc_edge.errors",
     "Pipeline": "kdc_edge.runtimes.pipeline",
-    "Request": "kdc_edge.pipeline",
+    "Request": "kdc_edge.request",
     "open_pipeline": "kdc_edge.runtimes.pipeline",
 }
 

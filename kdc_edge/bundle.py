@@ -63,11 +63,18 @@ class Model(_Record):
     scaling_factor: float = Field(gt=0, allow_inf_nan=False)  # of the VAE's latents
     scheduler: dict[str, object]  # diffusers' scheduler_config.json
     sampling: Sampling | None = None  # None: any scheduler, with guidance
+    # The U-Net reads the mask and the latents of the image without its masked part beside the noisy latents.
+    inpainting: bool = False
     random_weights: bool = False  # untrained: it measures time, memory and equality; its images are noise
 
     @property
     def image_size(self) -> int:
         return self.latent_size * self.vae_scale
+
+    @property
+    def unet_channels(self) -> int:
+        """Of the U-Net's input: the latents', and for inpainting the mask's and the masked image's."""
+        return self.latent_channels * 2 + 1 if self.inpainting else self.latent_channels
 
     @property
     def guided(self) -> bool:

@@ -37,7 +37,12 @@ SOURCES_FILE = "sources.json"  # the files that its weights come from: kdc_edge.
 RANDOM_WEIGHTS = "_random_weights"  # in model_index.json; diffusers skips names that begin so
 TRAINING_FILE = "training.json"  # {"note": TEXT}, of a checkpoint from a run that was not finished
 PROMPTS_FILE = "prompts.txt"  # captions that it was trained on, one a line: what to calibrate and prove it with
-PIPELINES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline", "StableDiffusionImg2ImgPipeline")
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "LatentConsistencyModelPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+)
 # Settings of a U-Net that are null in every model that is used here, and what they make it.
 UNSUPPORTED = {
     "time_cond_proj_dim": "a latent consistency model that reads the guidance scale; take the LCM-LoRA of its base"
@@ -188,11 +193,11 @@ def _refuse_pickle(folder: Path) -> None:
         raise CheckpointError(f"{path} is a pickle, which can run code: convert it to safetensors")
 
 
-def read_model(folder: Path) -> Model:
+def read_model(folder: Path, *, inpainting: bool = True) -> Model:
     """What a pipeline needs to know of the checkpoint, from its configuration files alone.
 
     Keys that a file lacks have the defaults of diffusers' class. Raises CheckpointError for a checkpoint that is no
-    Stable Diffusion 1.x or 2.x text-to-image model, by the setting that says so.
+    text-to-image model of Stable Diffusion 1.x or 2.x, by the setting that says so; `inpainting` admits those too.
     """
     index = read_json(folder / MODEL_INDEX, CheckpointError) if (folder / MODEL_INDEX).is_file() else {}
     if index:
@@ -202,7 +207,7 @@ def read_model(folder: Path) -> Model:
     vae = _read_config(folder / "vae" / "config.json", AutoencoderKL=VAE, AutoencoderTiny=AUTOENCODER_TINY)
     text = _read_config(folder / "text_encoder" / "config.json", CLIPTextModel=TEXT_ENCODER)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", CheckpointError)
-    for problem in obstacles(unet, vae, text):
+    for problem in obstacles(unet, vae, text, inpainting=inpainting):
         raise CheckpointError(f"{folder} cannot be used: {problem}")
     try:
         NoiseSchedule.from_config(scheduler)
@@ -221,6 +226,7 @@ def read_model(folder: Path) -> Model:
                 "vae_scale": 2 ** (len(stages) - 1) if isinstance(stages, list) else None,
                 "scaling_factor": vae["scaling_factor"],
                 "scheduler": {k: v for k, v in scheduler.items() if k == "_class_name" or not k.startswith("_")},
+                "inpainting": is_inpainting(unet, vae),
                 "random_weights": index.get(RANDOM_WEIGHTS) is True,
                 "sampling": read_json(path, CheckpointError) if (path := folder / SAMPLING_FILE).is_file() else None,
             }
@@ -245,13 +251,22 @@ def _check_class(path: Path, config: Mapping[str, object], known: Sequence[str])
     return str(name)
 
 
-def obstacles(unet: Settings, vae: Settings, text: Settings) -> Iterator[str]:
-    """Settings with which a network needs other inputs than latents, a timestep and the text's embedding."""
+def is_inpainting(unet: Settings, vae: Settings) -> bool:
+    """Does the U-Net read a mask and the masked image's latents beside the noisy latents?"""
+    latents = vae["latent_channels"]
+    return isinstance(latents, int) and unet["in_channels"] == 2 * latents + 1
+
+
+def obstacles(unet: Settings, vae: Settings, text: Settings, *, inpainting: bool) -> Iterator[str]:
+    """Settings with which a network needs other inputs than latents, a timestep and the text's embedding.
+
+    `inpainting`: a mask and the masked image's latents are there too.
+    """
     for key, why in UNSUPPORTED.items():
         if unet.get(key) is not None:
             yield f"its U-Net has {key} = {unet[key]!r:.80}: {why}"
     channels = vae["latent_channels"]
-    if unet["in_channels"] != channels:
+    if unet["in_channels"] != channels and not (inpainting and is_inpainting(unet, vae)):
         kinds = {"9": "an inpainting model", "8": "an image-to-image model", "5": "a depth-to-image model"}
         what = kinds.get(str(unet["in_channels"]), "another kind of model")
         yield (

@@ -4,8 +4,9 @@
     pipeline.run(Request("a blue flower", edit=edit))
 
 As in diffusers' StableDiffusionImg2ImgPipeline, the image's latents get the noise of a later timestep and the steps
-before it are left out (SDEdit, Meng et al. 2021, arXiv 2108.01073). With a mask, as in StableDiffusionInpaintPipeline
-for a text-to-image model, the unmasked part of the latents is put back after every step, with the noise of the next.
+before it are left out (SDEdit, Meng et al. 2021, arXiv 2108.01073). With a mask, as in StableDiffusionInpaintPipeline:
+for a text-to-image model the unmasked part of the latents is put back after every step, with the noise of the next; an
+inpainting model reads the mask and the masked image's latents beside the noisy latents.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ class Edit:
     image: Pixels  # uint8 (H, W, 3), of the request's size
     strength: float = STRENGTH  # the share of the steps that are taken: the image is noisier at the start
     mask: NDArray[np.bool_] | None = None  # (H, W): True is repainted, the rest stays
+
+    @property
+    def only_noise(self) -> bool:
+        """Does the masked part begin with noise alone?"""
+        return self.mask is not None and self.strength == 1
 
     def skipped(self, steps: int) -> int:
         """Steps that are left out, by diffusers' rule. Raises InputError for a strength that leaves none to take."""
@@ -75,8 +81,16 @@ def read_edit(
     return Edit(pixels, strength, masked)
 
 
-def check_edits(edits: Sequence[Edit | None], size: tuple[int, int], steps: int) -> None:
-    """Raise InputError for edits that cannot be made, or not in one batch; `size` is (height, width) in pixels."""
+def check_edits(edits: Sequence[Edit | None], size: tuple[int, int], steps: int, *, inpainting: bool) -> None:
+    """Raise InputError for edits that cannot be made, or not in one batch; `size` is (height, width) in pixels.
+
+    `inpainting`: the model is one, which needs an image and a mask.
+    """
+    if inpainting and any(edit is None or edit.mask is None for edit in edits):
+        raise InputError(
+            "this is an inpainting model, which repaints a part of an image: give --image FILE and --mask FILE, white"
+            " where it repaints"
+        )
     kinds = {None if edit is None else (edit.strength, edit.mask is None) for edit in edits}
     if len(kinds) > 1:
         raise InputError("images of one batch share the strength, and all or none have a mask: make these one by one")
@@ -96,20 +110,27 @@ def check_edits(edits: Sequence[Edit | None], size: tuple[int, int], steps: int)
 class Begin:
     """What the latents of a batch begin with, and are held to."""
 
-    latents: Latents  # of the images, clean
+    latents: Latents | None  # of the images, clean; None where the samples begin with noise alone and need none
     noise: Latents  # unit normal
-    mask: NDArray[np.float32] | None  # (B, 1, h, w): 1 is repainted
-    only_noise: bool  # the images show in the unmasked part alone
+    mask: NDArray[np.float32] | None = None  # (B, 1, h, w): 1 is repainted
+    only_noise: bool = False  # the images show in the unmasked part alone
+    masked: Latents | None = None  # of the images without their masked part, for a U-Net that reads these and the mask
 
     def start(self, sampler: Sampler) -> Latents:
         """The sample of the first step."""
-        if self.only_noise:
+        if self.only_noise or self.latents is None:
             return self.noise * np.float32(sampler.init_noise_sigma)
         return sampler.add_noise(self.latents, self.noise, sampler.first)
 
+    def extend(self, sample: Latents) -> Latents:
+        """The U-Net's input (B, C or 2C + 1, h, w) for a sample as the scheduler scales it."""
+        if self.masked is None:
+            return sample
+        return np.concatenate([sample, self.mask, self.masked], axis=1)
+
     def hold(self, sample: Latents, sampler: Sampler, i: int) -> Latents:
         """The sample after step i, with the unmasked part as it would be had the images got the next step's noise."""
-        if self.mask is None:
+        if self.mask is None or self.latents is None or self.masked is not None:
             return sample
         last = i == len(sampler.timesteps) - 1
         kept = self.latents if last else sampler.add_noise(self.latents, self.noise, i + 1)
@@ -117,27 +138,50 @@ class Begin:
 
 
 def encode_edits(
-    encoder: Component, edits: Sequence[Edit], *, drawn: Latents, noise: Latents, scaling_factor: float
+    encoder: Component,
+    edits: Sequence[Edit],
+    *,
+    drawn: Latents | None,
+    noise: Latents,
+    masked: Latents | None,
+    scaling_factor: float,
 ) -> Begin:
-    """The batch's beginning. `drawn` and `noise` are unit normal (B, C, h, w): the first makes a draw from the
-    encoder's distribution, which diffusers' generator makes first too. An image that several edits share is encoded
-    once."""
-    parameters: dict[int, Latents] = {}
-    for edit in edits:
-        if id(edit.image) not in parameters:
-            sample = edit.image.astype(np.float32) / np.float32(127.5) - 1  # (H, W, 3) in [-1, 1]
-            parameters[id(edit.image)] = encoder(sample=np.ascontiguousarray(sample.transpose(2, 0, 1)[None]))
-    found = np.concatenate([parameters[id(edit.image)] for edit in edits])  # (B, 2C, h, w)
-    if not np.isfinite(found).all():
-        raise KdcError("the encoder's latents hold values that are no numbers: use a bundle with fp32 weights")
-    latents = draw_latents(found, drawn) * np.float32(scaling_factor)
-    height, width = latents.shape[2:]
+    """The batch's beginning.
+
+    `drawn`, `noise` and `masked` are unit normal (B, C, h, w), which diffusers' generator makes in this order: for a
+    draw from the encoder's distribution of the images, for the initial latents, and for a draw for the images without
+    their masked part. `drawn` is None where the images' latents are not needed, `masked` where the U-Net does not read
+    them. An image that several edits share is encoded once.
+    """
+    latents = without = mask = None
+    if drawn is not None:
+        images = [edit.image for edit in edits]
+        latents = _encode(encoder, images, {id(i): _sample(i) for i in images}, drawn) * np.float32(scaling_factor)
+    if masked is not None:  # the masked part is 0, in the middle of [-1, 1]
+        samples = {id(e): _sample(e.image) * ~e.mask for e in edits if e.mask is not None}
+        without = _encode(encoder, edits, samples, masked) * np.float32(scaling_factor)
+    height, width = noise.shape[2:]
     masks = [edit.mask for edit in edits if edit.mask is not None]
-    mask = None
     if masks:  # nearest, as torch's interpolate takes it: the upper left pixel of each latent
         scale = masks[0].shape[0] // height, masks[0].shape[1] // width
         mask = np.stack([m[:: scale[0], :: scale[1]] for m in masks])[:, None].astype(np.float32)
-    return Begin(latents, noise, mask, only_noise=bool(masks) and edits[0].strength == 1)
+    return Begin(latents, noise, mask, edits[0].only_noise, without)
+
+
+def _sample(image: Pixels) -> NDArray[np.float32]:
+    """(3, H, W) in [-1, 1]."""
+    return (image.astype(np.float32) / np.float32(127.5) - 1).transpose(2, 0, 1)
+
+
+def _encode(
+    encoder: Component, keys: Sequence[object], samples: Mapping[int, NDArray[np.float32]], drawn: Latents
+) -> Latents:
+    """Draws (B, C, h, w) from the encoder's distributions, not yet scaled; a sample is that of its key's id."""
+    parameters = {key: encoder(sample=np.ascontiguousarray(sample[None])) for key, sample in samples.items()}
+    found = np.concatenate([parameters[id(key)] for key in keys])  # (B, 2C, h, w)
+    if not np.isfinite(found).all():
+        raise KdcError("the encoder's latents hold values that are no numbers: use a bundle with fp32 weights")
+    return draw_latents(found, drawn)
 
 
 def draw_latents(parameters: Latents, noise: Latents) -> Latents:

@@ -38,67 +38,20 @@ from kdc_edge.image import to_pixels
 from kdc_edge.image_files import ImageLike
 from kdc_edge.noise import NormalStreams
 from kdc_edge.prompt_weights import MAX_CHUNKS, Tokens, plain, weighted
+from kdc_edge.request import GuidanceMode, Request
 from kdc_edge.safety import check_image
-from kdc_edge.samplers import DEFAULT_SAMPLER, SAMPLERS, NoiseSchedule, make_sampler, sampler_for
+from kdc_edge.samplers import NoiseSchedule, make_sampler
 from kdc_edge.text import megabytes
 from kdc_edge.tokenizer import Tokenizer
 
 Stage = Literal[
     "load", "compile", "tokenize", "text_encoder", "vae_encoder", "unet", "scheduler", "vae_decoder", "safety_checker"
 ]  # fmt: skip
-GuidanceMode = Literal["batched", "sequential"]
 MAX_SIDE = 4096  # pixels
 MAX_BATCH = 16  # images
 # The least that a decoder holds at the image's own size: the input and the output of a layer of 32 channels, fp32.
 LEAST_BYTES_A_PIXEL = 2 * 32 * 4
 ATTENTION_HEADS = 8  # at the U-Net's full resolution, where its activations are largest
-
-
-@dataclass(frozen=True)
-class Request:
-    """One image to make."""
-
-    prompt: str
-    negative_prompt: str = ""
-    steps: int = 20
-    guidance: float = 7.5  # classifier-free guidance scale (Ho and Salimans, arXiv 2207.12598); 1 = none
-    # Both halves of the guidance in one U-Net call of twice the batch, or in two calls, which hold half the
-    # activations. None: batched, but sequential where an interval leaves steps without guidance, so that
-    # the U-Net is needed for one batch size only.
-    guidance_mode: GuidanceMode | None = None
-    # Fractions of the schedule between which there is guidance (Kynkäänniemi et al., arXiv 2404.07724); the
-    # other steps cost half.
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    seed: int = 0
-    sampler: str = DEFAULT_SAMPLER
-    width: int | None = None  # pixels; the model's own size when None
-    height: int | None = None
-    latents: np.ndarray | None = None  # unit normal (1, C, h, w); drawn from the seed when None
-    edit: Edit | None = None  # an image to begin with, and perhaps a mask
-    # Read brackets as weights, and what is longer than one prompt's tokens in chunks (prompt_weights.py).
-    weighted: bool = False
-
-    def guided(self, step: int, steps: int) -> bool:
-        """Is this step, counted from 0, one of those with guidance?"""
-        begin, end = self.guidance_interval
-        return self.guidance > 1 and begin * steps <= step < end * steps
-
-    @property
-    def batched(self) -> bool:
-        """Are both halves of the guidance computed in one call?"""
-        if self.guidance_mode is None:
-            return self.guidance_interval == (0.0, 1.0)
-        return self.guidance_mode == "batched"
-
-    @property
-    def skipped(self) -> int:
-        """The first steps, which are left out where there is an image to begin with."""
-        return 0 if self.edit is None else self.edit.skipped(self.steps)
-
-    @property
-    def conditions(self) -> str:
-        """What images made so have in common: "12 steps of DPM++ 2M, guidance 4"."""
-        return f"{self.steps} steps of {SAMPLERS[self.sampler].title}, guidance {self.guidance:g}"
 
 
 @dataclass(frozen=True)
@@ -126,8 +79,10 @@ class Pipeline:
         max_batch: int = MAX_BATCH,  # images that `batches` puts together at most
         decoder_batch: int = 1,  # images in one call of the decoder; an exported one takes 1
         max_chunks: int = MAX_CHUNKS,  # of a prompt; 1 where the U-Net's text length is fixed
+        fixed_size: bool = False,  # the networks take images of the model's own size alone
     ) -> None:
         self.max_chunks = max_chunks
+        self.fixed_size = fixed_size
         self.model = model
         self.tokenizer = tokenizer
         self.components = components
@@ -149,10 +104,12 @@ class Pipeline:
         request, count = requests[0], len(requests)
         noise = NormalStreams([r.seed for r in requests])
         edits = [r.edit for r in requests if r.edit is not None]
-        drawn = noise.draw((count, *self.latent_shape(request)[1:])) if edits else None
+        shape = (count, *self.latent_shape(request)[1:])
+        needed = edits and not (self.model.inpainting and edits[0].only_noise)
+        drawn = noise.draw(shape) if needed else None
         latents = self._initial_latents(requests, noise)  # (B, C, h, w)
-        if edits and edits[0].mask is not None:
-            noise.draw(latents.shape)  # diffusers encodes the image without its masked part too, and drops it
+        # diffusers encodes the image without its masked part for every model, and drops it for most.
+        masked = noise.draw(shape) if edits and edits[0].mask is not None else None
         sampler = make_sampler(request.sampler, self.schedule, request.steps, noise=noise)
         sampler.skip(request.skipped)
 
@@ -164,10 +121,11 @@ class Pipeline:
         yield Progress("text_encoder", 1, 1)
 
         begin: Begin | None = None
-        if drawn is not None:
+        if edits:
             begin = encode_edits(
-                self.components[ENCODER], edits, drawn=drawn, noise=latents, scaling_factor=self.model.scaling_factor
-            )
+                self.components[ENCODER], edits, drawn=drawn, noise=latents,
+                masked=masked if self.model.inpainting else None, scaling_factor=self.model.scaling_factor,
+            )  # fmt: skip
             yield Progress("vae_encoder", 1, 1)
         latents = begin.start(sampler) if begin else latents * np.float32(sampler.init_noise_sigma)
         unet, steps = self.components["unet"], len(sampler.timesteps)
@@ -175,6 +133,7 @@ class Pipeline:
             timestep = int(sampler.timesteps[i])
             at = partial(Progress, step=i + 1 - sampler.first, steps=steps - sampler.first, timestep=timestep)
             sample = sampler.scale_model_input(latents, i)
+            sample = begin.extend(sample) if begin else sample
             if request.guided(i, steps):
                 cond, uncond = _predict_both(unet, sample, timestep, hidden, batched=request.batched)
                 yield at("unet")
@@ -255,7 +214,7 @@ class Pipeline:
         _check_memory(self.latent_shape(request), self.model.vae_scale)
         _, _, *sides = self.latent_shape(request)
         height, width = (side * self.model.vae_scale for side in sides)
-        check_edits([r.edit for r in requests], (height, width), request.steps)
+        check_edits([r.edit for r in requests], (height, width), request.steps, inpainting=self.model.inpainting)
         if request.edit is not None:
             require_encoder(self.components)
         make_sampler(request.sampler, self.schedule, request.steps)
@@ -285,6 +244,10 @@ class Pipeline:
             unit = self.model.vae_scale * self.model.latent_unit
             if pixels < unit or pixels > MAX_SIDE or pixels % unit:
                 raise InputError(f"--{name} {pixels} cannot be made: use a multiple of {unit} up to {MAX_SIDE}")
+            if self.fixed_size and pixels != self.model.image_size:
+                raise InputError(
+                    f"--{name} {pixels} cannot be made: this bundle's sizes are fixed, leave --width and --height out"
+                )
             sides.append(pixels // self.model.vae_scale)
         return (1, self.model.latent_channels, sides[0], sides[1])
 
@@ -323,7 +286,7 @@ class Pipeline:
         guided_steps = {request.batched and request.guided(i, request.steps) for i in taken}
         unet: list[Shapes] = [
             {
-                "sample": (b, *latent),
+                "sample": (b, self.model.unet_channels, *latent[1:]),
                 "timestep": (1,),
                 "encoder_hidden_states": (b, tokens.length, -1),
             }
@@ -354,32 +317,6 @@ def _check_memory(latents: tuple[int, int, int, int], vae_scale: int) -> None:
         )
 
 
-def own_request(
-    model: Model, request: Request, *, sampler: str | None, steps: int | None, guidance: float | None
-) -> tuple[Request, str]:
-    """The request with the values given, else with those that the model asks for; and a note for the user.
-
-    A few-step student asks for all three; another model for its own scheduler. The note is "" where there is nothing
-    to say. Raises InputError for a scheduler config that no sampler can use.
-    """
-    note = ""
-    if model.sampling is not None:
-        if guidance is not None and guidance > 1 >= model.sampling.guidance:
-            note = f"guidance {guidance:g} is given to a student that was trained without: 1 is faster and truer to it"
-        request = made_for(model, request)
-    elif sampler is None:
-        sampler, note = sampler_for(model.scheduler)
-    given = {"sampler": sampler, "steps": steps, "guidance": guidance}
-    return replace(request, **{name: value for name, value in given.items() if value is not None}), note  # type: ignore[arg-type]
-
-
-def made_for(model: Model, request: Request) -> Request:
-    """The request with the scheduler, steps and guidance that the model was trained for, if it was for any."""
-    if (sampling := model.sampling) is None:
-        return request
-    return replace(request, sampler=sampling.scheduler, steps=sampling.steps, guidance=sampling.guidance)
-
-
 def guided(cond: Any, uncond: Any, guidance_scale: float) -> Any:
     """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) of two noise predictions, arrays or tensors."""
     return uncond + guidance_scale * (cond - uncond)
@@ -397,20 +334,3 @@ def _predict_both(
     if batched:
         return np.split(_predict(unet, np.concatenate([sample, sample]), timestep, hidden), 2)
     return [_predict(unet, sample, timestep, half) for half in np.split(hidden, 2)]
-
-
-def describe(request: Request, pixels: np.ndarray, model_name: str) -> dict[str, object]:
-    """The generation parameters that go into the PNG, in the words that common user interfaces read."""
-    edited = {} if request.edit is None else {"Denoising strength": request.edit.strength}
-    return {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "Steps": request.steps,
-        "Sampler": SAMPLERS[request.sampler].title,
-        "CFG scale": request.guidance,
-        "Seed": request.seed,
-        "Size": f"{pixels.shape[1]}x{pixels.shape[0]}",
-        "Model": model_name,
-        **edited,
-        "Generator": "kdc-edge",
-    }

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 
 from kdc_edge.components import Component
 from kdc_edge.errors import BundleError
+from kdc_edge.files import atomic_folder, exclusive
 from kdc_edge.runtimes.apple_layout import PROGRAM, Predict, Stage, adapt, in_turn, packages_of
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, open_component
 from kdc_edge.runtimes.coreml_tools import load_coremltools
@@ -70,11 +70,15 @@ def _open(package: Path, compiled: Path, units: Any) -> Stage:
 
 
 def _compile(package: Path, compiled: Path) -> None:
-    """Compile beside its place, so that a compiled model is whole or not there."""
-    compiled.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=compiled.parent, prefix=".part-") as temporary:
-        made = _ct.models.utils.compile_model(str(package), str(Path(temporary) / compiled.name))
-        Path(made).replace(compiled)
+    """Compile beside its place, so that a compiled model is whole or not there; once, whoever else opens it."""
+    with exclusive(compiled.with_suffix(".lock")):
+        if compiled.is_dir():
+            return
+        with atomic_folder(compiled) as part:
+            made = Path(_ct.models.utils.compile_model(str(package), str(part / compiled.name)))
+            for file in made.iterdir():
+                file.replace(part / file.name)
+            made.rmdir()
 
 
 def _predict(package: Path, model: Any) -> Predict:

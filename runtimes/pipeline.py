@@ -32,8 +32,8 @@ from kdc_edge.hardware import check_threads
 from kdc_edge.hub import local
 from kdc_edge.image import preview
 from kdc_edge.image_files import ImageLike
-from kdc_edge.pipeline import Request, own_request
 from kdc_edge.prompt_weights import MAX_CHUNKS
+from kdc_edge.request import Request, own_request
 from kdc_edge.runtimes.base import (
     ENGINES,
     Engine,
@@ -129,12 +129,14 @@ class Pipeline(path.Pipeline):
             lambda c: runtime.load(folder, c, options[c]), low_memory=low_memory, compile_ahead=chosen.compiles_ahead,
             check=bundle.check if bundle and check else None, names=names,
         )  # fmt: skip
-        # A graph of fixed text length reads one chunk of a long prompt; ours all have one.
-        text = [bundle.component("unet")[0].inputs.get("encoder_hidden_states")] if bundle else []
-        fixed = any(info is None or not isinstance(info.shape[1], str) for info in text)
+        # A graph of fixed text length reads one chunk of a long prompt; ours for Core ML have one.
+        inputs = bundle.component("unet")[0].inputs if bundle else {}
+        text = inputs["encoder_hidden_states"].shape[1:2] if "encoder_hidden_states" in inputs else []
+        sides = inputs["sample"].shape[2:] if "sample" in inputs else []
+        one_chunk = bundle is not None and not any(isinstance(n, str) for n in text)
         return cls(
             model, tokenizer, components, max_batch=1 if low_memory else path.MAX_BATCH,
-            max_chunks=1 if fixed else MAX_CHUNKS,
+            max_chunks=1 if one_chunk else MAX_CHUNKS, fixed_size=any(isinstance(n, int) for n in sides),
         )  # fmt: skip
 
     def __call__(

@@ -17,6 +17,7 @@ from kdc_edge.presets import DECODERS
 from kdc_edge.settings import Settings, setting, settings_of
 from kdc_edge.train.data.tasks import Task
 
+StrategyName = Literal["replay", "captions", "generative", "ewc", "lwf"]  # train/strategies/registry.py
 ReplayPolicy = Literal["reservoir", "balanced"]
 Quality = Literal[
     "auto", "prompt_accuracy", "kid", "clip_score", "loss", "lpips", "exact", "judge_frechet", "judge_kernel", "fid"
@@ -115,6 +116,13 @@ class TrainConfig(TaskConfig):
     loss: LossWeights = LossWeights()
     few_steps: FewSteps = FewSteps()
 
+    strategy: StrategyName = setting(
+        "replay",
+        "Against forgetting: replay of latents; captions, which the teacher makes images of, or the student"
+        " (generative); a penalty on changed weights (ewc); the earlier student as a teacher (lwf).",
+        "Replay",
+    )
+    ewc_weight: float = setting(1000.0, "Weight of the penalty of ewc.", "Replay", ge=0)
     replay: int = setting(500, "Samples kept of earlier tasks; 0 for no replay.", "Replay", ge=0)
     replay_mb: float | None = setting(None, "Megabytes kept of earlier tasks, instead of --replay.", "Replay", ge=0)
     replay_policy: ReplayPolicy = setting("reservoir", "Uniform over all samples, or over tasks.", "Replay")

@@ -122,7 +122,7 @@ class Student:
 
     def full_weights(self) -> dict[str, Tensor]:
         """Every weight in full, by the network's own names."""
-        return {n: _full(t) for n, t in self._unwrapped().state_dict().items()}
+        return {n: full_tensor(t) for n, t in self._unwrapped().state_dict().items()}
 
     def copy(self, weights: Mapping[str, Tensor]) -> UNet2DConditionModel:
         """A network of the student's shape with these weights, free of the launch's wrappers."""
@@ -132,7 +132,7 @@ class Student:
         """Weights, moving average, optimizer and loss scale in full: `KIND/WEIGHT[/MOMENT]`."""
         names = [n for n, _ in self._unwrapped().named_parameters()]
         tensors = {f"student/{n}": t for n, t in self.full_weights().items()}
-        tensors |= {f"ema/{n}": _full(t) for n, t in zip(names, self.ema.shadow_params, strict=True)}
+        tensors |= {f"ema/{n}": full_tensor(t) for n, t in zip(names, self.ema.shadow_params, strict=True)}
         tensors |= {f"optimizer/{n}": t for n, t in self._full_moments().items()}
         if self.accelerator.scaler is not None:
             scale = self.accelerator.scaler.state_dict()
@@ -157,14 +157,14 @@ class Student:
 
     def _load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         network = self._unwrapped()
-        network.load_state_dict({n: _shard_like(own, tensors[n]) for n, own in network.state_dict().items()})
+        network.load_state_dict({n: shard_like(own, tensors[n]) for n, own in network.state_dict().items()})
 
     def _full_moments(self) -> dict[str, Tensor]:
         """The optimizer's state in full: `WEIGHT/MOMENT` -> tensor."""
         names: dict[Tensor, str] = {p: n for n, p in self._unwrapped().named_parameters()}
         # bitsandbytes counts its steps in an int, torch in a float tensor; its code books are shared by all weights
         return {
-            f"{names[p]}/{moment}": value.clone() if moment.startswith("qmap") else _full(torch.as_tensor(value))
+            f"{names[p]}/{moment}": value.clone() if moment.startswith("qmap") else full_tensor(torch.as_tensor(value))
             for p, state in _torch_optimizer(self.optimizer).state.items()
             for moment, value in state.items()
         }
@@ -177,7 +177,7 @@ class Student:
             weight, moment = name.split("/")
             number = numbers[weight]
             count = tensor.ndim == 0 and not tensor.is_floating_point()
-            state.setdefault(number, {})[moment] = int(tensor) if count else _shard_like(weights[number][1], tensor)
+            state.setdefault(number, {})[moment] = int(tensor) if count else shard_like(weights[number][1], tensor)
         optimizer = _torch_optimizer(self.optimizer)
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
@@ -256,12 +256,12 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _full(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor; shards are put together in the CPU's memory, because a device may not hold them all."""
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
-def _shard_like(own: Tensor, full: Tensor) -> Tensor:
+def shard_like(own: Tensor, full: Tensor) -> Tensor:
     """This process's shard of a full tensor that is split as `own` is; a step count is not split."""
     if not isinstance(own, DTensor) or full.shape != own.shape:
         return full

@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import random
-import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +24,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
-from torch import Tensor
 
 from kdc_edge.bundle import Model
 from kdc_edge.diffusers_folder import read_model
@@ -36,7 +32,7 @@ from kdc_edge.files import read_json, refuse_foreign_folder, write_atomic
 from kdc_edge.presets import find_preset
 from kdc_edge.train.checkpoint import write_checkpoint
 from kdc_edge.train.config import TrainConfig, check_same, learning_rate
-from kdc_edge.train.data.batch import Batch, draw_batch, random_flip
+from kdc_edge.train.data.batch import Batch, draw_batch
 from kdc_edge.train.data.cache import Latents, Say
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.distributed import any_process, make_accelerator, on_main_process, under
@@ -44,40 +40,31 @@ from kdc_edge.train.networks import image_size, prepare_learning, view_run
 from kdc_edge.train.objective import Stopwatch
 from kdc_edge.train.objectives import find_objective
 from kdc_edge.train.quality import evaluation_set
-from kdc_edge.train.quality.evaluate import Score, choose_metric, quality_matrix, signed
+from kdc_edge.train.quality.evaluate import Score
 from kdc_edge.train.quality.held_out import Evaluator, check_quality
+from kdc_edge.train.quality.matrix import choose_metric, quality_matrix, signed
 from kdc_edge.train.quality.metrics import ImageMetrics
 from kdc_edge.train.quality.report import STEP_0, TEACHER, make_results, model_card, so_far
 from kdc_edge.train.quality.sheet import write_sample_sheet
-from kdc_edge.train.replay import ReplayBuffer
-from kdc_edge.train.runs import (
+from kdc_edge.train.runs.states import (
     CHECKPOINTS,
     MODEL_FILE,
     BeforeTaskEnd,
     Position,
+    claim_run,
+    cut_metrics,
     list_states,
     load_state,
     save_state,
 )
-from kdc_edge.train.tracking import Tracker
+from kdc_edge.train.runs.tracking import Tracker
+from kdc_edge.train.stepping import StepDone, Stepper
+from kdc_edge.train.strategies.buffer import ReplayBuffer
+from kdc_edge.train.strategies.registry import STRATEGIES
 
 PROMPTS_A_TASK = 64  # captions that are written beside the weights
 # first parts of a state's names
-STATE_KINDS = ("generator", "before", "student", "ema", "optimizer", "scaler", "objective")
-
-
-@dataclass(frozen=True)
-class StepDone:
-    task: str
-    step: int  # 1-based, of the task
-    steps: int
-    total: int  # steps of all tasks so far
-    losses: dict[str, float]  # every term unweighted, and their weighted total
-    by_timestep: list[float | None]  # the objective's binned term, the least noisy bin first; None where none was drawn
-    learning_rate: float
-    samples_per_sec: float
-    replayed: float  # share of the batch
-    replay_mb: float  # size of the buffer
+STATE_KINDS = ("generator", "before", "student", "ema", "optimizer", "scaler", "objective", "strategy")
 
 
 @dataclass(frozen=True)
@@ -120,10 +107,11 @@ class Trainer:
     ) -> None:
         self.config, self.run_folder = config, run
         self.accelerator, model, metrics = check_run(config, run, resume=resume)
-        self._claim_folder(resume)  # after what can be refused at once
+        claim_run(run, config, self.accelerator, resume=resume)  # after what can be refused at once
         self.watch = watch or Stopwatch()
         learning = prepare_learning(config, model, self.accelerator, run, watch=self.watch, say=say)
         self.teacher, self.student, self.objective = learning.teacher, learning.student, learning.objective
+        self.stepper = Stepper(config, self.accelerator, self.teacher, self.student, self.objective, self.watch)
         self.evaluator = Evaluator(
             self.teacher, metrics, config.eval_images, self.accelerator, run / evaluation_set.FOLDER,
             garden_loss=any(not task.source.startswith("garden:") for task in config.tasks),
@@ -132,7 +120,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_atomic(run / MODEL_FILE, self.ships.model_dump_json(indent=2))
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.replay = self._new_buffer()
+        self.strategy = STRATEGIES[config.strategy](config, self.accelerator, learning)
         self.position = Position()
         self.before: BeforeTaskEnd | None = None
         if resume:
@@ -143,28 +131,10 @@ class Trainer:
                 self.evaluator.evaluation_set(task)
         self.tracker = Tracker(self.accelerator, config, run, since=self.position.total)
 
-    def _new_buffer(self) -> ReplayBuffer:
-        budget = None if self.config.replay_mb is None else int(self.config.replay_mb * 1e6)
-        capacity = self.config.replay if budget is None else None
-        return ReplayBuffer(capacity, capacity_bytes=budget, policy=self.config.replay_policy)
-
-    def _claim_folder(self, resume: bool) -> None:
-        """Refuse a folder that is not this run's; a run that was killed before its first state starts again."""
-        path = self.run_folder / "config.json"
-        if resume and self.accelerator.is_main_process:  # what a kill in the middle of a write left
-            for half in (*self.run_folder.glob(".*.part-*"), *(self.run_folder / CHECKPOINTS).glob(".*.part-*")):
-                shutil.rmtree(half)
-            for half in self.run_folder.glob(".*.json.*"):
-                half.unlink()
-        if resume and path.is_file():
-            return
-
-        def claim() -> None:
-            refuse_foreign_folder(self.run_folder, None)
-            write_atomic(path, json.dumps(self.config.as_json(), indent=2))
-
-        self.accelerator.wait_for_everyone()  # all have looked before one writes
-        on_main_process(self.accelerator, claim)
+    @property
+    def replay(self) -> ReplayBuffer:
+        """The samples of earlier tasks."""
+        return self.strategy.buffer
 
     # --- the run ---
 
@@ -180,17 +150,19 @@ class Trainer:
                 self.teacher.prepare_text([*latents.captions, *self.replay.captions, ""])
             if position.step == 0:
                 self.student.begin_task()
-                self._remember_student()
+                with self.watch("strategy"):
+                    self.strategy.begin_task(position.task, self.generator)
             while position.step < config.steps:
                 yield self._step(task, latents)
                 if config.sample_every and position.total % config.sample_every == 0:
                     self._draw_samples()
                 if position.step % config.save_every == 0 and position.step < config.steps:
                     self.save()
-            self.before = BeforeTaskEnd(self.generator.get_state(), copy.copy(self.replay), position.drawn)
-            flipped = random_flip(latents, self.generator)
-            if task.name not in self.replay.tasks:  # a few-step stage begins with the samples of all its tasks
-                self.replay.add(latents.captions, flipped, task=task.name, generator=self.generator)
+            self.before = BeforeTaskEnd(
+                self.generator.get_state(), copy.copy(self.replay), position.drawn, self.strategy.state_dict()
+            )
+            with self.watch("strategy"):
+                self.strategy.remember(task, latents, self.generator)
             scores = self.evaluate()
             position.values.append([s.values for s in scores.values()])
             position.errors.append([s.errors | {"images": s.images} for s in scores.values()])
@@ -216,25 +188,20 @@ class Trainer:
             scores = self.evaluate(unknown, teacher=who == TEACHER) if unknown else {}
             found[who] = found.get(who, {}) | {name: score.values for name, score in scores.items()}
 
-    def _remember_student(self) -> None:
-        """Let replayed samples be distilled from the EMA student from the previous task, where that is asked for."""
-        if self.config.replay_teacher == "student" and self.position.task > 0:
-            with self.student.averaged():
-                self.objective.replay_from(self.student.full_weights())
-
     def _step(self, task: Task, latents: Latents) -> StepDone:
         started = time.perf_counter()
         rate = learning_rate(self.config, self.position.step)
         with self.watch("data"):
             batch = self.draw_batch(latents)
-        losses, by_timestep = self._descend(batch, task, rate)
+        name = f"step {self.position.step + 1} of {task.name}"
+        losses, by_timestep = self.stepper(batch, rate=rate, name=name, hold_back=self.strategy.hold_back)
         self.position.step += 1
         self.position.total += 1
-        self.position.drawn += int((~batch.replayed).sum())
+        self.position.drawn += self.strategy.new_samples(batch)
         event = StepDone(
             task.name, self.position.step, self.config.steps, self.position.total, losses, by_timestep, rate,
             self.config.batch_size / (time.perf_counter() - started), batch.replayed.float().mean().item(),
-            self.replay.size_bytes / 1e6,
+            self.strategy.size_bytes / 1e6,
         )  # fmt: skip
         if self.accelerator.is_main_process:
             with (self.run_folder / "metrics.jsonl").open("a") as file:
@@ -245,44 +212,10 @@ class Trainer:
     def draw_batch(self, latents: Latents) -> Batch:
         """The next global batch."""
         timesteps = self.objective.draw_timesteps
-        return draw_batch(
+        batch = draw_batch(
             self.config, latents, self.replay, timesteps=timesteps, generator=self.generator, drawn=self.position.drawn
         )
-
-    def _descend(self, batch: Batch, task: Task, rate: float) -> tuple[dict[str, float], list[float | None]]:
-        """One optimizer step; each process computes its share in `accumulate` micro-batches."""
-        accelerator, config, objective = self.accelerator, self.config, self.objective
-        micro_batches = accelerator.num_processes * config.accumulate
-        sums: dict[str, Tensor] = {}
-        by_bin = torch.zeros(2, objective.bins, device=accelerator.device)  # summed binned term, and count
-        self.student.begin_step(rate)
-        for i in range(config.accumulate):
-            with self.watch("data"):
-                number = accelerator.process_index * config.accumulate + i
-                mine = batch.micro_batch(number, micro_batches).to(accelerator.device)
-                text = self.teacher.embed(mine.captions)
-            last = i == config.accumulate - 1
-            with nullcontext() if last else accelerator.no_sync(self.student.prepared):
-                terms = objective(self.student.prepared, mine, text)
-                with self.watch("student"):
-                    weight = torch.where(mine.replayed, config.replay_weight, 1.0)
-                    accelerator.backward((terms["total"] * weight).mean() / config.accumulate)
-            terms = {n: t.detach() for n, t in terms.items()}
-            sums = {n: sums.get(n, 0) + t.mean() / config.accumulate for n, t in terms.items()}
-            bins, binned = objective.bin_of(mine.timestep), terms[objective.binned_term]
-            by_bin[0].index_add_(0, bins, binned)
-            by_bin[1].index_add_(0, bins, torch.ones_like(binned))
-        with self.watch("optimizer"):
-            means = accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
-            losses = dict(zip(sums, means, strict=True))
-            if not math.isfinite(losses["total"]):
-                raise KdcError(
-                    f"the loss is no number at step {self.position.step + 1} of {task.name}: lower --learning-rate,"
-                    " then --resume from the last saved state"
-                )
-            self.student.end_step()
-            total, count = accelerator.reduce(by_bin, "sum").tolist()
-        return losses, [t / n if n else None for t, n in zip(total, count, strict=True)]
+        return self.strategy.mark(batch, self.generator)
 
     def any_process(self, flag: bool) -> bool:
         """Is the flag up in any process? All must ask together."""
@@ -324,6 +257,7 @@ class Trainer:
         """Save everything that a resumed run needs. Collective."""
         tensors = {"generator": self.generator.get_state(), **self.student.state_dict()}
         tensors |= {f"objective/{n}": t for n, t in self.objective.state_dict().items()}
+        tensors |= {f"strategy/{n}": t for n, t in self.strategy.state_dict().items()}
         keep, before = self.config.keep, self.before if self.position.step == 0 else None
         write = partial(save_state, self.run_folder, self.position, tensors, self.replay, keep=keep, before=before)
         on_main_process(self.accelerator, write)
@@ -338,20 +272,12 @@ class Trainer:
                     f"the saved state of {self.run_folder} holds {', '.join(sorted(unknown))}, which this version"
                     " does not know: resume with the version that started the run"
                 )
-            budget = self.replay  # this run's own, which may differ from the saved one's
-            saved.limit(budget.capacity, capacity_bytes=budget.capacity_bytes, policy=budget.policy)
-            self.replay = saved
             self.generator.set_state(tensors["generator"])
             self.student.load_state_dict(tensors, steps=self.position.total)
             self.objective.load_state_dict(under("objective/", tensors))
+            self.strategy.load_state_dict(under("strategy/", tensors), saved, tasks=self.position.task)
         if self.accelerator.is_main_process:
-            self._cut_metrics()
-
-    def _cut_metrics(self) -> None:
-        """Drop what was logged after the state that the run goes on from."""
-        path = self.run_folder / "metrics.jsonl"
-        if path.is_file():
-            write_atomic(path, "".join(path.read_text().splitlines(keepends=True)[: self.position.total]))
+            cut_metrics(self.run_folder, self.position.total)
 
     def _prompts(self, latents: Latents) -> list[str]:
         """Some captions of a task, for an export to calibrate itself on."""

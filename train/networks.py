@@ -22,8 +22,8 @@ from kdc_edge.bundle import Model
 from kdc_edge.diffusers_folder import hash_checkpoint
 from kdc_edge.errors import InputError
 from kdc_edge.noise_schedule import NoiseSchedule
-from kdc_edge.pipeline import made_for
 from kdc_edge.presets import find_preset
+from kdc_edge.request import made_for
 from kdc_edge.runtimes.torch import load_network
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.cache import Latents, Say, TextEmbedder, cache_latents

@@ -12,7 +12,11 @@ __all__ = ["GARDEN_TEACHER", "find_teacher"]
 
 
 def find_teacher(name: str, additions: Additions = NOTHING, *, say: Callable[[str], None] = lambda _: None) -> Path:
-    """`garden` ships with kdc-edge; else a diffusers folder, a single file, or a hub id. Raises CheckpointError."""
+    """`garden` ships with kdc-edge; else a diffusers folder, a single file, or a hub id of a text-to-image model.
+
+    Raises CheckpointError.
+    """
     if name == "garden":
         need_garden("the garden's teacher")
-    return open_checkpoint(GARDEN_TEACHER if name == "garden" else name, additions, say=say)
+    folder = GARDEN_TEACHER if name == "garden" else name
+    return open_checkpoint(folder, additions, say=say, inpainting=False)

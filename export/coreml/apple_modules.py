@@ -120,7 +120,7 @@ def apple_network(part: ExportComponent, model: Model, *, unet_batch: int) -> Ap
         return AppleNetwork(
             AppleUNet(inner.unet),
             {
-                "sample": floats(unet_batch, *latents),
+                "sample": floats(unet_batch, model.unet_channels, *latents[1:]),
                 "timestep": floats(unet_batch),
                 "encoder_hidden_states": floats(unet_batch, width, 1, tokens),
             },

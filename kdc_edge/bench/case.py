@@ -21,7 +21,7 @@ from kdc_edge.errors import InputError, KdcError
 from kdc_edge.formats import find_format
 from kdc_edge.hardware import check_threads
 from kdc_edge.hub import label, local
-from kdc_edge.pipeline import GuidanceMode, Request, own_request
+from kdc_edge.request import GuidanceMode, Request, own_request
 
 TORCH = "torch:"  # in front of a checkpoint's folder
 MIN_IMAGES = 5  # that count, where `repeats` is None

@@ -20,7 +20,8 @@ from kdc_edge.bench.sensors import Watch, peak_rss_bytes
 from kdc_edge.components import Execution, SupportsExplain
 from kdc_edge.errors import KdcError
 from kdc_edge.image import encode_png
-from kdc_edge.pipeline import Pipeline, Progress, Request
+from kdc_edge.pipeline import Pipeline, Progress
+from kdc_edge.request import Request
 
 Laps = dict[str, list[float]]  # of one image, by stage
 Tell = Callable[[str, float], None]  # gets what is computed now, and the finished share of the whole, from 0 to 1

@@ -23,7 +23,7 @@ from kdc_edge.bench.runner import Measured, Tell, run
 from kdc_edge.bundle import Bundle, find_bundles
 from kdc_edge.errors import KdcError
 from kdc_edge.formats import Format
-from kdc_edge.pipeline import GuidanceMode, Request
+from kdc_edge.request import GuidanceMode, Request
 from kdc_edge.text import megabytes
 
 TOO_SLOW = 1.25  # times the budget, by what the same bundle took for more steps: not measured any more

@@ -11,36 +11,27 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from kdc_edge.bundle import MODEL_INDEX, Source
 from kdc_edge.checkpoints.embedding import Embedding
 from kdc_edge.checkpoints.lora import Lora, fuse
+from kdc_edge.checkpoints.networks import Parts, State, convert, read_vae, read_vae_config, scaling_factor
 from kdc_edge.checkpoints.parts import copy_part, read_config, write_small_parts
 from kdc_edge.checkpoints.single_file import (
-    CLIP,
-    OPEN_CLIP,
-    VAE,
     Original,
     check_parts,
     read_single_file,
-    refuse_pickle,
-    vae_config,
 )
-from kdc_edge.diffusers_defaults import VAE as VAE_DEFAULTS
 from kdc_edge.diffusers_defaults import Settings
 from kdc_edge.diffusers_folder import (
     PICKLES,
     SOURCES_FILE,
     WEIGHTS,
     hash_checkpoint,
-    read_header,
     read_model,
-    refuse_links_out,
     weights_of,
 )
 from kdc_edge.errors import CheckpointError, InputError, require, unknown_choice
@@ -54,7 +45,6 @@ FORMAT = 1  # of assembled folders: raise it where the same files become other w
 CHECKPOINTS = "checkpoints"  # their folder in the user's cache
 
 Say = Callable[[str], None]
-State = dict[str, Any]  # a network's tensors by name
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ class Additions:
         for embedding in self.embeddings:
             embedding.check()
         if self.vae is not None:
-            _read_vae_config(self.vae)
+            read_vae_config(self.vae)
 
     def sources(self) -> Iterator[Source]:
         if self.vae is not None:
@@ -101,21 +91,25 @@ class Additions:
 NOTHING = Additions()
 
 
-def open_checkpoint(source: Path | str, additions: Additions = NOTHING, *, say: Say = lambda _: None) -> Path:
+def open_checkpoint(
+    source: Path | str, additions: Additions = NOTHING, *, say: Say = lambda _: None, inpainting: bool = True
+) -> Path:
     """A diffusers folder of this checkpoint: a folder, a single file, or a hub id. Raises CheckpointError.
 
     A single file, and whatever has additions, is assembled once in the user's cache folder and found there again.
+    `inpainting` admits inpainting models beside text-to-image models.
     """
     path = Path(source)
     if is_single_file(path):
         original = read_single_file(path, additions.prediction_type)
         additions.check()
-        check_parts(original, original.vae if additions.vae is None else _read_vae_config(additions.vae))
+        vae = original.vae if additions.vae is None else read_vae_config(additions.vae)
+        check_parts(original, vae, inpainting=inpainting)
         for note in original.notes:
             say(note)
         return _assembled(path, original, additions, say)
     path = find_checkpoint(str(source))
-    read_model(path)  # refuses what cannot be used, before any work
+    read_model(path, inpainting=inpainting)  # refuses what cannot be used, before any work
     for part in WEIGHTS:
         if line := weights_of(path / part).note:
             say(line)
@@ -163,7 +157,7 @@ def _assembled(path: Path, original: Original | None, additions: Additions, say:
         if not (out / SOURCES_FILE).is_file():
             require("torch", extra="train", purpose="a single file or an addition to a checkpoint")
             with quiet():
-                parts = _Parts(path) if original is None else _converted(original)
+                parts = Parts(path) if original is None else convert(original)
             _assemble(out, path, parts, original, additions, say)
             size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
             say(f"assembled in {out}, {megabytes(size)}")
@@ -171,42 +165,16 @@ def _assembled(path: Path, original: Original | None, additions: Additions, say:
     return out
 
 
-class _Parts:
-    """Networks of a checkpoint: tensors and configuration, read when they are asked for."""
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
-        self.states: dict[str, State] = {}
-        self.configs: dict[str, Settings] = {}
-
-    def state(self, part: str) -> State:
-        if part not in self.states:
-            assert self.folder is not None
-            self.states[part] = _load(weights_of(self.folder / part).files)
-        return self.states[part]
-
-    def config(self, part: str) -> Settings:
-        if part not in self.configs:
-            assert self.folder is not None
-            self.configs[part] = read_config(self.folder / part)
-        return self.configs[part]
-
-
-def _load(files: Sequence[Path]) -> State:
-    from safetensors.torch import load_file
-
-    return {name: tensor for path in files for name, tensor in load_file(path).items()}
-
-
-def _assemble(out: Path, path: Path, parts: _Parts, original: Original | None, additions: Additions, say: Say) -> None:
+def _assemble(out: Path, path: Path, parts: Parts, original: Original | None, additions: Additions, say: Say) -> None:
     if additions.vae is not None:
-        parts.configs["vae"] = _read_vae_config(additions.vae)
-        if original is None and (ours := _scale(read_config(path / "vae"))) != _scale(parts.configs["vae"]):
+        parts.configs["vae"] = read_vae_config(additions.vae)
+        scale = scaling_factor(parts.configs["vae"])
+        if original is None and (ours := scaling_factor(read_config(path / "vae"))) != scale:
             raise InputError(
-                f"--vae {additions.vae} has scaling_factor {_scale(parts.configs['vae']):g} and the checkpoint's VAE"
-                f" {ours:g}: its latents are of another model"
+                f"--vae {additions.vae} has scaling_factor {scale:g} and the checkpoint's VAE {ours:g}: its latents"
+                " are of another model"
             )
-        parts.states["vae"] = _read_vae(additions.vae, parts.configs["vae"])
+        parts.states["vae"] = read_vae(additions.vae, parts.configs["vae"])
     for lora in additions.loras:
         say(fuse(lora, {part: parts.state(part) for part in ("unet", "text_encoder")}).line(lora))
     with atomic_folder(out, marker=MODEL_INDEX) as folder:
@@ -247,108 +215,3 @@ def _save(state: State, config: Settings, folder: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / WEIGHTS[folder.name], metadata={"format": "pt"})
     (folder / WEIGHTS[folder.name]).chmod(0o644)  # safetensors writes for its owner alone
-
-
-def _converted(original: Original) -> _Parts:
-    """The networks of a single file under diffusers' and transformers' names, by diffusers' own conversion."""
-    from diffusers.loaders import single_file_utils as diffusers
-
-    whole = _load([original.path])
-    parts = _Parts()
-    parts.configs = {"unet": original.unet, "text_encoder": original.text_encoder}
-    parts.states["unet"] = diffusers.convert_ldm_unet_checkpoint(whole, original.unet)
-    if original.vae is not None:
-        parts.configs["vae"] = original.vae
-        parts.states["vae"] = diffusers.convert_ldm_vae_checkpoint(_under(VAE, whole), original.vae)
-    parts.states["text_encoder"] = _text_state(whole, original.text_encoder)
-    for part, state in parts.states.items():
-        _check_tensors(original.path, part, parts.configs[part], state)
-    return parts
-
-
-def _under(prefix: str, state: State) -> State:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def _text_state(whole: State, config: Settings) -> State:
-    """The text model of CLIP, or of OpenCLIP without the last layer, which Stable Diffusion 2.x does not read."""
-    from diffusers.loaders import single_file_utils as diffusers
-
-    if clip := _under(CLIP, whole):
-        state = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in clip.items()}
-    else:
-        last = f"{OPEN_CLIP}transformer.resblocks.{config['num_hidden_layers']}."
-        left = (last, f"{OPEN_CLIP}text_projection")
-        kept = {name: tensor for name, tensor in whole.items() if not name.startswith(left)}
-        model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
-        state = diffusers.convert_open_clip_checkpoint(model, kept, OPEN_CLIP)
-    return {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
-
-
-def _check_tensors(path: Path, part: str, config: Settings, state: State) -> None:
-    """Raise CheckpointError unless the tensors are exactly a network's of this configuration, in number and shape."""
-    import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    settings = {key: value for key, value in config.items() if key not in ("_class_name", "architectures")}
-    with torch.device("meta"):
-        if part == "text_encoder":
-            network = CLIPTextModel(CLIPTextConfig(**settings))
-        else:
-            network = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part](**settings)
-    short = {name.removeprefix("text_model."): tensor for name, tensor in state.items() if tensor is not None}
-    for name, wanted in network.state_dict().items():
-        found = short.get(name.removeprefix("text_model."))
-        if found is None or found.shape != wanted.shape:
-            what = "no" if found is None else f"{list(found.shape)}, not {list(wanted.shape)}, for"
-            raise CheckpointError(f"{path} cannot be used: it has {what} {part}.{name}; the file is not whole")
-
-
-# --- the VAE of --vae ---
-
-
-def _read_vae_config(path: Path) -> Settings:
-    """The configuration of a VAE's folder, of a checkpoint's folder, or of a single file. Raises CheckpointError."""
-    if path.is_dir():
-        folder = path / "vae" if (path / "vae").is_dir() else path
-        refuse_links_out(folder, (p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")))
-        config = {**VAE_DEFAULTS, **read_config(folder)}
-        if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-            raise CheckpointError(
-                f"--vae {path} is of the class {config['_class_name']!r:.80}: AutoencoderKL is needed"
-            )
-        return config
-    refuse_pickle(path)
-    shapes, _ = read_header(path)
-    inside = {name.removeprefix(VAE): shape for name, shape in shapes.items() if name.startswith(VAE)}
-    return vae_config(inside or shapes, path)
-
-
-def _read_vae(path: Path, config: Settings) -> State:
-    from diffusers.loaders import single_file_utils as diffusers
-
-    if path.is_dir():
-        folder = path / "vae" if (path / "vae").is_dir() else path
-        if not (files := weights_of(folder, "vae").files):
-            raise CheckpointError(f"--vae {path} has no {WEIGHTS['vae']}: pickles are not read")
-        return _load(files)
-    state = _load([path])
-    state = _under(VAE, state) or state
-    if "encoder.down_blocks.0.resnets.0.conv1.weight" not in state:
-        with quiet():
-            state = diffusers.convert_ldm_vae_checkpoint(
-                {
-                    n: t
-                    for n, t in state.items()
-                    if n.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
-                },
-                config,
-            )
-    if not any(".query." in name for name in state):  # names of before diffusers 0.18, which it translates
-        _check_tensors(path, "vae", config, state)
-    return state
-
-
-def _scale(config: Mapping[str, object]) -> float:
-    return float(str(config.get("scaling_factor", VAE_DEFAULTS["scaling_factor"])))

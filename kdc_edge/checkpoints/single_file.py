@@ -111,11 +111,14 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
-def check_parts(original: Original, vae: Settings | None) -> None:
-    """Raise CheckpointError unless the networks fit each other; `vae` is the file's own, or --vae's."""
+def check_parts(original: Original, vae: Settings | None, *, inpainting: bool) -> None:
+    """Raise CheckpointError unless the networks fit each other; `vae` is the file's own, or --vae's.
+
+    `inpainting` admits inpainting models too.
+    """
     if vae is None:
         raise CheckpointError(f"{original.path} has no VAE (first_stage_model): give one with --vae FILE")
-    for problem in obstacles(original.unet, vae, original.text_encoder):
+    for problem in obstacles(original.unet, vae, original.text_encoder, inpainting=inpainting):
         raise CheckpointError(f"{original.path} cannot be used: {problem}")
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kdc_edge.bench.budget import Budget, Decision
     from kdc_edge.bench.search import Candidate, SearchState
     from kdc_edge.bundle import Bundle
-    from kdc_edge.pipeline import Request
+    from kdc_edge.request import Request
 
 FILES = (".html", ".md", ".json", ".csv")
 DEFINITIONS = (
@@ -206,7 +206,7 @@ def _bundles(
 def _candidates(bundles: Sequence[Bundle], budget: Budget, request: Request, **given: Any) -> list[Candidate]:
     """The bundles with what is asked of each: the values given, else its own, which are said where they need words."""
     from kdc_edge.bench.search import Candidate, too_large
-    from kdc_edge.pipeline import own_request
+    from kdc_edge.request import own_request
 
     candidates, notes = [], {}
     for bundle in bundles:

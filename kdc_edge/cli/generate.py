@@ -129,9 +129,9 @@ def generate(
     from kdc_edge.cli.progress import ProgressBar
     from kdc_edge.hub import label, local
     from kdc_edge.image import save_png
-    from kdc_edge.pipeline import describe, own_request
     from kdc_edge.prompt_weights import overflow
     from kdc_edge.prompts import read_prompts
+    from kdc_edge.request import describe, own_request
     from kdc_edge.runtimes import open_pipeline
 
     if (prompt is None) == (prompts is None):

@@ -11,7 +11,7 @@ import typer
 from kdc_edge.errors import InputError, unknown_choice
 
 if TYPE_CHECKING:
-    from kdc_edge.pipeline import GuidanceMode, Request
+    from kdc_edge.request import GuidanceMode, Request
 
 Guidance = Annotated[
     float | None,
@@ -94,7 +94,7 @@ def make_request(
     prompt: str, *, guidance_mode: str | None, guidance_interval: str, low_memory: bool, **rest: Any
 ) -> Request:
     """The request, which the pipeline checks; `low_memory` makes guidance sequential where no mode is given."""
-    from kdc_edge.pipeline import Request
+    from kdc_edge.request import Request
 
     mode: Any = guidance_mode or ("sequential" if low_memory else None)
     return Request(prompt, guidance_mode=mode, guidance_interval=parse_interval(guidance_interval), **rest)
@@ -122,7 +122,7 @@ def listed(text: str, option: str, kind: Callable[[str], Any]) -> list[Any]:
 
 def guidance_modes(text: str) -> list[GuidanceMode]:
     """'batched,sequential' as modes; raises InputError."""
-    from kdc_edge.pipeline import GuidanceMode
+    from kdc_edge.request import GuidanceMode
 
     found = listed(text, "--guidance-mode", str)
     if unknown := [mode for mode in found if mode not in get_args(GuidanceMode)]:

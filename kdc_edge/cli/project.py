@@ -122,7 +122,7 @@ def find_checkpoint(what: Path, task: str | None = None) -> Path:
         return kept[task]
     if final.is_dir():
         return final
-    from kdc_edge.train.snapshot import write_snapshot
+    from kdc_edge.train.runs.snapshot import write_snapshot
 
     folder = write_snapshot(what)
     say(f"{what} is not finished: taking its newest state, {folder}")

@@ -79,7 +79,7 @@ def train(
     need_training("kdc-edge train")
     from kdc_edge.train.distributed import make_accelerator, on_main_process
     from kdc_edge.train.loop import Trainer
-    from kdc_edge.train.runs import begin_stage, continue_run, extend_run
+    from kdc_edge.train.runs.continuing import begin_stage, continue_run, extend_run
 
     if dry_run:
         _dry_run(settings, run, resume=resume, more=more, source=continue_from, learns=bool(task))
@@ -155,7 +155,7 @@ def _continued(given: Given[TrainConfig], run: Path, tasks: tuple[Task, ...]) ->
 def _dry_run(settings: TrainConfig, run: Path, *, resume: bool, more: bool, source: Path | None, learns: bool) -> None:
     """Print the plan, or refuse what the run would refuse; nothing is written."""
     from kdc_edge.train.loop import check_run
-    from kdc_edge.train.runs import begin_stage, continue_run
+    from kdc_edge.train.runs.continuing import begin_stage, continue_run
     from kdc_edge.train.tools.plan import make_plan
 
     if source:
@@ -224,7 +224,7 @@ def _benchmark(settings: TrainConfig, steps: int) -> None:
 def _follow(trainer: Trainer) -> None:
     """Consume the run: progress on the terminal; SIGTERM saves the state and stops."""
     from kdc_edge.cli.progress import ProgressBar
-    from kdc_edge.train.loop import StepDone
+    from kdc_edge.train.stepping import StepDone
 
     stop = False
 

@@ -32,8 +32,8 @@ from starlette.routing import Route
 
 from kdc_edge.errors import InputError
 from kdc_edge.image import encode_png, preview
-from kdc_edge.pipeline import Request as ImageRequest
-from kdc_edge.pipeline import own_request
+from kdc_edge.request import Request as ImageRequest
+from kdc_edge.request import own_request
 from kdc_edge.samplers import SAMPLERS
 from kdc_edge.serve.body import DEFAULT_LIMITS, Body, EditBody, Limits
 from kdc_edge.serve.worker import Busy, Done, Event, Failed, Finished, Job, Step, Worker

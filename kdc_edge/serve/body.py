@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kdc_edge.bundle import Model
 from kdc_edge.errors import InputError
-from kdc_edge.pipeline import Pipeline, Request, own_request
+from kdc_edge.pipeline import Pipeline
+from kdc_edge.request import Request, own_request
 from kdc_edge.samplers import SAMPLERS
 
 MAX_PROMPT_CHARS = 2000  # of a prompt that are read; a model reads 77 tokens of them

@@ -17,7 +17,8 @@ import numpy as np
 
 from kdc_edge.errors import KdcError
 from kdc_edge.image import encode_png
-from kdc_edge.pipeline import Pipeline, Progress, Request, describe
+from kdc_edge.pipeline import Pipeline, Progress
+from kdc_edge.request import Request, describe
 
 
 class Busy(KdcError):

@@ -19,7 +19,7 @@ from kdc_edge.bench.budget import Budget, choose, generate_command, nearest, qua
 from kdc_edge.bench.case import Case
 from kdc_edge.bench.record import Psnr, Row, Timings
 from kdc_edge.bench.search import MODES, Candidate, Mode, Trial, expected_sec, in_order, next_trial, search
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 from tests.bench.rows import check, lines_until, make_bundle, make_row, timing
 from tests.cli.test_commands import complaint, run
 

@@ -18,7 +18,7 @@ from kdc_edge.bench.runner import Measured, Tell, run
 from kdc_edge.bench.tables import columns
 from kdc_edge.bench.values import NAMES, Limit, broken_limits, labels, show, values
 from kdc_edge.errors import InputError
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 from tests.bench.rows import FAILED, FEW_STEPS, MODEL, make_bundle, make_row
 
 BASE = Case(Path(), Request("x"))

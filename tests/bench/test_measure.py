@@ -27,7 +27,8 @@ from kdc_edge.bench.sensors import peak_rss_bytes
 from kdc_edge.bundle import Check, Manifest
 from kdc_edge.components import Execution
 from kdc_edge.errors import InputError
-from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.pipeline import Pipeline
+from kdc_edge.request import Request
 from tests.bench.rows import check, make_bundle, make_pipeline, timing
 
 NOWHERE = Path("nowhere")  # of measurements whose pipeline is given

@@ -20,7 +20,7 @@ from kdc_edge.checkpoints import Additions, open_checkpoint
 from kdc_edge.checkpoints.single_file import read_single_file
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError, InputError
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.samplers import sampler_for
 from tests.checkpoints.conftest import Model

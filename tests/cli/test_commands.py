@@ -177,7 +177,7 @@ def test_init_makes_a_checkpoint_that_trains_on(tmp_path: Path) -> None:
 def test_a_run_that_was_killed_and_then_stopped_goes_on(tmp_path: Path) -> None:
     (tmp_path / "kdc-edge.toml").write_text(
         "[train]\ntask = ['fish=garden:fish']\nsteps = 30\nsave-every = 3\nbatch-size = 2\nsamples = 8\n"
-        "eval-images = 2\n"
+        "eval-images = 2\neval-steps = 2\n"
     )
     run_folder = tmp_path / "runs" / "001"
     _stop(tmp_path, signal.SIGKILL, after_step=5)

@@ -11,7 +11,7 @@ import pytest
 from kdc_edge.bench.case import Case
 from kdc_edge.bench.runner import Doing
 from kdc_edge.cli.progress import LINE_EVERY_SEC, MeasuringBar, ProgressBar, Stages
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 
 
 @pytest.fixture

@@ -41,8 +41,10 @@ def test_quickstart_goes_from_teacher_to_report(tmp_path: Path) -> None:
     assert done.stdout.strip() == "demo/report.html"
     page = (tmp_path / "demo" / "report.html").read_text("utf-8")
     text = Text(page)
-    assert text.headings == ["In short", "Images", "Learning", "Remembering", "The proof", "Speed and size"]
-    assert text.images == 5 * 8  # teacher, two students, two bundles; eight prompts
+    assert text.headings == [
+        "In short", "Images", "Few steps", "Learning", "Remembering", "The proof", "Speed and size"
+    ]  # fmt: skip
+    assert text.images == 6 * 8  # teacher, two students; 20, 4 and 2 steps; eight prompts
     assert not re.search(r"(src|href)=\"https?:", page)
     assert "forgetting" in page
 
@@ -51,9 +53,16 @@ def test_quickstart_goes_from_teacher_to_report(tmp_path: Path) -> None:
         for run_name in ("replay", "no-replay")
     ]
     assert matrices[0][0] == matrices[1][0]  # the first task is shared
-    for name in ("onnx-fp32", "onnx-fp16"):
+    for name in ("onnx-fp16", "few-steps"):
         assert (tmp_path / "demo" / "bundles" / name / "kdc-edge.json").is_file()
     rows = json.loads((tmp_path / "demo" / "bench.json").read_text("utf-8"))["rows"]
-    assert [row["failure"] for row in rows] == [None] * 3
+    assert [row["failure"] for row in rows] == [None] * 4
+    assert [(row["name"], row["steps"], row["guidance"]) for row in rows[1:]] == [
+        ("onnx-fp16", 20, 4.0), ("few-steps", 4, 1.0), ("few-steps", 2, 1.0)
+    ]  # fmt: skip
+    assert all(row["prompt_quality"]["prompts"] == 4 for row in rows[1:])
+    manifest = json.loads((tmp_path / "demo" / "bundles" / "few-steps" / "kdc-edge.json").read_text("utf-8"))
+    assert manifest["model"]["sampling"] == {"scheduler": "ddim", "steps": 4, "guidance": 1.0}
+    assert manifest["components"]["vae_decoder"]["class_name"] == "AutoencoderTiny"
 
     assert "holds other files" in complaint("quickstart", "--out", "demo", cwd=tmp_path)

@@ -19,7 +19,8 @@ from kdc_edge.editing import Edit, draw_latents, read_edit
 from kdc_edge.errors import InputError
 from kdc_edge.image import Pixels
 from kdc_edge.noise import initial_latents
-from kdc_edge.pipeline import Pipeline, Request, describe
+from kdc_edge.pipeline import Pipeline
+from kdc_edge.request import Request, describe
 from kdc_edge.samplers import SAMPLERS, NoiseSchedule, make_sampler
 from kdc_edge.tokenizer import Tokenizer
 from tests.bench.rows import MODEL

@@ -12,7 +12,8 @@ import pytest
 
 from kdc_edge.components import Component, Shapes
 from kdc_edge.errors import BundleError, InputError
-from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.pipeline import Pipeline
+from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.base import COMPONENTS, LoadedComponents
 from kdc_edge.runtimes.pipeline import split_devices

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from kdc_edge.errors import InputError
-from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.pipeline import Pipeline
 from kdc_edge.prompt_weights import MAX_CHUNKS, overflow, parse, plain, weighted
+from kdc_edge.request import Request
 from kdc_edge.tokenizer import CLIP_FOLDER, Tokenizer
 from tests.bench.rows import MODEL
 from tests.core.test_pipeline import Unet, decode

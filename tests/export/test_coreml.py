@@ -18,9 +18,10 @@ import torch
 from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError, InputError, ParityError
 from kdc_edge.export.components import load_component
+from kdc_edge.export.coreml import export as coreml
 from kdc_edge.export.rewrites.attention import set_attention
 from kdc_edge.export.targets import CoreMLOptions, ExportRequest, export_checkpoint
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_for_bench, open_pipeline
 from kdc_edge.runtimes.apple_layout import PROGRAM
 from kdc_edge.runtimes.coreml_tools import load_coremltools
@@ -53,15 +54,25 @@ ENCODER = (
 )
 
 
-def start_from_packages_of(bundle: Path, patch: pytest.MonkeyPatch) -> None:
-    """Exports take the converted networks of an fp16 bundle: tracing and converting is most of their time."""
-    names = {"AppleTextEncoder": "text_encoder/TextEncoder", "AppleUNet": "unet/Unet"}
+def start_from_packages_of(bundle: Path, patch: pytest.MonkeyPatch, *, anew: str | None = None) -> None:
+    """Exports take the converted networks of an fp16 bundle: tracing and converting is most of their time.
 
-    def convert(network: Any, **_: object) -> Any:
-        name = names.get(type(network.module).__name__, "vae_decoder/VAEDecoder")
+    A module of the class `anew` is converted.
+    """
+    names = {
+        "AppleTextEncoder": "text_encoder/TextEncoder",
+        "AppleUNet": "unet/Unet",
+        "AppleVaeEncoder": "vae_encoder/VAEEncoder",
+    }
+
+    def convert(network: Any, **options: Any) -> Any:
+        if (kind := type(network.module).__name__) == anew:
+            return original(network, **options)
+        name = names.get(kind, "vae_decoder/VAEDecoder")
         return load_coremltools("a test").models.MLModel(str(bundle / f"{name}.mlpackage"), skip_model_load=True)
 
-    patch.setattr("kdc_edge.export.coreml.export.convert", convert)
+    original = coreml.convert
+    patch.setattr(coreml, "convert", convert)
 
 
 @pytest.fixture
@@ -157,8 +168,10 @@ def test_any_batch_goes_through_a_fixed_one(coreml_bundle: Path, checkpoint: Pat
 
 def test_another_size_is_refused_in_one_line(coreml_bundle: Path) -> None:
     pipeline = open_pipeline(coreml_bundle, engine="mil")
+    with pytest.raises(InputError, match="--width 96 cannot be made: this bundle's sizes are fixed"):
+        pipeline.check(Request("a red flower", steps=1, width=96))
     with pytest.raises(InputError, match="takes sample of 4x16x16 where 4x16x24 are given: its sizes are fixed"):
-        pipeline.generate(Request("a red flower", steps=1, width=96))
+        pipeline.components["unet"](**some_inputs(1) | {"sample": np.zeros((1, 4, 16, 24), np.float32)})
     with pytest.raises(BundleError, match="takes latent_sample where latent are given"):
         get_runtime("mil").load(coreml_bundle, "vae_decoder")(latent=np.zeros((1, 4, 16, 16), np.float32))
 
@@ -271,8 +284,6 @@ def test_options_are_checked_before_the_work(checkpoint: Path, tmp_path: Path) -
 
 @pytest.mark.usefixtures("converted")
 def test_damaged_weights_fail_the_export(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kdc_edge.export.coreml import export as coreml
-
     save = coreml.save
 
     def save_wrongly(package: Any, folder: Path, name: str, network: Any, tell: Any) -> list[str]:

@@ -24,9 +24,9 @@ from kdc_edge.export.rewrites.upsampling import SubpixelUpsample, split_upsampli
 from kdc_edge.export.targets import CoreMLOptions, ExportRequest, export_checkpoint
 from kdc_edge.image import psnr_db, to_pixels
 from kdc_edge.noise import initial_latents
-from kdc_edge.pipeline import Request
 from kdc_edge.presets import DECODERS, find_decoder
 from kdc_edge.quiet import quiet
+from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.base import LoadOptions, get_runtime
 from kdc_edge.runtimes.torch import load_network

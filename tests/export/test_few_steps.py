@@ -15,7 +15,7 @@ from kdc_edge.export.coreml.export import _Export
 from kdc_edge.export.parity import images_of
 from kdc_edge.export.reference import record
 from kdc_edge.export.targets import CoreMLOptions, ExportRequest
-from kdc_edge.pipeline import Request, made_for
+from kdc_edge.request import Request, made_for
 
 TIMESTEPS = [999, 749, 499, 249]
 

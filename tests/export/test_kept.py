@@ -15,7 +15,7 @@ from kdc_edge.export.kept import kept_reference, key_of
 from kdc_edge.export.parity import check_parity
 from kdc_edge.export.reference import Reference
 from kdc_edge.formats import find_format
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 
 
 @pytest.fixture

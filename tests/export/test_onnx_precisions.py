@@ -25,7 +25,7 @@ from kdc_edge.export.onnx.int8 import quantize_int8, uint8_scale
 from kdc_edge.export.onnx.weights import round_channels
 from kdc_edge.export.targets import ExportRequest, OnnxOptions, export_checkpoint
 from kdc_edge.hardware import Processor
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline
 from tests.export.editing import closeness_db
 from tests.runtimes.test_base import some_inputs
@@ -134,8 +134,11 @@ def test_original_attention_is_standard_onnx_and_equal(
     request = Request("a red flower", steps=2, guidance=3.0)
     fixed, free = (open_pipeline(root, threads=1).generate(request) for root in (made.root, bundle_fp32))
     assert np.abs(fixed.astype(int) - free).max() <= 1  # guidance asks for two samples, the graph takes one
+    pipeline = open_pipeline(made.root)
+    with pytest.raises(InputError, match="--height 128 cannot be made: this bundle's sizes are fixed"):
+        pipeline.check(Request("a red flower", steps=1, width=128, height=128))
     with pytest.raises(BundleError, match="cannot compute this"):
-        open_pipeline(made.root).generate(Request("a red flower", steps=1, width=128, height=128))
+        pipeline.components["vae_decoder"](latent_sample=np.zeros((1, 4, 32, 32), np.float32))
     with pytest.raises(InputError, match="--attention 'sdpa' is unknown: choose from fused, original"):
         OnnxOptions(attention="sdpa")
 

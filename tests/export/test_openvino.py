@@ -20,8 +20,8 @@ from kdc_edge.errors import BundleError, InputError, KdcError
 from kdc_edge.export.calibration import calibrate
 from kdc_edge.export.openvino import one_by_one
 from kdc_edge.export.targets import ExportRequest, export_checkpoint
-from kdc_edge.pipeline import Request
 from kdc_edge.prompts import own_prompts, read_prompts
+from kdc_edge.request import Request
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline
 from tests.export.editing import closeness_db
 from tests.runtimes.test_base import some_inputs

@@ -16,7 +16,8 @@ from kdc_edge.export.reference import Call, record
 from kdc_edge.export.targets import ExportRequest, export_checkpoint
 from kdc_edge.formats import find_format
 from kdc_edge.image import psnr_db
-from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.pipeline import Pipeline
+from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.base import COMPONENTS
 from kdc_edge.samplers import SAMPLERS, make_sampler

@@ -25,7 +25,7 @@ from kdc_edge.export.optional import prove_optional
 from kdc_edge.export.targets import CoreMLOptions, ExportRequest, export_checkpoint
 from kdc_edge.formats import find_format
 from kdc_edge.noise import initial_latents
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 from kdc_edge.runtimes.apple_layout import PROGRAM
 from kdc_edge.runtimes.mil.evaluator import Evaluator
 from kdc_edge.runtimes.mil.program import read_program

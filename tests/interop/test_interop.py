@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from kdc_edge.noise import NormalStream
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kdc_edge.bundle import MANIFEST, Bundle, list_files
 from kdc_edge.components import Execution, SupportsExplain
 from kdc_edge.errors import BundleError, CheckpointError, InputError, MissingPackageError
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline
 from kdc_edge.runtimes.base import COMPONENTS
 
@@ -78,7 +78,7 @@ def test_a_bundle_makes_the_same_image_without_torch(bundle: Path, checkpoint: P
         import sys
         from pathlib import Path
         from kdc_edge.runtimes import open_pipeline
-        from kdc_edge.pipeline import Request
+        from kdc_edge.request import Request
         pipeline = open_pipeline(Path({str(bundle)!r}), threads=1)
         pixels = pipeline.generate({request!r})
         assert not {{"torch", "diffusers", "transformers"}} & sys.modules.keys()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kdc_edge.errors import BundleError, InputError
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 from kdc_edge.runtimes import LoadOptions, base, get_runtime, open_pipeline
 from kdc_edge.runtimes.apple_layout import PROGRAM
 from kdc_edge.runtimes.mil.evaluator import Evaluator
@@ -91,10 +91,13 @@ def test_compiled_models_are_kept_beside_the_bundle(
         runtime.load(own_coreml_bundle, "text_encoder", LoadOptions(device="cpu_and_ne"))
     assert len(fake.compiled) == 1
     assert FakeModel.opened[0][1] is Unit.CPU_AND_NE
-    (kept,) = (tmp_path / ".coreml-fp16.compiled").iterdir()
+    (kept,) = (tmp_path / ".coreml-fp16.compiled").glob("*.mlmodelc")
     assert kept.name == FakeModel.opened[0][0]
     assert kept.name.startswith("TextEncoder-")
+    half = tmp_path / "elsewhere" / f".{kept.name}.part-new"  # of a process that was killed
+    half.mkdir(parents=True)
     runtime.load(own_coreml_bundle, "text_encoder", LoadOptions(cache=tmp_path / "elsewhere"))
+    assert not half.exists()
     assert (tmp_path / "elsewhere" / kept.name).is_dir()
     # Another system, or another bundle in its place, is compiled anew.
     with pytest.MonkeyPatch.context() as patch:
@@ -106,7 +109,7 @@ def test_compiled_models_are_kept_beside_the_bundle(
 def test_what_core_ml_refuses_is_one_line(fake: SimpleNamespace, own_coreml_bundle: Path, tmp_path: Path) -> None:
     runtime = get_runtime("coreml")
     runtime.load(own_coreml_bundle, "vae_decoder")
-    (kept,) = (tmp_path / ".coreml-fp16.compiled").iterdir()
+    (kept,) = (tmp_path / ".coreml-fp16.compiled").glob("*.mlmodelc")
     (kept / "compiled").unlink()
     with pytest.raises(BundleError, match=r"VAEDecoder\.mlpackage is refused by Core ML: Error compiling") as caught:
         runtime.load(own_coreml_bundle, "vae_decoder")

@@ -10,9 +10,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from kdc_edge.components import Component
 from kdc_edge.errors import InputError
 from kdc_edge.formats import FORMATS, find_format
-from kdc_edge.pipeline import Component, Request
+from kdc_edge.request import Request
 from kdc_edge.runtimes import ENGINES, Device, LoadOptions, get_runtime, open_pipeline
 from kdc_edge.runtimes.base import DEFAULTS, Engine
 

@@ -19,7 +19,7 @@ from kdc_edge.diffusers_folder import read_model
 from kdc_edge.export.coreml.mixed import read_recipe
 from kdc_edge.image import read_parameters, save_png
 from kdc_edge.noise_schedule import NoiseSchedule
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.apple_layout import PROGRAM
 from kdc_edge.runtimes.mil.evaluator import Evaluator
@@ -27,8 +27,8 @@ from kdc_edge.runtimes.mil.program import read_program
 from kdc_edge.tokenizer import Tokenizer
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.data.images import LeftOut, read_image
-from kdc_edge.train.replay import ReplayBuffer
-from kdc_edge.train.runs import Position, load_state, save_state
+from kdc_edge.train.runs.states import Position, load_state, save_state
+from kdc_edge.train.strategies.buffer import ReplayBuffer
 from tests.cli.test_commands import run
 from tests.security.fuzz import NASTY, Fuzzer, Target, mutate_bytes, mutate_json
 from tests.train.test_sources import plain

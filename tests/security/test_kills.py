@@ -26,7 +26,7 @@ from kdc_edge.bench.record import read_report
 from kdc_edge.bundle import MANIFEST, Bundle
 from kdc_edge.diffusers_folder import check_weights
 from kdc_edge.files import TEMPORARY, sha256
-from kdc_edge.train.runs import list_states, load_state
+from kdc_edge.train.runs.states import list_states, load_state
 
 ROOT = Path(__file__).parents[2]
 SEED = int(os.environ.get("KDC_EDGE_FUZZ_SEED", "16"))
@@ -147,7 +147,7 @@ def _sound_run(run: Path) -> None:
 def _sound_demo(demo: Path) -> None:
     assert (demo / "report.html").read_text("utf-8").rstrip().endswith("</html>")
     assert all(row.failure is None for row in read_report(demo / "bench.json").rows)
-    for name in ("onnx-fp32", "onnx-fp16"):
+    for name in ("onnx-fp16", "few-steps"):
         Bundle.open(demo / "bundles" / name).verify()
 
 

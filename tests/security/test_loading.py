@@ -13,7 +13,7 @@ import pytest
 
 from kdc_edge.bundle import MANIFEST, Bundle, find_bundles, kind_of, list_files, unproved
 from kdc_edge.errors import BundleError
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.base import LoadOptions, get_runtime
 from tests.cli.test_commands import complaint, run

@@ -8,7 +8,7 @@ import pytest
 
 from kdc_edge.bench.case import Case
 from kdc_edge.errors import InputError, UsageError, unknown_choice
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 from kdc_edge.runtimes import LoadOptions, open_pipeline
 from kdc_edge.train.tools.experiments import Size, cells
 from tests.cli.test_commands import complaint, run

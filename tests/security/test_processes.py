@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 from kdc_edge.bench import runner
 from kdc_edge.bench.case import Case
-from kdc_edge.pipeline import Request
+from kdc_edge.request import Request
 runner.WORKER = "tests.bench.fake_worker"
 runner.measure_in_fresh_process(Case(Path(sys.argv[1]), Request("x")))
 """

@@ -23,7 +23,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from kdc_edge.image import read_parameters
-from kdc_edge.pipeline import Pipeline, Request
+from kdc_edge.pipeline import Pipeline
+from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.serve import app as module
 from kdc_edge.serve.app import make_app

@@ -16,7 +16,7 @@ from kdc_edge.errors import CheckpointError, InputError, UsageError
 from kdc_edge.settings import settings_of
 from kdc_edge.train.config import LossWeights, TrainConfig, check_same
 from kdc_edge.train.data.tasks import Task
-from kdc_edge.train.replay import ReplayBuffer
+from kdc_edge.train.strategies.buffer import ReplayBuffer
 
 CONFIG = TrainConfig(teacher=Path("teacher"), tasks=(Task("flowers", "garden:flowers"),))
 

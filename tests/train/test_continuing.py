@@ -19,10 +19,12 @@ from kdc_edge.diffusers_folder import read_model, training_note
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.train.data.batch import Batch
 from kdc_edge.train.data.tasks import parse_task
-from kdc_edge.train.loop import StepDone, Trainer
+from kdc_edge.train.loop import Trainer
 from kdc_edge.train.quality.evaluation_set import EvaluationSet
 from kdc_edge.train.quality.metrics import ImageMetrics
-from kdc_edge.train.runs import continue_run, list_states, load_state
+from kdc_edge.train.runs.continuing import continue_run
+from kdc_edge.train.runs.states import list_states, load_state
+from kdc_edge.train.stepping import StepDone
 from tests.cli.test_commands import complaint, run
 from tests.train.test_loop import TASKS, config, logged, weights
 from tests.train.test_sources import class_folders
@@ -159,7 +161,7 @@ def test_a_replay_weight_of_zero_leaves_replayed_samples_without_gradient(tmp_pa
     trainer = Trainer(config(tasks=TASKS[:1], replay_weight=0.0, learning_rate=0.1), tmp_path / "run")
     batch = trainer.draw_batch(trainer.teacher.latents(TASKS[0]))
     replayed = Batch(batch.sample, batch.noise, batch.timestep, torch.ones(4, dtype=torch.bool), batch.captions)
-    trainer._descend(replayed, TASKS[0], 0.1)
+    trainer.stepper(replayed, rate=0.1, name="a step")
     assert all(p.grad is not None and p.grad.abs().max() == 0 for p in trainer.student.network.parameters())
 
 

@@ -15,8 +15,9 @@ from kdc_edge.presets import PRESETS, Preset, find_preset
 from kdc_edge.train import networks
 from kdc_edge.train.config import LossWeights
 from kdc_edge.train.data.batch import Batch
-from kdc_edge.train.loop import StepDone, Trainer
+from kdc_edge.train.loop import Trainer
 from kdc_edge.train.objectives.distillation import Distillation, FeatureTap, pair_blocks
+from kdc_edge.train.stepping import StepDone
 from tests.train.test_loop import TASKS, config
 
 STAGES: tuple[int, ...] = tuple(find_preset("garden-teacher").unet["block_out_channels"])  # type: ignore[arg-type]

@@ -27,11 +27,21 @@ def test_two_cells_run_share_their_first_task_and_are_kept(tmp_path: Path, capsy
     before = [p.stat().st_mtime_ns for p in sorted((tmp_path / "cells").glob("*/result.json"))]
     main(command)
     assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "cells").glob("*/result.json"))] == before
+    captions = "captions, the teacher's images"
+    main(["--out", str(tmp_path), "--grid", "strategies", "--condition", captions, *small])
+    (kept,) = (tmp_path / "cells").glob("strategies-captions-the-teachers-images-s0/result.json")
+    found = json.loads(kept.read_text("utf-8"))
+    assert found["matrix"][0] == results[0]["matrix"][0]
+    assert 10 < found["remembered_bytes"] < 100  # one caption
+    assert found["training_seconds"] > 0
+    page = (tmp_path / "experiments.md").read_text("utf-8")
+    assert f"| {captions} | " in page
+    assert "experiments-strategies-memory.svg" in page
 
 
 def test_the_whole_grid_is_every_condition_of_every_seed() -> None:
     found = cells(tuple(GRIDS), Size(seeds=3))
-    assert len(found) == 3 * (5 + 5 + 2)
+    assert len(found) == 3 * (5 + 9 + 5 + 2)
     assert len({cell.name for cell in found}) == len(found)
     with pytest.raises(InputError, match="--grid 'taste' is unknown"):
         cells(["taste"], Size())
@@ -65,6 +75,21 @@ def test_the_page_says_what_was_found_whether_expected_or_not(tmp_path: Path, ke
     for linked in ("experiments-replay-average.svg", "experiments-replay-forgetting.svg"):
         assert linked in page
         assert (tmp_path / linked).is_file()
+
+
+def test_strategies_are_shown_against_what_they_remember(tmp_path: Path) -> None:
+    found = [
+        result(condition, 0, [[quality, quality, quality]])
+        | {"grid": "strategies", "remembered_bytes": size, "training_seconds": 60.0}
+        for condition, quality, size in (("sequential", 0.5, 0), ("replay of latents", 0.9, 740_000))
+    ]
+    write_report(tmp_path, found, GRIDS, {"steps": 1, "batch_size": 1, "samples": 1, "images": 2})
+    page = (tmp_path / "experiments.md").read_text("utf-8")
+    assert "| | flowers | butterflies | fish | average | forgetting | MB remembered | seconds |" in page
+    row = "| 0.900 (1) | 0.900 (1) | 0.900 (1) | 0.900 (1) | 0.000 (1) | 0.740 (1) | 60.000 (1) |"
+    assert f"| replay of latents {row}" in page
+    plot = (tmp_path / "experiments-strategies-memory.svg").read_text("utf-8")
+    assert "replay of latents: 0.74 MB remembered, 0.9 average" in plot
 
 
 def test_means_deviations_and_bars() -> None:

@@ -21,8 +21,8 @@ from kdc_edge.errors import InputError
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import Quality, TrainConfig, learning_rate
 from kdc_edge.train.data.tasks import Task, parse_task
-from kdc_edge.train.loop import StepDone, TaskDone, Trainer
-from kdc_edge.train.quality.evaluate import (
+from kdc_edge.train.loop import TaskDone, Trainer
+from kdc_edge.train.quality.matrix import (
     QUALITIES,
     average,
     backward_transfer,
@@ -32,7 +32,8 @@ from kdc_edge.train.quality.evaluate import (
     quality_matrix,
     signed_forgetting,
 )
-from kdc_edge.train.runs import branch_run
+from kdc_edge.train.runs.continuing import branch_run
+from kdc_edge.train.stepping import StepDone
 
 TASKS = (Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies"))
 
@@ -40,7 +41,7 @@ TASKS = (Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterfl
 def config(**changes: object) -> TrainConfig:
     small = TrainConfig(
         teacher=GARDEN_TEACHER, student="garden-student", tasks=TASKS, steps=3, batch_size=4, samples=12,
-        replay=6, eval_images=2, save_every=1, log_with="none", caption_dropout=0.0,
+        replay=6, eval_images=2, eval_steps=2, save_every=100, log_with="none", caption_dropout=0.0,
         baselines=False,
     )  # fmt: skip
     return replace(small, **changes)  # type: ignore[arg-type]
@@ -60,7 +61,7 @@ def logged(run: Path) -> list[dict[str, Any]]:
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tasks, uninterrupted."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    for _ in Trainer(config(), run).run():
+    for _ in Trainer(config(save_every=1), run).run():
         pass
     return run
 
@@ -88,10 +89,10 @@ def test_resumed_runs_end_with_the_same_weights_to_the_last_bit(
     whole_run: Path, tmp_path: Path, stop_after: int
 ) -> None:
     """Stopped without a word after some steps, in the first task, at its end, or in the second."""
-    for event in Trainer(config(), tmp_path / "cut").run():
+    for event in Trainer(config(save_every=1), tmp_path / "cut").run():
         if isinstance(event, StepDone) and event.total == stop_after:
             break
-    for _ in Trainer(config(), tmp_path / "cut", resume=True).run():
+    for _ in Trainer(config(save_every=1), tmp_path / "cut", resume=True).run():
         pass
     expected, found = weights(whole_run), weights(tmp_path / "cut")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

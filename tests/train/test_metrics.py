@@ -16,7 +16,8 @@ from kdc_edge.quiet import quiet
 from kdc_edge.tokenizer import CLIP_FOLDER
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.garden.judge import load_judge
-from kdc_edge.train.quality.evaluate import Asked, ask, average, backward_transfer, forgetting, score_images
+from kdc_edge.train.quality.evaluate import Asked, ask, score_images
+from kdc_edge.train.quality.matrix import average, backward_transfer, forgetting
 from kdc_edge.train.quality.metrics import (
     ALEXNET,
     CLIP,

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from kdc_edge.errors import InputError
 from kdc_edge.train.data.batch import Batch, add_noise
-from kdc_edge.train.loop import StepDone, Trainer
+from kdc_edge.train.loop import Trainer
 from kdc_edge.train.losses import mean_squared_error
 from kdc_edge.train.objective import Objective, Setup
 from kdc_edge.train.objectives import OBJECTIVES
+from kdc_edge.train.stepping import StepDone
 from tests.train.test_loop import TASKS, config
 
 GRID = (99, 499, 999)

@@ -15,13 +15,14 @@ from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.image import psnr_db
 from kdc_edge.noise_schedule import NoiseSchedule
-from kdc_edge.pipeline import Request, made_for
+from kdc_edge.request import Request, made_for
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import FewSteps, TrainConfig
-from kdc_edge.train.loop import StepDone, Trainer
+from kdc_edge.train.loop import Trainer
 from kdc_edge.train.objectives.phased import Grid, Jump, Phased, phase_ends, pseudo_huber
-from kdc_edge.train.runs import begin_stage
+from kdc_edge.train.runs.continuing import begin_stage
+from kdc_edge.train.stepping import StepDone
 from tests.train.test_loop import TASKS, config, weights
 
 CPU = torch.device("cpu")

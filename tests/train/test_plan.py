@@ -16,7 +16,8 @@ from PIL import Image
 from kdc_edge.errors import InputError, MissingPackageError
 from kdc_edge.presets import find_preset
 from kdc_edge.train.checkpoint import init_checkpoint
-from kdc_edge.train.loop import StepDone, Trainer
+from kdc_edge.train.loop import Trainer
+from kdc_edge.train.stepping import StepDone
 from kdc_edge.train.tools.benchmark import OURS, PLAIN_FP32, measure, measure_run
 from kdc_edge.train.tools.plan import _activations, make_plan, norms_in_fp32
 from tests.cli.test_commands import run

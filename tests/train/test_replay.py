@@ -13,7 +13,7 @@ from kdc_edge.errors import CheckpointError
 from kdc_edge.train.config import ReplayPolicy
 from kdc_edge.train.data.batch import Batch, draw_batch, epoch_samples
 from kdc_edge.train.data.cache import Latents
-from kdc_edge.train.replay import ReplayBuffer
+from kdc_edge.train.strategies.buffer import ReplayBuffer
 from tests.train.test_loop import config
 
 

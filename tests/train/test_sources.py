@@ -462,7 +462,7 @@ def test_every_layout_trains_a_few_steps(tmp_path: Path) -> None:
     tasks = parse_tasks([f"t{i}={source}" for i, source in enumerate(sources)])
     config = TrainConfig(
         teacher=GARDEN_TEACHER, student="garden-student", tasks=tasks, steps=1, batch_size=4, replay=4,
-        eval_images=2, log_with="none",
+        eval_images=2, eval_steps=2, log_with="none",
     )  # fmt: skip
     said: list[str] = []
     trainer = Trainer(config, tmp_path / "run", say=said.append)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.cache import Latents
-from kdc_edge.train.replay import ReplayBuffer, Take
+from kdc_edge.train.strategies.buffer import ReplayBuffer, Take
 
 DrawTimesteps = Callable[[int, torch.Generator], Tensor]  # how many, random state -> (count,)
 
@@ -55,7 +55,7 @@ def draw_batch(
     `drawn` counts the task's new samples before this step, for epochs. Every process draws the same one. The order of
     draws is part of exact resume.
     """
-    old = _replayed_count(config, generator) if len(replay) else 0
+    old = replayed_count(config, generator) if len(replay) else 0
     if config.epochs:
         new = epoch_samples(len(latents), drawn, config.batch_size - old, seed=config.seed)
     else:
@@ -91,7 +91,7 @@ def epoch_samples(count: int, drawn: int, wanted: int, *, seed: int) -> Tensor:
     return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
 
 
-def _replayed_count(config: TrainConfig, generator: torch.Generator) -> int:
+def replayed_count(config: TrainConfig, generator: torch.Generator) -> int:
     """Replayed samples of a step: `batch_size * replay_ratio`, rounded at random so that the mean is right."""
     share = round(config.batch_size * config.replay_ratio, 9)  # 100 * 0.07 is a little more than 7
     whole = int(share)

@@ -32,8 +32,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from kdc_edge.diffusers_folder import PROMPTS_FILE
 from kdc_edge.noise import initial_latents
-from kdc_edge.pipeline import Request
 from kdc_edge.presets import SCHEDULER, find_preset
+from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.train.garden.judge import Judge, load_judge, targets, to_images
 from kdc_edge.train.garden.scenes import SUBJECTS, Split, draw_scenes, render_many, scenes

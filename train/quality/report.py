@@ -13,14 +13,14 @@ from typing import Any
 from kdc_edge.bundle import Model
 from kdc_edge.checkpoints.assemble import read_sources
 from kdc_edge.hub import hub_id, label
-from kdc_edge.pipeline import made_for
+from kdc_edge.request import made_for
 from kdc_edge.text import markdown_table
 from kdc_edge.train.config import TrainConfig
-from kdc_edge.train.quality.evaluate import (
+from kdc_edge.train.quality.evaluate import evaluation_request
+from kdc_edge.train.quality.matrix import (
     QUALITIES,
     average,
     backward_transfer,
-    evaluation_request,
     forgetting,
     forward_transfer,
     quality_matrix,
@@ -29,7 +29,7 @@ from kdc_edge.train.quality.evaluate import (
 )
 from kdc_edge.train.quality.metrics import NETWORKS
 from kdc_edge.train.recipes import find_recipe
-from kdc_edge.train.runs import Position
+from kdc_edge.train.runs.states import Position
 from kdc_edge.version import __version__
 
 TEACHER, STEP_0 = "teacher", "step 0"  # rows beside R: the teacher, the student before training

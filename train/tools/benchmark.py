@@ -32,9 +32,10 @@ from kdc_edge.train.data.batch import Batch
 from kdc_edge.train.data.source import Sample
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.distributed import make_accelerator
-from kdc_edge.train.loop import StepDone, Trainer
+from kdc_edge.train.loop import Trainer
 from kdc_edge.train.networks import Teacher, prepare_learning
 from kdc_edge.train.objective import Stopwatch
+from kdc_edge.train.stepping import StepDone
 
 WARMUP = 2  # steps that are not counted
 OURS, PLAIN_FP16, PLAIN_FP32 = RECIPES = ("cached-latents", "plain-fp16", "plain-fp32")

@@ -35,9 +35,10 @@ from kdc_edge.diffusers_folder import hash_checkpoint, read_model
 from kdc_edge.errors import CheckpointError, InputError, KdcError
 from kdc_edge.files import atomic_folder, read_json, refuse_foreign_folder, write_atomic
 from kdc_edge.image import grid, psnr_db, save_png, to_pixels
-from kdc_edge.pipeline import Pipeline, made_for
+from kdc_edge.pipeline import Pipeline
 from kdc_edge.presets import find_decoder
 from kdc_edge.quiet import quiet
+from kdc_edge.request import made_for
 from kdc_edge.runtimes.torch import TorchComponent, load_network
 from kdc_edge.runtimes.torch.small_decoder import SmallDecoder, new_decoder
 from kdc_edge.text import one_line

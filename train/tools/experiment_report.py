@@ -9,13 +9,16 @@ from typing import Any
 
 from kdc_edge.files import write_atomic
 from kdc_edge.report.charts import spread_chart, standalone
-from kdc_edge.train.quality.evaluate import EVALUATION, forgetting
+from kdc_edge.report.scatter import Axis, Point, scatter_chart
+from kdc_edge.train.quality.evaluate import EVALUATION
+from kdc_edge.train.quality.matrix import forgetting
 
 Result = Mapping[str, Any]
 Numbers = dict[str, list[float]]  # condition -> one value a seed
 
 TITLES = {
     "replay": "Three tasks, with and without memory",
+    "strategies": "Strategies against forgetting",
     "losses": "Parts of the loss",
     "inheritance": "Inherited and random weights",
 }
@@ -24,6 +27,15 @@ TEXTS = {
         "Flowers, then butterflies, then fish, as many steps each. A share is of the images of the whole sequence."
         " *All data jointly* trains on all three at once for as many steps as the sequence has. Forgetting is maximum"
         " minus last, over the earlier tasks."
+    ),
+    "strategies": (
+        "The same three tasks. Strategies that keep samples keep 5 % of the images of the whole sequence, or as many"
+        " captions; half of a batch is replayed. *Captions* become images at the beginning of a task, as an evaluation"
+        " makes them, by the teacher or by the student from the previous task. *LwF* takes the targets of half of a"
+        " batch of new samples from that student. *EWC* penalizes changed weights by the Fisher information of 64"
+        " samples a task. *Replay without distillation* trains on the denoising loss alone; the others have all terms"
+        " of the loss. MB remembered: what is kept of earlier tasks beside the student. Seconds: of all training steps"
+        " and of the strategy's own work, without evaluations, on a machine that had other work to do."
     ),
     "losses": "Flowers alone, equal steps; features are weighted 0.1, the other terms 1.",
     "inheritance": "Flowers alone, twice the steps.",
@@ -68,7 +80,22 @@ def _section(folder: Path, grid: str, conditions: Sequence[str], found: Sequence
                 folder / file, bars({n: values[n] for n in names if values.get(n)}, f"{TITLES[grid]}: {column}")
             )
             lines.append(f"![{column}]({file})")
+    if grid == "strategies":
+        lines += _trade_offs(folder, names, columns)
     return [*lines, *(_verdicts(columns) if grid == "replay" else [])]
+
+
+def _trade_offs(folder: Path, names: Sequence[str], columns: Mapping[str, Numbers]) -> list[str]:
+    """Quality against what is remembered, and against time; the lines that show the plots."""
+    quality, lines = columns["average"], []
+    for column, file in (("MB remembered", "memory"), ("seconds", "time")):
+        cost = columns[column]
+        points = [Point(n, statistics.mean(cost[n]), statistics.mean(quality[n])) for n in names]
+        title = f"Prompt accuracy after three tasks against {column}"
+        chart = scatter_chart(points, title=title, x=Axis(column, linear=True), y=Axis("average", linear=True))
+        write_atomic(folder / f"experiments-strategies-{file}.svg", standalone(chart, title))
+        lines.append(f"![{title}](experiments-strategies-{file}.svg)")
+    return lines
 
 
 def _columns(grid: str, conditions: Sequence[str], found: Sequence[Result]) -> dict[str, Numbers]:
@@ -82,11 +109,14 @@ def _columns(grid: str, conditions: Sequence[str], found: Sequence[Result]) -> d
     for condition in conditions:
         for result in (r for r in found if r["condition"] == condition):
             final = result["final"]
-            if grid == "replay":
+            if grid in ("replay", "strategies"):
                 for task, values in final.items():
                     put(task, condition, values["prompt_accuracy"])
                 put("average", condition, statistics.mean(v["prompt_accuracy"] for v in final.values()))
                 put("forgetting", condition, forgetting(result["matrix"]))
+                if grid == "strategies":
+                    put("MB remembered", condition, result["remembered_bytes"] / 1e6)
+                    put("seconds", condition, result["training_seconds"])
             else:
                 (values,) = final.values()
                 put("prompt accuracy", condition, values["prompt_accuracy"])

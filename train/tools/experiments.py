@@ -1,4 +1,4 @@
-"""Experiments on the garden: the effect of replay, of each loss term and of inherited weights.
+"""Experiments on the garden: strategies against forgetting, the effect of each loss term and of inherited weights.
 
     python -m kdc_edge.train.tools.experiments --out experiments            # everything; see --help for parts of it
     python -m kdc_edge.train.tools.experiments --out experiments --docs docs    # and docs/experiments.md with its plots
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from kdc_edge.errors import InputError, unknown_choice
 from kdc_edge.files import read_json, write_atomic
@@ -24,7 +25,7 @@ from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import LossWeights, TrainConfig
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.loop import Trainer
-from kdc_edge.train.runs import branch_run
+from kdc_edge.train.runs.continuing import branch_run
 from kdc_edge.train.tools.experiment_report import write_report
 
 TASKS = tuple(Task(name, f"garden:{name}") for name in ("flowers", "butterflies", "fish"))
@@ -39,7 +40,22 @@ LOSSES = {
     "all": LossWeights(),
 }
 STARTS = {"inherited": True, "random": False}
-GRIDS = {"replay": tuple(REPLAY), "losses": tuple(LOSSES), "inheritance": tuple(STARTS)}
+SHARE = 0.05  # of the images of the whole sequence, or of their captions, that a strategy may keep
+NO_DISTILLATION = LossWeights(1, 0, 0, 0)
+STRATEGIES: dict[str, dict[str, Any] | None] = {  # settings of the strategy; None for all data jointly
+    "all data jointly": None,
+    "sequential": {"replay": 0},
+    "replay of latents": {},
+    "replay without distillation": {"loss": NO_DISTILLATION},
+    "captions, the teacher's images": {"strategy": "captions"},
+    "captions, the student's images": {"strategy": "generative"},
+    "LwF": {"strategy": "lwf"},
+    "EWC, weight 1e3": {"strategy": "ewc", "ewc_weight": 1e3},
+    "EWC, weight 1e5": {"strategy": "ewc", "ewc_weight": 1e5},
+}
+GRIDS = {
+    "replay": tuple(REPLAY), "strategies": tuple(STRATEGIES), "losses": tuple(LOSSES), "inheritance": tuple(STARTS),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        words = self.condition.replace("%", "percent").replace("+", "and").split()
+        plain = self.condition.replace("%", "percent").replace("+", "and")
+        words = plain.replace(",", "").replace("'", "").split()
         return f"{self.grid}-{'-'.join(words)}-s{self.seed}"
 
 
@@ -88,7 +105,9 @@ def run_cell(cell: Cell, out: Path, size: Size) -> dict[str, object]:
         samples=size.samples, eval_images=size.images, seed=cell.seed, save_every=50, keep=1, log_with="none",
         cache=out / "cache", replay=0, baselines=False,
     )  # fmt: skip
-    trainer = {"replay": _replay, "losses": _losses, "inheritance": _inheritance}[cell.grid](cell, out, config)
+    trainer = {"replay": _replay, "strategies": _strategies, "losses": _losses, "inheritance": _inheritance}[cell.grid](
+        cell, out, config
+    )
     for _ in trainer.run():
         pass
     final = trainer.position.values[-1]
@@ -98,6 +117,7 @@ def run_cell(cell: Cell, out: Path, size: Size) -> dict[str, object]:
         "grid": cell.grid, "condition": cell.condition, "seed": cell.seed,
         "final": {task.name: values for task, values in zip(_asked(cell), final, strict=True)},
         "matrix": trainer.position.matrix, "seconds": round(time.perf_counter() - started, 1),
+        "remembered_bytes": remembered_bytes(trainer), "training_seconds": round(training_seconds(trainer), 1),
     }  # fmt: skip
     write_atomic(path, json.dumps(result, indent=2))
     for folder in ("state", "checkpoint"):  # megabytes a cell that nothing needs any more
@@ -106,21 +126,47 @@ def run_cell(cell: Cell, out: Path, size: Size) -> dict[str, object]:
 
 
 def _asked(cell: Cell) -> tuple[Task, ...]:
-    return TASKS if cell.grid == "replay" else TASKS[:1]
+    return TASKS if cell.grid in ("replay", "strategies") else TASKS[:1]
 
 
 def _replay(cell: Cell, out: Path, config: TrainConfig) -> Trainer:
     """Three tasks; the buffer holds a share of the images of the whole sequence."""
     share = REPLAY[cell.condition]
-    images = len(TASKS) * (config.samples or 0)
     if share is None:
-        return _open(cell, out, replace(config, tasks=(ALL,), steps=len(TASKS) * config.steps, samples=images))
-    home, shared = out / "cells" / cell.name, out / "cells" / f"replay-first-task-s{cell.seed}"
-    config = replace(config, replay=round(share * images))
+        return _jointly(cell, out, config)
+    return _branch(cell, out, replace(config, replay=_kept(share, config)), "replay-first-task")
+
+
+def _strategies(cell: Cell, out: Path, config: TrainConfig) -> Trainer:
+    """Three tasks, a strategy against forgetting with the same budget of samples."""
+    settings = STRATEGIES[cell.condition]
+    if settings is None:
+        return _jointly(cell, out, config)
+    config = replace(config, **{"replay": _kept(SHARE, config), **settings})
+    if config.loss == NO_DISTILLATION:  # another first task than the others'
+        return _open(cell, out, config)
+    return _branch(cell, out, config, "ewc-first-task" if config.strategy == "ewc" else "replay-first-task")
+
+
+def _jointly(cell: Cell, out: Path, config: TrainConfig) -> Trainer:
+    images = len(TASKS) * (config.samples or 0)
+    return _open(cell, out, replace(config, tasks=(ALL,), steps=len(TASKS) * config.steps, samples=images))
+
+
+def _kept(share: float, config: TrainConfig) -> int:
+    """Samples in the buffer: a share of the images of the whole sequence."""
+    return round(share * len(TASKS) * (config.samples or 0))
+
+
+def _branch(cell: Cell, out: Path, config: TrainConfig, first_task: str) -> Trainer:
+    """A run that goes on from the first task, which all branches of a seed have in common."""
+    home, shared = out / "cells" / cell.name, out / "cells" / f"{first_task}-s{cell.seed}"
     if (home / "config.json").is_file():
         return Trainer(config, home, resume=True)
     shutil.rmtree(home, ignore_errors=True)  # left by a kill while it was branched
-    largest = replace(config, replay=round(max(s for s in REPLAY.values() if s is not None) * images))
+    largest = replace(config, replay=_kept(max(s for s in REPLAY.values() if s is not None), config))
+    if config.strategy != "ewc":
+        largest = replace(largest, strategy="replay")
     first = Trainer(largest, shared, resume=(shared / "config.json").is_file())
     if first.position.task == 0:
         for _ in first.run():
@@ -128,6 +174,23 @@ def _replay(cell: Cell, out: Path, config: TrainConfig) -> Trainer:
                 break
     branch_run(shared, home, config)
     return Trainer(config, home, resume=True)
+
+
+def remembered_bytes(trainer: Trainer) -> int:
+    """What is kept of earlier tasks at the end: all of their latents and captions where all are trained on jointly."""
+    if trainer.config.tasks != (ALL,):
+        return trainer.strategy.size_bytes
+    latents = trainer.teacher.latents(ALL)
+    held = sum(2 * (mean.numel() + std.numel()) for mean, std in latents.shards)
+    captions = sum(len(caption.encode()) for caption in latents.captions)
+    return round((held + captions) * (len(TASKS) - 1) / len(TASKS))
+
+
+def training_seconds(trainer: Trainer) -> float:
+    """Of all steps, those of a shared first task too, and of the strategy's own work; not of the evaluations."""
+    lines = (trainer.run_folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    steps = sum(trainer.config.batch_size / float(json.loads(line)["samples_per_sec"]) for line in lines)
+    return steps + trainer.watch.seconds.get("strategy", 0.0)
 
 
 def _losses(cell: Cell, out: Path, config: TrainConfig) -> Trainer:

@@ -19,7 +19,7 @@ from kdc_edge.presets import find_preset
 from kdc_edge.train.checkpoint import write_checkpoint
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.distributed import under
-from kdc_edge.train.runs import CHECKPOINTS, MODEL_FILE, load_state
+from kdc_edge.train.runs.states import CHECKPOINTS, MODEL_FILE, load_state
 from kdc_edge.train.student import student_config
 
 

@@ -1,15 +1,8 @@
-"""Saved states of a training run, and runs that go on from them.
+"""Runs that go on from another run's saved state: a branch, more tasks, another objective, more steps.
 
-    RUN/state/00000120-0/  state.json (position, scores), tensors.safetensors (weights, moving average, optimizer,
-                           random state), replay.safetensors (the buffer); at a task's end also the buffer and the
-                           random state from before it, with which the task can be given more steps
-
-    branch_run(Path("runs/kept"), Path("runs/bare"), replace(config, replay=0))      # then resume runs/bare
-    config = continue_run(Path("runs/001"), Path("runs/002"), config)                # then resume runs/002
-    extend_run(Path("runs/001"), replace(config, steps=600))                         # then resume runs/001
-
-A state is everything that a resumed run needs to end with the uninterrupted one's weights. It is written beside its
-place and renamed in; older ones are removed after that, so a kill at any moment leaves at least one whole state.
+branch_run(Path("runs/kept"), Path("runs/bare"), replace(config, replay=0))      # then resume runs/bare
+config = continue_run(Path("runs/001"), Path("runs/002"), config)                # then resume runs/002
+extend_run(Path("runs/001"), replace(config, steps=600))                         # then resume runs/001
 """
 
 from __future__ import annotations
@@ -18,100 +11,19 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from kdc_edge.errors import CheckpointError, InputError
-from kdc_edge.files import atomic_folder, read_json, refuse_foreign_folder, write_atomic
+from kdc_edge.files import refuse_foreign_folder, write_atomic
 from kdc_edge.train.config import TrainConfig, check_same
 from kdc_edge.train.data.cache import Write, write_here
+from kdc_edge.train.distributed import under
 from kdc_edge.train.quality import evaluation_set
-from kdc_edge.train.replay import ReplayBuffer
-
-REPLAY_BEFORE = "replay-before.safetensors"
-MODEL_FILE = "model.json"  # kdc_edge.bundle.Model: how the student is sampled
-CHECKPOINTS = "checkpoints"  # RUN/checkpoints/TASK: the student after a task that was not the last
-
-
-@dataclass
-class Position:
-    """Where a run stands. `total` counts the steps of all tasks, `step` those of task number `task`."""
-
-    task: int = 0
-    step: int = 0
-    total: int = 0
-    drawn: int = 0  # new samples of this task so far
-    metric: str = ""  # what R[i][j] is; higher is better
-    matrix: list[list[float | None]] = field(default_factory=list)  # R[i][j]; None where task j was not known yet
-    values: list[list[dict[str, float] | None]] = field(default_factory=list)  # everything measured, in the same places
-    errors: list[list[dict[str, float] | None]] = field(default_factory=list)  # standard errors, and `images`: how many
-    baselines: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # "teacher" -> task -> values
-    references: dict[str, str] = field(default_factory=dict)  # of each task: what images are compared with
-    settings: dict[str, dict[str, str]] = field(default_factory=dict)  # of each finished task: flag -> value
-    prompts: dict[str, list[str]] = field(default_factory=dict)  # of each finished task: captions for an export
-
-
-@dataclass(frozen=True)
-class BeforeTaskEnd:
-    """What a task's end changes, as it was before: more steps of the task go on from there."""
-
-    generator: Tensor
-    replay: ReplayBuffer
-    drawn: int
-
-
-def save_state(
-    run: Path, position: Position, tensors: dict[str, Tensor], replay: ReplayBuffer, *, keep: int,
-    before: BeforeTaskEnd | None = None,
-) -> None:  # fmt: skip
-    """Write the state of a run, then drop all but the newest `keep`. A task's end and the step before it are two.
-
-    The same position twice is the same state: it is not written again, so that no moment is without it.
-    """
-    if before is not None:
-        tensors = tensors | {"before/generator": before.generator, "before/drawn": torch.tensor(before.drawn)}
-    states = run / "state"
-    out = states / f"{position.total:08d}-{position.task}"
-    if not (out / "state.json").is_file():
-        with atomic_folder(out, marker="state.json") as folder:
-            save_file(
-                {name: t.detach().contiguous().cpu() for name, t in tensors.items()},
-                folder / "tensors.safetensors",
-            )
-            replay.save(folder / "replay.safetensors")
-            if before is not None:
-                before.replay.save(folder / REPLAY_BEFORE)
-            write_atomic(folder / "state.json", json.dumps(asdict(position), indent=2))
-    for old in list_states(run)[keep:]:
-        shutil.rmtree(old)
-    for half in states.glob(".*"):  # left by a kill in the middle of a write
-        shutil.rmtree(half)
-
-
-def list_states(run: Path) -> list[Path]:
-    """Whole states, the newest first."""
-    found = (p for p in (run / "state").glob("*") if not p.name.startswith("."))
-    return sorted((p for p in found if (p / "state.json").is_file()), reverse=True)
-
-
-def load_state(run: Path) -> tuple[Position, dict[str, Tensor], ReplayBuffer]:
-    """The newest state of a run; raises CheckpointError when there is none or it is damaged."""
-    states = list_states(run)
-    if not states:
-        raise CheckpointError(f"{run} holds no saved state to go on from")
-    folder = states[0]
-    try:
-        position = Position(**read_json(folder / "state.json", CheckpointError))  # type: ignore[arg-type]
-        tensors = load_file(folder / "tensors.safetensors")
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{folder} is damaged: {error}; remove it and resume from the one before") from None
-    return position, tensors, ReplayBuffer.load(folder / "replay.safetensors")
+from kdc_edge.train.runs.states import CHECKPOINTS, REPLAY_BEFORE, Position, list_states, load_state, save_state
+from kdc_edge.train.strategies.buffer import ReplayBuffer
 
 
 def branch_run(source: Path, out: Path, config: TrainConfig) -> None:
@@ -171,7 +83,8 @@ def extend_run(run: Path, config: TrainConfig) -> None:
         settings={n: s for n, s in position.settings.items() if n != last},
         prompts={n: p for n, p in position.prompts.items() if n != last},
     )  # fmt: skip
-    tensors["generator"] = tensors.pop("before/generator")
+    before = under("before/", tensors)  # in place of what the task's end made of it
+    tensors = {n: t for n, t in tensors.items() if not n.startswith(("before/", "strategy/"))} | before
     save_state(run, position, tensors, ReplayBuffer.load(state / REPLAY_BEFORE), keep=config.keep + 1)
     shutil.rmtree(state.rename(state.with_name(f".{state.name}")))
     write_atomic(run / "config.json", json.dumps(config.as_json(), indent=2))

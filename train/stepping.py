@@ -1,0 +1,90 @@
+"""One optimizer step on a global batch: each process computes its share of it, in micro-batches.
+
+stepper = Stepper(config, accelerator, teacher, student, objective, watch)
+losses, by_timestep = stepper(batch, rate=1e-4, name="step 1 of flowers")
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from kdc_edge.errors import KdcError
+from kdc_edge.train.config import TrainConfig
+from kdc_edge.train.data.batch import Batch
+from kdc_edge.train.distributed import Student
+from kdc_edge.train.networks import Teacher
+from kdc_edge.train.objective import Objective, Stopwatch
+
+
+@dataclass(frozen=True)
+class StepDone:
+    task: str
+    step: int  # 1-based, of the task
+    steps: int
+    total: int  # steps of all tasks so far
+    losses: dict[str, float]  # every term unweighted, and their weighted total
+    by_timestep: list[float | None]  # the objective's binned term, the least noisy bin first; None where none was drawn
+    learning_rate: float
+    samples_per_sec: float
+    replayed: float  # share of the batch
+    replay_mb: float  # size of the buffer
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """The parts of a run that a step needs. Calling it is collective."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    teacher: Teacher
+    student: Student
+    objective: Objective
+    watch: Stopwatch
+
+    def __call__(
+        self, batch: Batch, *, rate: float, name: str, hold_back: Callable[[], dict[str, float]] = dict
+    ) -> tuple[dict[str, float], list[float | None]]:
+        """Every loss term of the whole batch, and the objective's binned term by timestep bin.
+
+        `hold_back` changes the gradients before the optimizer's step and gives terms of its own.
+        Raises KdcError, which names the step, where the loss is no number.
+        """
+        accelerator, config, objective = self.accelerator, self.config, self.objective
+        micro_batches = accelerator.num_processes * config.accumulate
+        sums: dict[str, Tensor] = {}
+        by_bin = torch.zeros(2, objective.bins, device=accelerator.device)  # summed binned term, and count
+        self.student.begin_step(rate)
+        for i in range(config.accumulate):
+            with self.watch("data"):
+                number = accelerator.process_index * config.accumulate + i
+                mine = batch.micro_batch(number, micro_batches).to(accelerator.device)
+                text = self.teacher.embed(mine.captions)
+            last = i == config.accumulate - 1
+            with nullcontext() if last else accelerator.no_sync(self.student.prepared):
+                terms = objective(self.student.prepared, mine, text)
+                with self.watch("student"):
+                    weight = torch.where(mine.replayed, config.replay_weight, 1.0)
+                    accelerator.backward((terms["total"] * weight).mean() / config.accumulate)
+            terms = {n: t.detach() for n, t in terms.items()}
+            sums = {n: sums.get(n, 0) + t.mean() / config.accumulate for n, t in terms.items()}
+            bins, binned = objective.bin_of(mine.timestep), terms[objective.binned_term]
+            by_bin[0].index_add_(0, bins, binned)
+            by_bin[1].index_add_(0, bins, torch.ones_like(binned))
+        with self.watch("optimizer"):
+            means = accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
+            losses = dict(zip(sums, means, strict=True))
+            if not math.isfinite(losses["total"]):
+                raise KdcError(
+                    f"the loss is no number at {name}: lower --learning-rate, then --resume from the last saved state"
+                )
+            losses |= hold_back()
+            self.student.end_step()
+            total, count = accelerator.reduce(by_bin, "sum").tolist()
+        return losses, [t / n if n else None for t, n in zip(total, count, strict=True)]

@@ -61,7 +61,7 @@ PACKAGES = (
 )  # fmt: skip
 # A component's folder in the bundle <- its network's folder in the checkpoint.
 SOURCES: dict[ComponentName, str] = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae"}
-OPTIONAL_SOURCES: dict[ComponentName, str] = {"vae_encoder": "vae"}
+OPTIONAL_SOURCES: dict[ComponentName, str] = {"vae_encoder": "vae", "safety_checker": "safety_checker"}
 VAE: tuple[ComponentName, ...] = ("vae_decoder", "vae_encoder")
 CONFIG = "config.json"
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -88,8 +88,8 @@ def write_bundle(
     checkpoint, out, row = request.checkpoint, request.out, request.format
     model = read_model(checkpoint)
     sources = SOURCES | {name: OPTIONAL_SOURCES[name] for name in OPTIONAL_SOURCES if name in request.extra}
-    if "vae_encoder" in request.extra:
-        load_network(checkpoint, "vae_encoder")  # refuses a VAE without one, before the work
+    for name in request.extra:
+        load_network(checkpoint, name)  # refuses a checkpoint without it, before the work
     NoiseSchedule.from_config(model.scheduler)  # refuses a schedule that no sampler has, before the work
     with atomic_folder(out, marker=MANIFEST) as folder:
         copy_configs(checkpoint, folder, sources)

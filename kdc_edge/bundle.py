@@ -36,7 +36,7 @@ OF_THE_HUB = ("README.md", ".gitattributes")  # a model card and git's settings,
 OF_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")  # file managers leave these in every folder that they show
 
 Text = Annotated[str, Field(max_length=10_000)]
-ComponentName = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+ComponentName = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder", "safety_checker"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 

@@ -51,7 +51,9 @@ def fit(
     ] = None,
     bundles: Annotated[Path, Option(metavar="DIR", help="Where they are, and where exports go.")] = BUNDLES,
     export: Annotated[bool, Option("--export/--no-export", help="Make the bundles that are missing.")] = True,
-    prompt: Annotated[str, Option(help="What the image shows.")] = "a red flower with five petals",
+    prompt: Annotated[
+        str | None, Option(help="What the images show. Not given: one of eight prompts after the other.")
+    ] = None,
     steps: Annotated[
         str | None,
         Option(
@@ -85,7 +87,7 @@ def fit(
     """Name the cheapest export that meets a budget on this machine, or the nearest where none does."""
     del config
     from kdc_edge.bench.budget import Budget, decide
-    from kdc_edge.bench.case import Case
+    from kdc_edge.bench.case import Case, first_and_more
     from kdc_edge.bench.search import MODES, first_level, search
     from kdc_edge.cli.progress import MeasuringBar
     from kdc_edge.hub import local
@@ -104,8 +106,9 @@ def fit(
     for path in out or ():
         if path.suffix not in FILES:
             raise InputError(f"--out {path} is of no known kind: give it a name that ends in {', '.join(FILES)}")
-    request = make_request(prompt, guidance_mode=None, guidance_interval="0.0:1.0", seed=seed, low_memory=False)
-    base = Case(Path(), request, repeats, warmup, device=device, threads=threads)
+    first, more = first_and_more(prompt)
+    request = make_request(first, guidance_mode=None, guidance_interval="0.0:1.0", seed=seed, low_memory=False)
+    base = Case(Path(), request, repeats, warmup, device=device, threads=threads, more_prompts=more)
     checkpoint = open_folder(local(checkpoint)) if checkpoint else None
     if checkpoint is None and LATEST.exists():
         checkpoint = latest_checkpoint()

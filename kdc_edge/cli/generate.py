@@ -30,6 +30,7 @@ from kdc_edge.cli.options import (
 from kdc_edge.cli.project import Config, best_bundle, open_folder, say
 from kdc_edge.errors import InputError
 
+_CHANGE, _SAMPLING, _SIZE = "Change an image", "Sampling", "Size"  # groups of options
 NAME_CHARS, NAME_BYTES = 60, 150  # of a prompt in a file's name
 
 
@@ -38,23 +39,44 @@ def generate(
     bundle: Annotated[
         Path | None,
         Option(
-            help="A bundle, a checkpoint (through torch), or hf:OWNER/NAME[@REVISION] of the hub; the smallest good one"
-            " in bundles/ when not given."
+            "--bundle",
+            "-b",
+            help="A bundle, a checkpoint (through torch), or hf:OWNER/NAME\\[@REVISION] of the hub; the smallest good"
+            " one in bundles/ when not given.",
         ),
     ] = None,
     prompts: Annotated[Path | None, Option(help="A text file with one prompt a line, instead of a prompt.")] = None,
     image: Annotated[
-        Path | None, Option(help="An image to begin with, resized to the size asked for; needs a vae_encoder.")
+        Path | None,
+        Option(
+            help="An image to begin with, resized to the size asked for; needs a vae_encoder.", rich_help_panel=_CHANGE
+        ),
     ] = None,
-    mask: Annotated[Path | None, Option(help="With --image: white is repainted, black stays.")] = None,
+    mask: Annotated[
+        Path | None, Option(help="With --image: white is repainted, black stays.", rich_help_panel=_CHANGE)
+    ] = None,
     strength: Annotated[
         float | None,
-        Option(help="With --image: the share of the steps that are taken, 0.8, or 1 with a mask. Lower changes less."),
+        Option(
+            help="With --image: the share of the steps that are taken, 0.8, or 1 with a mask. Lower changes less.",
+            rich_help_panel=_CHANGE,
+        ),
     ] = None,
-    images: Annotated[int | None, Option(help="Images of each prompt; 1, or one a seed, when not given.")] = None,
-    steps: Annotated[int | None, Option(help="Steps of the sampler; 20, or those of a few-step student.")] = None,
+    images: Annotated[
+        int | None, Option("--images", "-n", help="Images of each prompt; 1, or one a seed, when not given.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        Option(
+            "--steps", "-s", help="Steps of the sampler; 20, or those of a few-step student.", rich_help_panel=_SAMPLING
+        ),
+    ] = None,
     guidance: Annotated[
-        float | None, Option(help="Guidance scale; 7.5, or a few-step student's. 1 for none, at half the cost.")
+        float | None,
+        Option(
+            help="Guidance scale; 7.5, or a few-step student's. 1 for none, at half the cost.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = None,
     guidance_mode: GuidanceModeOption = None,
     guidance_interval: GuidanceInterval = "0.0:1.0",
@@ -64,17 +86,24 @@ def generate(
     ] = "0",
     scheduler: Annotated[
         str | None,
-        Option(help="A sampler, such as dpm++2m-karras, euler-a, unipc or lcm; the checkpoint's own when not given."),
+        Option(
+            help="A sampler, such as dpm++2m-karras, euler-a, unipc or lcm; the checkpoint's own when not given.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = None,
     negative_prompt: Annotated[str, Option(help="What the image should not show.")] = "",
     plain_prompt: Annotated[
-        bool, Option("--plain-prompt", help="Take brackets as text; else (red:1.3) and [faint] are weights.")
+        bool, Option("--plain-prompt", help="Take brackets as text; else (red:1.3) and \\[faint] are weights.")
     ] = False,
-    width: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
-    height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
+    width: Annotated[int | None, Option(help="Pixels; the model's own when not given.", rich_help_panel=_SIZE)] = None,
+    height: Annotated[int | None, Option(help="Pixels; the model's own when not given.", rich_help_panel=_SIZE)] = None,
     out: Annotated[
         Path | None,
-        Option(help="A PNG file, or a folder. When not given, or a folder: a new file named after prompt and seed."),
+        Option(
+            "--out",
+            "-o",
+            help="A PNG file, or a folder. When not given, or a folder: a new file named after prompt and seed.",
+        ),
     ] = None,
     engine: Engine = None,
     device: Device = None,
@@ -151,6 +180,8 @@ def generate(
                     path = out if out and out.suffix else free_name(out or Path(), asked.prompt, asked.seed)
                     save_png(path, done.pixels, describe(asked, done.pixels, label(bundle)))
                     typer.echo(path)
+                    if done.nsfw:
+                        say(f"image {made + done.step} was blanked by the safety checker: try another seed or prompt")
             made += len(batch)
 
 

@@ -188,17 +188,17 @@ def kill_at_random(folder: Path, found: dict[str, Subject], traced: Path, kills:
     rng, counts, seconds = random.Random(seed), Counter[str](), {}
     with Server(folder, traced) as server:
         for name, subject in found.items():
-            for _ in range(2 if name in ("fit", "quickstart") else 1):  # the first of these traces
+            for _ in range(2):  # the first may trace, and compute the references that the cache keeps
                 _remove(folder / subject.out)
                 begin = time.monotonic()
                 assert server.run(subject.command) == 0, (folder / "log.txt").read_text()[-2000:]
                 seconds[name] = time.monotonic() - begin
             subject.whole(folder / subject.out)
-        while counts.total() < kills:
+        while _landed(counts) < kills:
             name = rng.choices(list(found), [s.share for s in found.values()])[0]
             _kill_once(folder, server, name, found[name], rng, seconds[name], counts)
             if counts.total() % 10 == 0:
-                print(counts.total(), time.strftime("%H:%M:%S"), flush=True)
+                print(_landed(counts), "of", counts.total(), time.strftime("%H:%M:%S"), flush=True)
         for name, subject in found.items():  # the next command of each
             command = subject.typed(folder)
             if command == subject.command and name in ("train", "quickstart"):
@@ -210,6 +210,11 @@ def kill_at_random(folder: Path, found: dict[str, Subject], traced: Path, kills:
         assert _hidden(folder) == set()
         assert list(server.temporary.iterdir()) == []
     return counts
+
+
+def _landed(counts: Counter[str]) -> int:
+    """The signals that ended their command; the others came after its end."""
+    return counts.total() - sum(n for case, n in counts.items() if case.endswith("with 0"))
 
 
 def _kill_once(
@@ -248,7 +253,7 @@ def _kill_once(
 def test_a_few_kills(checkpoint: Path, bundle_fp32: Path, tmp_path: Path, traced_folder: Path) -> None:
     found = subjects(checkpoint, bundle_fp32, proof=False)
     few = {name: found[name] for name in ("export", "init")}
-    assert kill_at_random(tmp_path, few, traced_folder, 4, SEED).total() == 4
+    assert kill_at_random(tmp_path, few, traced_folder, 4, SEED).total() >= 4
 
 
 @pytest.mark.security

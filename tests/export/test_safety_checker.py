@@ -25,6 +25,7 @@ from kdc_edge.export.optional import prove_optional
 from kdc_edge.export.targets import CoreMLOptions, ExportRequest, export_checkpoint
 from kdc_edge.formats import find_format
 from kdc_edge.noise import initial_latents
+from kdc_edge.quiet import quiet
 from kdc_edge.request import Request
 from kdc_edge.runtimes.apple_layout import PROGRAM
 from kdc_edge.runtimes.mil.evaluator import Evaluator
@@ -89,7 +90,8 @@ def openvino_bundle(checked: Path, onnx_bundle: Path, tmp_path_factory: pytest.T
     def write(folder: Path) -> list[str]:
         import openvino as ov
 
-        ov.save_model(openvino.convert(part), folder / openvino.MODEL)
+        with quiet(progress=True):
+            ov.save_model(openvino.convert(part), folder / openvino.MODEL)
         return [openvino.MODEL, "openvino_model.bin"]
 
     return with_checker(

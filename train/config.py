@@ -92,6 +92,7 @@ class TrainConfig(TaskConfig):
     samples: int | None = setting(None, "Images of each task; all by default, 2,000 of the garden.", "Data", ge=1)
     resolution: int | None = setting(None, "Image side in pixels; the teacher's by default.", "Data", ge=1)
     crop: Literal["center", "random"] = setting("center", "Square that an image is cut to.", "Data")
+    buckets: bool = setting(False, "Group images by aspect ratio instead of cutting squares.", "Data")
     noise_offset: float = setting(0.0, "Offset noise: a share of noise that is one for a channel.", "Data", ge=0, lt=1)
     epochs: bool = setting(False, "Draw every new sample once an epoch, instead of each from all.", "Data")
     caption_dropout: float = setting(0.1, "Share of captions emptied, for guidance.", "Data", ge=0, lt=1)
@@ -156,12 +157,27 @@ class TrainConfig(TaskConfig):
     channels_last: bool = setting(False, "Memory layout for tensor cores.", "Performance")
     compile: bool = setting(False, "Compile the blocks of both networks.", "Performance")
 
+    own_noise: bool = setting(
+        False, "Seed the noise of each sample by itself, so that a process draws its share alone.", "Performance"
+    )
+
     save_every: int = setting(100, "Steps between saved states.", "Run", free=True, ge=1)
     keep: int = setting(2, "Saved states kept, the newest.", "Run", free=True, ge=1)
     task_checkpoints: bool = setting(True, "Keep a checkpoint of each task, in RUN/checkpoints.", "Run", free=True)
     log_with: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
         "tensorboard", "Tracker of losses and sample sheets.", "Run", free=True
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        keeps = self.replay if self.replay_mb is None else self.replay_mb
+        if self.buckets and keeps and self.strategy in ("replay", "captions", "generative"):
+            raise InputError(
+                "--buckets trains on batches of one shape, and replay on squares: give --replay 0, or"
+                " another --strategy (ewc, lwf)"
+            )
+        if self.buckets and self.epochs:
+            raise InputError("--buckets and --epochs exclude each other: a batch of one shape has no order of an epoch")
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from kdc_edge.train.data.batch import Batch, draw_batch
 from kdc_edge.train.data.cache import Latents, Say
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.distributed import any_process, make_accelerator, on_main_process, under
-from kdc_edge.train.networks import image_size, prepare_learning, view_run
+from kdc_edge.train.networks import image_size, origin_of, prepare_learning, untrained_student, view_run
 from kdc_edge.train.objective import Stopwatch
 from kdc_edge.train.objectives import find_objective
 from kdc_edge.train.quality import evaluation_set
@@ -121,7 +121,7 @@ class Trainer:
             write_atomic(run / MODEL_FILE, self.ships.model_dump_json(indent=2))
         self.generator = torch.Generator().manual_seed(config.seed)
         self.strategy = STRATEGIES[config.strategy](config, self.accelerator, learning)
-        self.position = Position()
+        self.position = Position(origin=origin_of(config))
         self.before: BeforeTaskEnd | None = None
         if resume:
             self._restore()
@@ -143,6 +143,7 @@ class Trainer:
         config, position = self.config, self.position
         if config.baselines:
             self._measure_baselines()
+            self._measure_added_tasks()
         while position.task < len(config.tasks):
             task = config.tasks[position.task]
             with self.watch("prepare"):
@@ -166,6 +167,7 @@ class Trainer:
             scores = self.evaluate()
             position.values.append([s.values for s in scores.values()])
             position.errors.append([s.errors | {"images": s.images} for s in scores.values()])
+            position.by_class.append([s.by_class for s in scores.values()])
             position.references = {t.name: self.evaluator.evaluation_set(t).asked.kind for t in config.tasks}
             if config.quality != "auto":
                 position.metric = signed(config.quality)
@@ -183,10 +185,28 @@ class Trainer:
     def _measure_baselines(self) -> None:
         """What the teacher, and the student before its first step, are worth on tasks that it is not known of yet."""
         found = self.position.baselines
-        for who in (TEACHER, STEP_0) if self.position.total == 0 else (TEACHER,):
+        for who in (TEACHER, STEP_0):
             unknown = [t for t in self.config.tasks if t.name not in found.get(who, {})]
-            scores = self.evaluate(unknown, teacher=who == TEACHER) if unknown else {}
-            found[who] = found.get(who, {}) | {name: score.values for name, score in scores.items()}
+            scores: dict[str, Score] = {}
+            if unknown and (who == TEACHER or self.position.total == 0):
+                scores = self.evaluate(unknown, teacher=who == TEACHER)
+            elif unknown and (unet := untrained_student(self.config, self.position.origin)) is not None:
+                unet = unet.to(self.accelerator.device).eval()
+                scores = {t.name: self.evaluator.score(unet, t, network=unet, model=self.ships) for t in unknown}
+            if scores:
+                found[who] = found.get(who, {}) | {name: score.values for name, score in scores.items()}
+
+    def _measure_added_tasks(self) -> None:
+        """Complete R's last row where tasks were added since: their quality before any of their training."""
+        position = self.position
+        added = self.config.tasks[len(position.values[-1]) :] if position.values and position.step == 0 else ()
+        for score in self.evaluate(added).values() if added else ():
+            position.values[-1].append(score.values)
+            position.errors[-1].append(score.errors | {"images": score.images})
+            for row in position.by_class[-1:]:  # an older version's states have none
+                row.append(score.by_class)
+        if added:
+            position.matrix = quality_matrix(position.values, position.metric)
 
     def _step(self, task: Task, latents: Latents) -> StepDone:
         started = time.perf_counter()
@@ -210,11 +230,12 @@ class Trainer:
         return event
 
     def draw_batch(self, latents: Latents) -> Batch:
-        """The next global batch."""
+        """The next global batch; with --own-noise, with the noise of this process's share."""
         timesteps = self.objective.draw_timesteps
         batch = draw_batch(
-            self.config, latents, self.replay, timesteps=timesteps, generator=self.generator, drawn=self.position.drawn
-        )
+            self.config, latents, self.replay, timesteps=timesteps, generator=self.generator,
+            drawn=self.position.drawn, own=self.stepper.own_samples(),
+        )  # fmt: skip
         return self.strategy.mark(batch, self.generator)
 
     def any_process(self, flag: bool) -> bool:

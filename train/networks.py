@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +28,7 @@ from kdc_edge.request import made_for
 from kdc_edge.runtimes.torch import load_network
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.cache import Latents, Say, TextEmbedder, cache_latents
+from kdc_edge.train.data.images import make_buckets
 from kdc_edge.train.data.source import Part
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.distributed import Student, compile_blocks, copy_unet, freeze, on_main_process
@@ -40,10 +42,17 @@ from kdc_edge.train.student import Account, make_student
 def image_size(config: TrainConfig, model: Model) -> int:
     """Pixels a side: the configuration's, or the teacher's own. Raises InputError for a size that does not fit it."""
     size = config.resolution or model.latent_size * model.vae_scale
-    unit = model.vae_scale * model.latent_unit
+    unit = size_unit(model)
     if size % unit or size < unit:
         raise InputError(f"--resolution {size} does not fit this teacher: use a multiple of {unit}")
+    if config.buckets and len(make_buckets(size, unit)) == 1:
+        raise InputError(f"--buckets has no shape but the square at --resolution {size}: use {3 * unit} or more")
     return size
+
+
+def size_unit(model: Model) -> int:
+    """Pixels of which an image's sides are multiples."""
+    return model.vae_scale * model.latent_unit
 
 
 class Teacher:
@@ -60,6 +69,7 @@ class Teacher:
         say: Say = lambda _: None,
     ) -> None:
         self.model, self.size = model, image_size(config, model)
+        self._unit = size_unit(model)
         self.device: torch.device = accelerator.device
         self.unet = freeze(unet, config, accelerator)
         self.vae = load_network(config.teacher, "vae_decoder").to(self.device)
@@ -86,6 +96,7 @@ class Teacher:
         return cache_latents(
             task, self.vae, self._cache, vae_sha256=self.vae_sha256, size=self.size, samples=samples, seed=seed,
             part=part, crop=self._config.crop if part == "train" else "center", say=say,
+            buckets=make_buckets(self.size, self._unit) if self._config.buckets and part == "train" else (),
             write_once=partial(on_main_process, self._accelerator),
         )  # fmt: skip
 
@@ -117,10 +128,7 @@ def prepare_learning(
 ) -> Learning:  # fmt: skip
     """Load the networks and let the launch prepare them; `autocast` is the accelerator's where None."""
     teacher_unet = load_network(config.teacher, "unet")
-    preset = find_preset(config.student, "--student")
-    network, inherited = make_student(preset, teacher_unet, seed=config.seed, inherit_weights=config.inherit)
-    if config.start is not None:
-        inherited = start_from(network, config.start)
+    network, inherited = start_student(config, teacher_unet)
     teacher = Teacher(config, model, teacher_unet, accelerator, run, say=say)
 
     def frozen_student(weights: Mapping[str, Tensor]) -> UNet2DConditionModel:
@@ -135,6 +143,31 @@ def prepare_learning(
     if config.compile:
         compile_blocks(teacher.unet)
     return Learning(teacher, Student(network, config, accelerator), made, inherited)
+
+
+def start_student(config: TrainConfig, teacher_unet: UNet2DConditionModel) -> tuple[UNet2DConditionModel, Account]:
+    """The student at step 0, and what each of its weights was copied from."""
+    preset = find_preset(config.student, "--student")
+    network, inherited = make_student(preset, teacher_unet, seed=config.seed, inherit_weights=config.inherit)
+    return network, inherited if config.start is None else start_from(network, config.start)
+
+
+def origin_of(config: TrainConfig) -> dict[str, Any]:
+    """The settings that the student at step 0 follows from, beside teacher and preset."""
+    return {
+        "seed": config.seed,
+        "inherit": config.inherit,
+        "start": None if config.start is None else str(config.start),
+    }
+
+
+def untrained_student(config: TrainConfig, origin: dict[str, Any] | None) -> UNet2DConditionModel | None:
+    """The student at step 0 made again from its origin; None where that is unknown, or its checkpoint gone."""
+    if origin is None or (origin["start"] is not None and not Path(origin["start"]).is_dir()):
+        return None
+    start = None if origin["start"] is None else Path(origin["start"])
+    config = replace(config, seed=origin["seed"], inherit=origin["inherit"], start=start)
+    return start_student(config, load_network(config.teacher, "unet"))[0]
 
 
 def start_from(network: UNet2DConditionModel, checkpoint: Path) -> Account:

@@ -57,13 +57,12 @@ class Stepper:
         Raises KdcError, which names the step, where the loss is no number.
         """
         accelerator, config, objective = self.accelerator, self.config, self.objective
-        micro_batches = accelerator.num_processes * config.accumulate
+        micro_batches = self._micro_batches
         sums: dict[str, Tensor] = {}
         by_bin = torch.zeros(2, objective.bins, device=accelerator.device)  # summed binned term, and count
         self.student.begin_step(rate)
-        for i in range(config.accumulate):
+        for i, number in enumerate(self._numbers()):
             with self.watch("data"):
-                number = accelerator.process_index * config.accumulate + i
                 mine = batch.micro_batch(number, micro_batches).to(accelerator.device)
                 text = self.teacher.embed(mine.captions)
             last = i == config.accumulate - 1
@@ -88,3 +87,18 @@ class Stepper:
             self.student.end_step()
             total, count = accelerator.reduce(by_bin, "sum").tolist()
         return losses, [t / n if n else None for t, n in zip(total, count, strict=True)]
+
+    def own_samples(self) -> list[int]:
+        """The numbers of the samples of a batch that this process computes."""
+        of = self._micro_batches
+        return [i for number in self._numbers() for i in range(number, self.config.batch_size, of)]
+
+    @property
+    def _micro_batches(self) -> int:
+        processes: int = self.accelerator.num_processes
+        return processes * self.config.accumulate
+
+    def _numbers(self) -> range:
+        """The numbers of this process's micro-batches."""
+        first = self.accelerator.process_index * self.config.accumulate
+        return range(first, first + self.config.accumulate)

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,11 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from kdc_edge.train.loop import Trainer
-from tests.train.test_distributed import settings
-for _ in Trainer(settings(), Path(sys.argv[1])).run():
+from tests.train.test_distributed import scores, settings
+run = Path(sys.argv[1])
+trainer = Trainer(settings(), run)
+run.with_name(f"scores-{trainer.accelerator.process_index}").write_text(scores(trainer))
+for _ in trainer.run():
     pass
 """
 
@@ -101,7 +105,18 @@ Path(sys.argv[1]).with_name(f"said-{os.environ['RANK']}").write_text(said.getval
 
 
 def settings(**changes: object):  # type: ignore[no-untyped-def]
-    return config(**({"tasks": TASKS[:1], "steps": 3, "batch_size": 4, "save_every": 2, "device": "cpu"} | changes))
+    return config(
+        **(
+            {"tasks": TASKS[:1], "steps": 3, "eval_steps": 3, "batch_size": 4, "save_every": 2, "device": "cpu"}
+            | changes
+        )
+    )
+
+
+def scores(trainer: Trainer) -> str:
+    """Of the teacher, on images of two batches and on held-out latents: all that is found, to the last bit."""
+    evaluator = replace(trainer.evaluator, images=18, garden_loss=True)
+    return repr(evaluator.score(trainer.teacher.unet, TASKS[0], network=trainer.teacher.unet))
 
 
 def losses(run: Path) -> torch.Tensor:
@@ -117,8 +132,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_two_gloo_processes_have_the_curve_of_one(alone: Path, tmp_path: Path) -> None:
+def test_two_gloo_processes_have_the_curve_and_the_scores_of_one(alone: Path, tmp_path: Path) -> None:
     launch_two_processes(PROGRAM, tmp_path / "run")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = scores(Trainer(settings(), tmp_path / "alone"))
+    torch.set_num_threads(threads)
+    assert [(tmp_path / f"scores-{rank}").read_text("utf-8") for rank in (0, 1)] == [expected] * 2
     torch.testing.assert_close(losses(tmp_path / "run"), losses(alone), rtol=1e-4, atol=1e-6)
     assert distance(tmp_path / "run", alone) < 1e-4
 

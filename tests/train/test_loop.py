@@ -32,7 +32,7 @@ from kdc_edge.train.quality.matrix import (
     quality_matrix,
     signed_forgetting,
 )
-from kdc_edge.train.runs.continuing import branch_run
+from kdc_edge.train.runs.continuing import branch_run, continue_run
 from kdc_edge.train.stepping import StepDone
 
 TASKS = (Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies"))
@@ -166,6 +166,15 @@ def test_the_teacher_and_step_0_are_measured_beside_r(tmp_path: Path) -> None:
     errors = results["standard_errors"][1][0]
     assert errors["images"] == 2
     assert set(errors) == {"images", "prompt_accuracy", "exact"}  # a jackknife of the kernel needs three images
+    for _ in Trainer(replace(small, tasks=TASKS[:1]), tmp_path / "first").run():
+        pass
+    joined = continue_run(tmp_path / "first", tmp_path / "then", replace(small, tasks=TASKS[1:], seed=1))
+    for _ in Trainer(joined, tmp_path / "then", resume=True).run():
+        pass
+    then = json.loads((tmp_path / "then" / "results.json").read_text("utf-8"))
+    assert then["baseline_values"] == results["baseline_values"]  # also of the task that was added later
+    assert then["prompt_accuracy"] == [pytest.approx(row) for row in results["prompt_accuracy"]]
+    assert then["forward_transfer"] == pytest.approx(0)
     card = (tmp_path / "run" / "checkpoint" / "README.md").read_text("utf-8")
     assert "| teacher | " in card
     assert "| step 0 | " in card

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,3 +170,18 @@ def test_tasks_that_were_not_known_yet_are_left_out_of_the_mean() -> None:
     assert backward_transfer(r) == pytest.approx(-0.3)
     assert forgetting(r) == pytest.approx(0.3)
     assert forgetting([[0.9], [0.6, 0.8]]) == pytest.approx(0.3)
+
+
+def test_scores_by_class_are_means_over_the_classes_that_are_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def measure(_: object, images: np.ndarray, *rest: Any) -> dict[str, float]:
+        rest[-1]["clip_score"] = np.arange(len(images), dtype=float)
+        return {"clip_score": 1.5}
+
+    monkeypatch.setattr(ImageMetrics, "measure", measure)
+    classes = {"a rose": "rose", "the rose": "rose", "a lily": "lily"}
+    asked = Asked(("a rose", "a lily", "the rose", "anything"), (), None, "", classes)
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    score = score_images(images, asked, ImageMetrics(), losses=[0.5, 0.25], loss_captions=["a lily", "a lily"])
+    assert score.by_class == {"rose": {"clip_score": 1.0}, "lily": {"clip_score": 1.0, "loss": 0.375}}

@@ -50,6 +50,7 @@ def test_a_single_task_cannot_be_forgotten_and_distances_have_no_spread() -> Non
 
 def test_noise_comes_in_batches_that_are_drawn_by_their_place() -> None:
     noise = evaluation_noise(20, (4, 16, 16), seed=7)
+    assert np.array_equal(evaluation_noise(20, (4, 16, 16), 7, range(15, 18)), noise[15:18])
     assert noise.shape == (20, 4, 16, 16)
     np.testing.assert_array_equal(noise[:16], initial_latents((16, 4, 16, 16), 7))
     np.testing.assert_array_equal(noise[16:], initial_latents((4, 4, 16, 16), 7 + 16))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -13,6 +14,7 @@ from kdc_edge.errors import CheckpointError
 from kdc_edge.train.config import ReplayPolicy
 from kdc_edge.train.data.batch import Batch, draw_batch, epoch_samples
 from kdc_edge.train.data.cache import Latents
+from kdc_edge.train.stepping import Stepper
 from kdc_edge.train.strategies.buffer import ReplayBuffer
 from tests.train.test_loop import config
 
@@ -191,3 +193,35 @@ def test_offset_noise_is_one_for_a_channel_and_epochs_take_the_new_samples() -> 
     batch = draw(torch.Generator().manual_seed(0))
     assert sorted(map(int, batch.captions)) == list(range(60))
     assert float(batch.noise.mean((2, 3)).std()) == pytest.approx(0.5, abs=0.1)  # without: 1 / 16
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_process_draws_the_noise_of_its_own_samples(accumulate: int) -> None:
+    """With --own-noise: the shares of two processes are the batch of one, and all else is drawn alike."""
+    latents = Latents([(torch.zeros(9, 1, 4, 2, 2), torch.ones(9, 1, 4, 2, 2))], [str(i) for i in range(9)])
+    settings = config(batch_size=8, own_noise=True, noise_offset=0.1, accumulate=accumulate)
+
+    def draw(processes: int, rank: int) -> tuple[Batch, list[int]]:
+        accelerator = SimpleNamespace(num_processes=processes, process_index=rank)
+        own = Stepper(settings, accelerator, *[None] * 4).own_samples()  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(3)
+        return draw_batch(
+            settings, latents, ReplayBuffer(0), timesteps=lambda n, g: torch.randint(1000, (n,), generator=g),
+            generator=generator, own=own,
+        ), own  # fmt: skip
+
+    whole, every = draw(1, 0)
+    assert sorted(every) == list(range(8))
+    seen = []
+    for rank in (0, 1):
+        batch, own = draw(2, rank)
+        assert len(own) == 4
+        seen += own
+        others = [i for i in range(8) if i not in own]
+        assert torch.equal(batch.sample[own], whole.sample[own])
+        assert torch.equal(batch.noise[own], whole.noise[own])
+        assert batch.noise[others].abs().max() == 0
+        assert torch.equal(batch.timestep, whole.timestep)
+        assert batch.captions == whole.captions
+    assert sorted(seen) == list(range(8))
+    assert whole.noise.flatten(1).std(1).min() > 0.3

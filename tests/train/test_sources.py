@@ -545,3 +545,28 @@ def test_a_random_crop_is_one_square_of_an_image_and_stays_where_it_is(tmp_path:
     assert set(found[0]) == {found[0][0]}
     assert len(set(found[1])) > 3
     assert found[1] == found[2] != [s.image[0, 0, 0] for s in everything(source, crop="random", seed=1)[0]]
+
+
+def test_tasks_by_class_range_of_one_source(tmp_path: Path) -> None:
+    """Flowers are numbered from 0 in the official order; folders by their names."""
+    root = flowers(tmp_path / "flowers")
+    assert [s.name for s in everything(open_source(f"oxford-flowers:{root}#0-0"))[0]] == ["jpg/image_00001.jpg"]
+    rest = open_source(f"oxford-flowers:{root}#1-101")
+    assert len(everything(rest)[0]) == 6
+    assert rest.has_test_part
+    assert rest.caption_classes()["a photo of a passion flower, a type of flower"] == "passion flower"
+    whole, part = (open_source(f"oxford-flowers:{root}{ending}") for ending in ("", "#0-101"))
+    assert everything(whole)[0][3].caption == everything(part)[0][3].caption
+    assert rest.fingerprint() != whole.fingerprint()
+    assert "classes 1 to 101 of 102: hard-leaved pocket orchid, " in " ".join(rest.notes())
+    folders = class_folders(tmp_path / "photos#0-0")  # a folder's own name
+    assert len(everything(open_source(f"imagefolder:{folders}"))[0]) == 8
+    assert set(captions(open_source(f"imagefolder:{folders}#1-1")).values()) == {"a photo of a red rose"}
+    for what, words in (
+        (f"oxford-flowers:{root}#100-102", "has the classes 0 to 101: #100-102 cannot be taken"),
+        (f"oxford-flowers:{root}#1-3", "has no images to train on in the classes 1 to 3"),
+        ("garden:flowers#0-1", "which garden: does not have"),
+        (f"imagefolder:{metadata_folder(tmp_path / 'rows')}#0-1", "has no classes: #0-1 cannot be taken"),
+    ):
+        with pytest.raises(InputError, match=words):
+            open_source(what)

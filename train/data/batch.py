@@ -6,7 +6,7 @@ noisy, target = add_noise(batch, alphas_cumprod, prediction_type="epsilon")
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -48,18 +48,19 @@ class Batch:
 
 def draw_batch(
     config: TrainConfig, latents: Latents, replay: ReplayBuffer, *, timesteps: DrawTimesteps,
-    generator: torch.Generator, drawn: int = 0,
+    generator: torch.Generator, drawn: int = 0, own: Sequence[int] | None = None,
 ) -> Batch:  # fmt: skip
     """The global batch of a step: new samples and, once there are any, a share of replayed ones, with their noise.
 
-    `drawn` counts the task's new samples before this step, for epochs. Every process draws the same one. The order of
-    draws is part of exact resume.
+    `drawn` counts the task's new samples before this step, for epochs. Every process draws the same one; with
+    --own-noise the noise of the samples numbered in `own` alone (of all where None). The order of draws is part of
+    exact resume.
     """
     old = replayed_count(config, generator) if len(replay) else 0
     if config.epochs:
         new = epoch_samples(len(latents), drawn, config.batch_size - old, seed=config.seed)
     else:
-        new = torch.randint(len(latents), (config.batch_size - old,), generator=generator)
+        new = _draw_new(latents, config.batch_size - old, generator)
     mean, std = random_flip(latents, generator)(new)
     captions = [latents.captions[i] for i in new.tolist()]
     if old:
@@ -68,9 +69,10 @@ def draw_batch(
         captions += [replay.captions[i] for i in picked.tolist()]
     mean, std = mean.float(), std.float()
     dropped = torch.rand(len(captions), generator=generator) < config.caption_dropout
-    sample, noise = (torch.randn(mean.shape, generator=generator) for _ in range(2))
-    if config.noise_offset:
-        noise += config.noise_offset * torch.randn((*mean.shape[:2], 1, 1), generator=generator)
+    if config.own_noise:
+        sample, noise = _noise_by_sample(mean.shape, config.noise_offset, generator, own)
+    else:
+        sample, noise = _draw_noise(mean.shape, config.noise_offset, generator)
     return Batch(
         sample=mean + std * sample,
         noise=noise,
@@ -78,6 +80,35 @@ def draw_batch(
         replayed=torch.arange(config.batch_size) >= config.batch_size - old,
         captions=["" if d else c for c, d in zip(captions, dropped.tolist(), strict=True)],
     )
+
+
+def _draw_noise(shape: torch.Size, offset: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noise of the posteriors and of the diffusion, each of this shape (B, C, h, w)."""
+    sample, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+    if offset:
+        noise += offset * torch.randn((*shape[:2], 1, 1), generator=generator)
+    return sample, noise
+
+
+def _noise_by_sample(
+    shape: torch.Size, offset: float, generator: torch.Generator, own: Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    """The same, each sample's from a seed of its own; zeros where a sample is not among the process's `own`."""
+    seeds = torch.randint(2**62, (shape[0],), generator=generator).tolist()
+    sample, noise = torch.zeros(shape), torch.zeros(shape)
+    for i in range(shape[0]) if own is None else own:
+        one = torch.Size((1, *shape[1:]))
+        sample[i : i + 1], noise[i : i + 1] = _draw_noise(one, offset, torch.Generator().manual_seed(seeds[i]))
+    return sample, noise
+
+
+def _draw_new(latents: Latents, count: int, generator: torch.Generator) -> Tensor:
+    """Numbers (count,) of samples of one shape, each sample as likely as another, with repetition."""
+    if latents.one_shape:
+        return torch.randint(len(latents), (count,), generator=generator)
+    first = torch.randint(len(latents), (1,), generator=generator)
+    group = latents.alike(int(first))
+    return torch.cat([first, group[torch.randint(len(group), (count - 1,), generator=generator)]])
 
 
 def epoch_samples(count: int, drawn: int, wanted: int, *, seed: int) -> Tensor:

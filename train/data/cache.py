@@ -15,6 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,8 @@ from kdc_edge.diffusers_folder import hash_checkpoint
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import write_atomic
 from kdc_edge.tokenizer import Tokenizer
-from kdc_edge.train.data.images import Crop, LeftOut
-from kdc_edge.train.data.source import Part
+from kdc_edge.train.data.images import Crop, LeftOut, Shape
+from kdc_edge.train.data.source import Part, Sample
 from kdc_edge.train.data.tasks import Task
 
 SHARD_BYTES = 64 * 2**20
@@ -54,7 +55,7 @@ class Latents:
     F is 2 where the mirror image was encoded too, else 1.
     """
 
-    shards: list[tuple[Tensor, Tensor]]
+    shards: list[tuple[Tensor, Tensor]]  # of one shape each; of several where images are grouped by aspect ratio
     captions: list[str]
     starts: Tensor = field(init=False)  # the first sample's number of each shard, (shards,)
 
@@ -68,6 +69,23 @@ class Latents:
     @property
     def flips(self) -> int:
         return int(self.shards[0][0].shape[1])
+
+    def alike(self, number: int) -> Tensor:
+        """The numbers (n,) of the samples of one sample's shape."""
+        shard = int(torch.searchsorted(self.starts, number, right=True)) - 1
+        return self._groups[self.shards[shard][0].shape[1:]]
+
+    @property
+    def one_shape(self) -> bool:
+        return len(self._groups) < 2
+
+    @cached_property
+    def _groups(self) -> dict[torch.Size, Tensor]:
+        """The samples' numbers (n,) of each shape."""
+        numbers: dict[torch.Size, list[Tensor]] = {}
+        for start, (mean, _) in zip(self.starts.tolist(), self.shards, strict=True):
+            numbers.setdefault(mean.shape[1:], []).append(torch.arange(start, start + len(mean)))
+        return {shape: torch.cat(found) for shape, found in numbers.items()}
 
     def take(self, numbers: Tensor, flipped: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and std (B, C, h, w) fp16 of these samples (B,), mirrored where `flipped` (B,) says so."""
@@ -85,10 +103,20 @@ class Latents:
 
 
 def cache_key(
-    task: Task, *, vae_sha256: str, size: int, samples: int | None, seed: int, part: Part, crop: Crop = "center"
-) -> str:
+    task: Task, *, vae_sha256: str, size: int, samples: int | None, seed: int, part: Part, crop: Crop = "center",
+    buckets: Sequence[Shape] = (),
+) -> str:  # fmt: skip
     """Sixteen digits that change with anything that changes the latents."""
-    facts = [task.open().fingerprint(), vae_sha256, size, samples, seed, part, *([crop] if crop != "center" else [])]
+    facts: list[object] = [
+        task.open().fingerprint(),
+        vae_sha256,
+        size,
+        samples,
+        seed,
+        part,
+        *([crop] if crop != "center" else []),
+    ]
+    facts += [buckets] if buckets else []
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -115,6 +143,7 @@ def cache_latents(
     seed: int = 0,
     part: Part = "train",
     crop: Crop = "center",
+    buckets: Sequence[Shape] = (),
     say: Say = lambda _: None,
     write_once: Callable[[Write], None] = write_here,
 ) -> Latents:
@@ -122,19 +151,25 @@ def cache_latents(
 
     Of several processes one writes: `write_once` runs the writing there and gives back when all may read.
     """
-    key = cache_key(task, vae_sha256=vae_sha256, size=size, samples=samples, seed=seed, part=part, crop=crop)
+    key = cache_key(
+        task, vae_sha256=vae_sha256, size=size, samples=samples, seed=seed, part=part, crop=crop, buckets=buckets
+    )
     home = folder / f"{task.name}-{part}-{key}"
 
     def write() -> None:
         if not (home / "index.json").is_file():
-            _encode(task, vae, home, size=size, samples=samples, seed=seed, part=part, crop=crop, say=say)
+            _encode(
+                task, vae, home, size=size, samples=samples, seed=seed, part=part, crop=crop, buckets=buckets, say=say
+            )
 
     write_once(write)
     shards, captions = [], []
     for path in sorted(home.glob("shard-*.safetensors")):
         with _open(path) as file:
-            shards.append((file.get_tensor("mean"), file.get_tensor("std")))
-            captions += json.loads(file.metadata()["captions"])
+            texts = json.loads(file.metadata()["captions"])
+            for shape in _shapes(file):
+                shards.append((file.get_tensor(f"mean{shape}"), file.get_tensor(f"std{shape}")))
+                captions += texts[shape] if isinstance(texts, dict) else texts
     return Latents(shards, captions)
 
 
@@ -148,6 +183,7 @@ def _encode(
     seed: int,
     part: Part,
     crop: Crop,
+    buckets: Sequence[Shape],
     say: Say,
 ) -> None:
     """One pass over the source, behind the shards that are there already."""
@@ -158,27 +194,24 @@ def _encode(
     read, kept, left = _progress(done)
     per_shard = max(1, min(SHARD_SAMPLES, SHARD_BYTES // (32 * size * size // 64)))
     number = len(done)
-    images: list[np.ndarray] = []
-    captions: list[str] = []
+    pending: list[Sample] = []
     names: list[str] = []
 
     def flush() -> None:
         nonlocal number, kept
-        if images:
-            _write_shard(home / f"shard-{number:05d}.safetensors", vae, images, captions, source.mirrored, read, left)
-            number, kept = number + 1, kept + len(images)
-            images.clear()
-            captions.clear()
+        if pending:
+            _write_shard(home / f"shard-{number:05d}.safetensors", vae, pending, source.mirrored, read, left)
+            number, kept = number + 1, kept + len(pending)
+            pending.clear()
 
-    for item in source.read(size=size, samples=samples, seed=seed, start=read, part=part, crop=crop):
+    for item in source.read(size=size, samples=samples, seed=seed, start=read, part=part, crop=crop, buckets=buckets):
         read += 1
         if isinstance(item, LeftOut):
             left[item.reason] += 1
             names += [f"{item.name}: {item.reason}"] if len(names) < NAMES_KEPT else []
             continue
-        images.append(item.image)
-        captions.append(item.caption)
-        if len(images) == per_shard:
+        pending.append(item)
+        if len(pending) == per_shard:
             flush()
     flush()
     reasons = ", ".join(f"{count} {reason}" for reason, count in left.most_common())
@@ -197,20 +230,37 @@ def _progress(done: list[Path]) -> tuple[int, int, Counter[str]]:
     for path in done:
         with _open(path) as file:
             facts = json.loads(file.metadata()["progress"])
-            kept += file.get_slice("mean").get_shape()[0]
+            kept += sum(file.get_slice(f"mean{shape}").get_shape()[0] for shape in _shapes(file))
         read, left = int(facts["read"]), Counter(facts["left_out"])
     return read, kept, left
 
 
+def _shapes(file: safe_open) -> list[str]:
+    """What the names of a shard's tensors end in: "" where all of its samples have one shape, else "-HxW" of each."""
+    names: list[str] = file.keys()  # type: ignore[no-untyped-call]
+    return sorted(name.removeprefix("mean") for name in names if name.startswith("mean"))
+
+
 def _write_shard(
-    path: Path,
-    vae: AutoencoderKL,
-    images: list[np.ndarray],
-    captions: list[str],
-    mirrored: bool,
-    read: int,
-    left: Counter[str],
+    path: Path, vae: AutoencoderKL, samples: Sequence[Sample], mirrored: bool, read: int, left: Counter[str]
 ) -> None:
+    by_shape: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_shape.setdefault(f"-{sample.image.shape[0]}x{sample.image.shape[1]}", []).append(sample)
+    tensors: dict[str, Tensor] = {}
+    captions = {shape: [sample.caption for sample in found] for shape, found in by_shape.items()}
+    for shape, found in by_shape.items():
+        ending = shape if len(by_shape) > 1 else ""
+        tensors[f"mean{ending}"], tensors[f"std{ending}"] = _encode_shape(vae, [s.image for s in found], mirrored)
+    texts = {
+        "captions": json.dumps(captions if len(captions) > 1 else next(iter(captions.values()))),
+        "progress": json.dumps({"read": read, "left_out": left}),
+    }
+    write_atomic(path, save(tensors, metadata=texts))
+
+
+def _encode_shape(vae: AutoencoderKL, images: Sequence[np.ndarray], mirrored: bool) -> tuple[Tensor, Tensor]:
+    """Posterior mean and std (n, F, C, h, w) fp16 of images of one shape."""
     at_once = max(1, 2**22 // images[0].size)  # a batch of 4 million values keeps the encoder's memory small
     means, stds = [], []
     for start in range(0, len(images), at_once):
@@ -219,8 +269,7 @@ def _write_shard(
         encoded = [encode_images(vae, flip) for flip in flips]
         means.append(torch.stack([mean for mean, _ in encoded], 1))  # (n, F, C, h, w)
         stds.append(torch.stack([std for _, std in encoded], 1))
-    texts = {"captions": json.dumps(captions), "progress": json.dumps({"read": read, "left_out": left})}
-    write_atomic(path, save({"mean": torch.cat(means), "std": torch.cat(stds)}, metadata=texts))
+    return torch.cat(means), torch.cat(stds)
 
 
 def _open(path: Path) -> safe_open:

@@ -9,14 +9,14 @@ import csv
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdc_edge.errors import InputError, require
 from kdc_edge.text import printable
 from kdc_edge.train.data.flower_names import FLOWER_NAMES
-from kdc_edge.train.data.images import PICKLES, SUFFIXES, Crop, LeftOut, read_image
+from kdc_edge.train.data.images import PICKLES, SUFFIXES, Crop, LeftOut, Shape, read_image
 from kdc_edge.train.data.source import Part, Sample, Template, fill, set_aside
 
 
@@ -26,6 +26,7 @@ class Entry:
     caption: str
     part: Part = "train"
     origin: str = "labels"  # of the caption, in words
+    label: str = ""  # name of the class, where the caption is made from it
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class FileSource:
     root: Path
     entries: tuple[Entry, ...]
     said: tuple[str, ...]
+    classes: tuple[str, ...] = ()  # in the order of their numbers
     mirrored = True
 
     @property
@@ -59,6 +61,7 @@ class FileSource:
         start: int = 0,
         part: Part = "train",
         crop: Crop = "center",
+        buckets: Sequence[Shape] = (),
     ) -> Iterator[Sample | LeftOut]:
         wanted: Part = part if self.has_test_part else "train"
         chosen = [entry for entry in self.entries if entry.part == wanted]
@@ -67,9 +70,26 @@ class FileSource:
         for entry in chosen[start:]:
             name = str(entry.path.relative_to(self.root))
             try:
-                yield Sample(name, read_image(entry.path, size=size, name=name, crop=crop, seed=seed), entry.caption)
+                image = read_image(entry.path, size=size, name=name, crop=crop, seed=seed, buckets=buckets)
+                yield Sample(name, image, entry.caption)
             except LeftOut as problem:
                 yield problem
+
+    def caption_classes(self) -> dict[str, str]:
+        return {entry.caption: entry.label for entry in self.entries if entry.label}
+
+    def select(self, first: int, last: int) -> FileSource:
+        """The images of the classes `first` to `last`, counted from 0; raises InputError where one is missing."""
+        if not 0 <= first <= last < len(self.classes):
+            has = f"has the classes 0 to {len(self.classes) - 1}" if self.classes else "has no classes"
+            raise InputError(f"{self.root} {has}: #{first}-{last} cannot be taken")
+        chosen = set(self.classes[first : last + 1])
+        entries = [entry for entry in self.entries if entry.label in chosen]
+        if not any(entry.part == "train" for entry in entries):
+            raise InputError(f"{self.root} has no images to train on in the classes {first} to {last}: take others")
+        names = ", ".join(printable(name, 40) for name in self.classes[first : last + 1][:3])
+        note = f"classes {first} to {last} of {len(self.classes)}: {names}{', ...' if last - first > 2 else ''}"
+        return replace(self, entries=tuple(entries), said=(*self.said, note), classes=self.classes[first : last + 1])
 
     def notes(self) -> list[str]:
         return [*self.said, *self.summary()]
@@ -99,9 +119,10 @@ def open_oxford_flowers(what: str, caption: Template) -> FileSource:
             raise InputError(f"{root / 'imagelabels.mat'} has the label {label}: 1 to {len(FLOWER_NAMES)} are flowers")
         if number in known:
             path = root / "jpg" / f"image_{number:05d}.jpg"
-            text = fill(caption, "a photo of a {name}, a type of flower", FLOWER_NAMES[label - 1], key=path.name)
-            entries.append(Entry(path, text, "test" if number in test else "train"))
-    return source_of(root, entries, [], "jpg/, imagelabels.mat and setid.mat")
+            name = FLOWER_NAMES[label - 1]
+            text = fill(caption, "a photo of a {name}, a type of flower", name, key=path.name)
+            entries.append(Entry(path, text, "test" if number in test else "train", label=name))
+    return source_of(root, entries, [], "jpg/, imagelabels.mat and setid.mat", classes=FLOWER_NAMES)
 
 
 def open_butterflies(what: str, caption: Template) -> FileSource:
@@ -124,7 +145,7 @@ def open_butterflies(what: str, caption: Template) -> FileSource:
                 label = labels.get(path.relative_to(root).as_posix(), folder.name)
                 name = readable(label).lower()
                 text = fill(caption, "a photo of a {name}, a type of butterfly", name, key=f"{folder.name}/{path.name}")
-                entries.append(Entry(path, text, part))
+                entries.append(Entry(path, text, part, label=name))
     return source_of(root, entries, said, "train/SPECIES/*.jpg, and valid/ and test/ alike")
 
 
@@ -176,12 +197,16 @@ def readable(name: str) -> str:
     return name.replace("_", " ").strip()
 
 
-def source_of(root: Path, entries: list[Entry], said: list[str], layout: str) -> FileSource:
+def source_of(
+    root: Path, entries: list[Entry], said: list[str], layout: str, *, classes: Sequence[str] = ()
+) -> FileSource:
+    """The entries as a source; classes are numbered as in `classes`, else by their names' order."""
     if not any(entry.part == "train" for entry in entries):
         raise InputError(f"{root} holds no images to train on: expected {layout}")
     if not any(entry.part == "test" for entry in entries):
         entries = _with_test_part(entries, said)
-    return FileSource(root, tuple(entries), (*_said_of_pickles(root), *said))
+    names = classes or sorted({entry.label for entry in entries if entry.label})
+    return FileSource(root, tuple(entries), (*_said_of_pickles(root), *said), tuple(names))
 
 
 def _with_test_part(entries: list[Entry], said: list[str]) -> list[Entry]:

@@ -90,7 +90,8 @@ def _from_files(folder: Path, label: str, part: Part, caption: Template, said: l
             text = _beside(path)
             default, words = ("{name}", text) if text else ("a photo of a {name}", readable(name))
             origin = "text files" if text else "folder names"
-            yield Entry(path, fill(caption, default, words, key=path.name), part, origin)
+            made = fill(caption, default, words, key=path.name)
+            yield Entry(path, made, part, origin, "" if text else readable(name))
     if bare:
         said.append(f"{bare} images in {printable(str(folder))} left out: neither a text file beside them nor a class")
 

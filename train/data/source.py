@@ -8,13 +8,13 @@ from __future__ import annotations
 import random
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 
-from kdc_edge.train.data.images import Crop, LeftOut
+from kdc_edge.train.data.images import Crop, LeftOut, Shape
 
 Part = Literal["train", "test"]
 
@@ -31,7 +31,7 @@ class Sample:
     """One image with its caption; `name` says where it came from."""
 
     name: str
-    image: np.ndarray  # uint8 (size, size, 3)
+    image: np.ndarray  # uint8 (size, size, 3), or of a bucket's shape
     caption: str
 
 
@@ -61,8 +61,16 @@ class Source(Protocol):
         start: int = 0,
         part: Part = "train",
         crop: Crop = "center",
+        buckets: Sequence[Shape] = (),
     ) -> Iterator[Sample | LeftOut]:
-        """At most `samples` entries (all where None) from entry number `start` on, always in the same order."""
+        """At most `samples` entries (all where None) from entry number `start` on, always in the same order.
+
+        `crop` and `buckets` are those of `read_image`.
+        """
+        ...
+
+    def caption_classes(self) -> dict[str, str]:
+        """The class of each caption that is made from a class's name; none where classes are not known."""
         ...
 
     def notes(self) -> list[str]:

@@ -1,5 +1,7 @@
 """Data sources: images with captions, one registry. A source is written `KIND:WHAT`, e.g. `imagefolder:photos`.
 
+`KIND:WHAT#FIRST-LAST` takes the classes of these numbers, counted from 0, of a source that has classes.
+
     source = open_source("oxford-flowers:data/flowers", caption="a photo of a {name}, a type of flower")
     for item in source.read(size=512, samples=None, seed=0):     # Sample, or LeftOut with a reason
 
@@ -8,22 +10,25 @@ Reading is lazy and repeatable: `start` skips what an interrupted pass has read 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from kdc_edge.errors import InputError
-from kdc_edge.train.data.files import open_butterflies, open_oxford_flowers
+from kdc_edge.train.data.files import FileSource, open_butterflies, open_oxford_flowers
 from kdc_edge.train.data.folders import open_imagefolder
-from kdc_edge.train.data.images import Crop, LeftOut
+from kdc_edge.train.data.images import Crop, LeftOut, Shape
 from kdc_edge.train.data.source import Part, Sample, Source, Template
 from kdc_edge.train.data.streams import open_hf, open_webdataset
 from kdc_edge.train.garden import scenes as garden
 from kdc_edge.train.garden.scenes import PLURALS, Scene, Split, draw_scenes
 
 GARDEN_SAMPLES = 2000
+CLASS_RANGE = re.compile(r"(?P<what>.+)#(?P<first>\d{1,6})-(?P<last>\d{1,6})")
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,9 @@ class GardenSource:
         start: int = 0,
         part: Part = "train",
         crop: Crop = "center",
+        buckets: Sequence[Shape] = (),
     ) -> Iterator[Sample | LeftOut]:
-        del crop  # its images are squares
+        del crop, buckets  # its images are squares
         count = GARDEN_SAMPLES if samples is None else samples
         split: Split = "train" if part == "train" else "all"
         for i, scene in enumerate(self.scenes(count, seed=seed, split=split)[start:], start):
@@ -60,6 +66,9 @@ class GardenSource:
             if size != garden.SIZE:
                 image = image.resize((size, size), Image.Resampling.BICUBIC)
             yield Sample(f"{scene.subject} {i}", np.array(image), scene.caption)
+
+    def caption_classes(self) -> dict[str, str]:
+        return {}
 
     def notes(self) -> list[str]:
         return []
@@ -95,4 +104,10 @@ def open_source(text: str, *, caption: Template = None) -> Source:
     for template in (caption,) if isinstance(caption, str) else caption or ():
         if "{name}" not in template:
             raise InputError(f"--caption {template!r} has no {{name}}: every image would have the same caption")
-    return SOURCES[kind](what, caption)
+    ranged = CLASS_RANGE.fullmatch(what)
+    if ranged is None or Path(what).exists():
+        return SOURCES[kind](what, caption)
+    source = SOURCES[kind](ranged["what"], caption)
+    if not isinstance(source, FileSource):
+        raise InputError(f"{text} names classes, which {kind}: does not have: leave #{ranged['first']}-... out")
+    return source.select(int(ranged["first"]), int(ranged["last"]))

@@ -22,7 +22,7 @@ from PIL import Image
 from kdc_edge.errors import InputError, require
 from kdc_edge.files import read_bounded
 from kdc_edge.text import one_line
-from kdc_edge.train.data.images import Crop, LeftOut, read_image
+from kdc_edge.train.data.images import Crop, LeftOut, Shape, read_image
 from kdc_edge.train.data.source import SET_ASIDE_SEED, Part, Sample, Template, fill, set_aside
 from kdc_edge.train.data.tars import TarRows
 
@@ -77,6 +77,7 @@ class StreamSource:
         start: int = 0,
         part: Part = "train",
         crop: Crop = "center",
+        buckets: Sequence[Shape] = (),
     ) -> Iterator[Sample | LeftOut]:
         """In the data's own order, `samples` rows drawn over the whole."""
         chosen = self._chosen(part, samples, seed)[start:]
@@ -99,11 +100,14 @@ class StreamSource:
                 continue
             try:
                 content = _content(row.get(image_column), label)
-                image = read_image(content, size=size, name=label, crop=crop, seed=seed)
+                image = read_image(content, size=size, name=label, crop=crop, seed=seed, buckets=buckets)
                 text = _text(row.get(caption_column), names, label)
                 yield Sample(label, image, fill(self.template, "{name}", text, key=label))
             except LeftOut as problem:
                 yield problem
+
+    def caption_classes(self) -> dict[str, str]:
+        return {}
 
     def notes(self) -> list[str]:
         total = self._rows("train")

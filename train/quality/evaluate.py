@@ -61,6 +61,7 @@ class Score:
     by_image: tuple[float, ...] = ()  # the garden's prompt accuracy, image by image
     errors: dict[str, float] = field(default_factory=dict)  # standard errors; none of the Frechet distances
     images: int = 0  # that were scored
+    by_class: dict[str, dict[str, float]] = field(default_factory=dict)  # means of what each image has a value of
 
     @property
     def metric(self) -> str:
@@ -86,6 +87,7 @@ class Asked:
     scenes: tuple[Scene, ...] = ()  # of the garden
     references: np.ndarray | None = None  # uint8 (M, H, W, 3)
     kind: str = "images of the training part"  # what the references are
+    classes: Mapping[str, str] = field(default_factory=dict)  # caption -> class, where it is known
 
 
 def batch_size(side: int) -> int:
@@ -93,11 +95,15 @@ def batch_size(side: int) -> int:
     return max(1, min(16, 2**14 // side**2))
 
 
-def evaluation_noise(count: int, shape: tuple[int, int, int], seed: int) -> np.ndarray:
-    """The unit noise (count, C, h, w) of an evaluation: every batch is drawn anew, from `seed` and its place."""
-    most = batch_size(shape[-1])
-    starts = range(0, count, most)
-    return np.concatenate([initial_latents((min(most, count - at), *shape), seed + at) for at in starts])
+def evaluation_noise(count: int, shape: tuple[int, int, int], seed: int, numbers: range | None = None) -> np.ndarray:
+    """The unit noise (count, C, h, w) of an evaluation: every batch is drawn anew, from `seed` and its place.
+
+    Of the images of these numbers alone where they are given.
+    """
+    most, numbers = batch_size(shape[-1]), numbers or range(count)
+    starts = range(numbers.start // most * most, numbers.stop, most)
+    found = np.concatenate([initial_latents((min(most, count - at), *shape), seed + at) for at in starts])
+    return found[numbers.start - starts.start :][: len(numbers)]
 
 
 @dataclass(frozen=True)
@@ -115,12 +121,23 @@ class Generator:
 
     def __call__(self, prompts: Sequence[str], *, seed: int) -> np.ndarray:
         """Images uint8 (N, H, W, 3), one a prompt."""
+        return np.concatenate([self.make(prompts, numbers, seed=seed) for numbers in self.batches(len(prompts))])
+
+    def batches(self, count: int) -> list[range]:
+        """The numbers of `count` images, batch by batch."""
+        most = self.batch or batch_size(self._latent_shape[-1])
+        return [range(at, min(at + most, count)) for at in range(0, count, most)]
+
+    def make(self, prompts: Sequence[str], numbers: range, *, seed: int) -> np.ndarray:
+        """The images uint8 (B, H, W, 3) of these numbers, a batch, of those that all prompts have."""
+        noise = evaluation_noise(len(prompts), self._latent_shape, seed, numbers)
+        requests = [replace(self.request, prompt=prompts[n], latents=noise[i : i + 1]) for i, n in enumerate(numbers)]
+        return np.stack(list(self.pipeline.generate_batch(requests)))
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
         _, channels, height, width = self.pipeline.latent_shape(self.request)
-        noise = evaluation_noise(len(prompts), (channels, height, width), seed)
-        requests = [replace(self.request, prompt=p, latents=noise[i : i + 1]) for i, p in enumerate(prompts)]
-        most = self.batch or batch_size(width)
-        starts = range(0, len(prompts), most)
-        return np.stack([p for at in starts for p in self.pipeline.generate_batch(requests[at : at + most])])
+        return channels, height, width
 
 
 def torch_generator(
@@ -164,7 +181,7 @@ def ask(task: Task, count: int, *, size: int) -> Asked:
     samples = [item for item in found if isinstance(item, Sample)]
     images = np.stack([s.image for s in samples]) if samples else None
     kind = f"images of the {'test' if source.has_test_part else 'training'} part"
-    return Asked(tuple(s.caption for s in samples), (), images, kind)
+    return Asked(tuple(s.caption for s in samples), (), images, kind, source.caption_classes())
 
 
 def ask_prompts(prompts: Sequence[str]) -> Asked:
@@ -181,14 +198,16 @@ def score_images(
     *,
     paired: np.ndarray | None = None,
     losses: Sequence[float] | None = None,
+    loss_captions: Sequence[str] = (),
 ) -> Score:
     """What images uint8 (N, H, W, 3), one a prompt, are worth.
 
     Of the garden: prompt_accuracy, the share of asked attributes that are in the image; exact, the share of
     images with all of them; judge_frechet and judge_kernel, distances of the judge's features. Elsewhere, what
     `metrics` has weights for. `paired` are the teacher's images from the same noise, `losses` those of held-out
-    latents.
+    latents, which have `loss_captions`.
     """
+    each: dict[str, np.ndarray] = {}
     values: dict[str, float] = {}
     errors: dict[str, float] = {}
     if losses is not None:
@@ -205,8 +224,24 @@ def score_images(
             values |= {"judge_frechet": frechet_distance(ours, theirs), "judge_kernel": kernel_distance(ours, theirs)}
             errors["judge_kernel"] = kernel_distance_error(ours, theirs)
     if metrics is not None and not asked.scenes:
-        values |= metrics.measure(images, asked.references, asked.prompts, paired, errors)
-    return Score(values, by_image, {n: e for n, e in errors.items() if math.isfinite(e)}, len(images))
+        values |= metrics.measure(images, asked.references, asked.prompts, paired, errors, each)
+    by_class: dict[str, dict[str, float]] = {}
+    for name, of_each in each.items():
+        _add_class_means(by_class, name, of_each, asked.prompts, asked.classes)
+    if losses is not None:
+        _add_class_means(by_class, "loss", np.array(losses), loss_captions, asked.classes)
+    return Score(values, by_image, {n: e for n, e in errors.items() if math.isfinite(e)}, len(images), by_class)
+
+
+def _add_class_means(
+    by_class: dict[str, dict[str, float]], name: str, values: np.ndarray, captions: Sequence[str],
+    classes: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Put the mean over each class of a metric's values (N,), one a caption, beside its other metrics."""
+    known = [classes.get(caption) for caption in captions]
+    for of_class in dict.fromkeys(c for c in known if c is not None):
+        mine = [value for value, c in zip(values, known, strict=True) if c == of_class]
+        by_class.setdefault(of_class, {})[name] = float(np.mean(mine))
 
 
 def _to_garden_size(images: np.ndarray) -> np.ndarray:
@@ -261,7 +296,7 @@ def open_generator(
     What is not given is a few-step student's own, else as in EVALUATION. `tell` is called with what is to be said of
     that. Raises CheckpointError or BundleError for a folder that cannot be read.
     """
-    pipeline = open_pipeline(folder)
+    pipeline = open_pipeline(folder, safety_checker=False)
     request, note = own_request(
         pipeline.model, EVALUATION, sampler=sampler or (None if pipeline.model.sampling else EVALUATION.sampler),
         steps=steps, guidance=guidance,

@@ -50,6 +50,7 @@ class EvaluationSet:
             "kind": self.asked.kind,
             "prompts": json.dumps(self.asked.prompts),
             "captions": json.dumps(self.latents.captions),
+            "classes": json.dumps(dict(self.asked.classes)),
         }
         tensors = {
             "references": torch.from_numpy(self.asked.references),
@@ -65,8 +66,9 @@ class EvaluationSet:
             with safe_open(path, framework="pt") as file:
                 texts = file.metadata()
                 asked = Asked(
-                    tuple(json.loads(texts["prompts"])), (), file.get_tensor("references").numpy(), texts["kind"]
-                )
+                    tuple(json.loads(texts["prompts"])), (), file.get_tensor("references").numpy(), texts["kind"],
+                    json.loads(texts.get("classes", "{}")),
+                )  # fmt: skip
                 shard = (file.get_tensor("mean"), file.get_tensor("std"))
                 return cls(asked, Latents([shard], json.loads(texts["captions"])))
         except Exception as error:

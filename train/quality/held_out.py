@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 
 from kdc_edge.bundle import Model
 from kdc_edge.errors import InputError
@@ -20,9 +21,10 @@ from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.distributed import any_process, on_main_process
 from kdc_edge.train.losses import mean_squared_error
 from kdc_edge.train.networks import Teacher
-from kdc_edge.train.quality.evaluate import Score, ask, score_images
+from kdc_edge.train.quality.evaluate import Asked, Generator, Score, ask, score_images
 from kdc_edge.train.quality.evaluation_set import EvaluationSet, kept_images, key_of
 from kdc_edge.train.quality.metrics import ImageMetrics
+from kdc_edge.train.quality.spread import generate_spread, spread
 
 EVALUATION_NOISE = 7  # the seed of every evaluation's noise
 GARDEN_METRICS = frozenset({"prompt_accuracy", "exact", "judge_frechet", "judge_kernel"})
@@ -85,30 +87,39 @@ class Evaluator:
         """
         found = self.evaluation_set(task)
         asked = found.asked
-        images = self.teacher.generator(unet, model)(asked.prompts, seed=EVALUATION_NOISE)
+        images = self._images(self.teacher.generator(unet, model), asked)
         if found.latents is None:
             return score_images(images, asked, self.metrics)
         teacher_images = None
         if self.metrics.has_lpips and not asked.scenes:
-            teacher_images = self.teacher.generator(self.teacher.unet)(asked.prompts, seed=EVALUATION_NOISE)
+            teacher_images = self._images(self.teacher.generator(self.teacher.unet), asked)
         losses = self._held_out_losses(network, found.latents)
-        return score_images(images, asked, self.metrics, paired=teacher_images, losses=losses)
+        return score_images(
+            images, asked, self.metrics, paired=teacher_images, losses=losses, loss_captions=found.latents.captions
+        )
+
+    def _images(self, generator: Generator, asked: Asked) -> np.ndarray:
+        return generate_spread(self.accelerator, generator, asked.prompts, seed=EVALUATION_NOISE)
 
     @torch.no_grad()
     def _held_out_losses(self, network: nn.Module, latents: Latents) -> list[float]:
         """The denoising loss of each image of a task's test part (or training part), noise fixed."""
         device, schedule = self.teacher.device, self.teacher.schedule
         alphas_cumprod = torch.tensor(schedule.alphas_cumprod, dtype=torch.float32).to(device)
-        generator, losses = torch.Generator().manual_seed(EVALUATION_NOISE), []
-        spread = schedule.num_train_timesteps // TIMESTEPS
-        for i, caption in enumerate(latents.captions):
+        generator = torch.Generator().manual_seed(EVALUATION_NOISE)
+        part = schedule.num_train_timesteps // TIMESTEPS
+        timestep = torch.arange(TIMESTEPS) * part + part // 2
+        shape = latents.take(torch.tensor([0] * TIMESTEPS))[0].shape
+        noises = [torch.randn(shape, generator=generator) for _ in latents.captions]
+
+        def loss(i: int) -> Tensor:
             mean, _ = latents.take(torch.tensor([i] * TIMESTEPS))
-            noise = torch.randn(mean.shape, generator=generator)
-            timestep = torch.arange(TIMESTEPS) * spread + spread // 2
-            batch = Batch(mean.float(), noise, timestep, timestep < 0, [caption] * TIMESTEPS).to(device)
+            captions = [latents.captions[i]] * TIMESTEPS
+            batch = Batch(mean.float(), noises[i], timestep, timestep < 0, captions).to(device)
             text = self.teacher.embed(batch.captions)
             noisy, target = add_noise(batch, alphas_cumprod, prediction_type=schedule.prediction_type)
             with self.accelerator.autocast():
                 pred = network(noisy, batch.timestep, text).sample
-            losses.append(mean_squared_error(pred.float(), target).mean().item())
-        return losses
+            return mean_squared_error(pred.float(), target).mean()
+
+        return [found.item() for found in spread(self.accelerator, len(latents), loss)]

@@ -104,24 +104,27 @@ class ImageMetrics:
         prompts: Sequence[str],
         paired: np.ndarray | None = None,
         errors: dict[str, float] | None = None,
+        each: dict[str, np.ndarray] | None = None,
     ) -> dict[str, float]:
-        """What can be measured of uint8 images (N, H, W, 3); `errors` receives standard errors where there are any.
+        """What can be measured of uint8 images (N, H, W, 3); `errors` receives standard errors where there are any,
+        `each` the values (N,) of metrics that single images have.
 
         fid, kid: to `references` (M, H, W, 3). clip_score: to the prompts. lpips: to `paired`, the teacher's images
         from the same prompts and noise.
         """
         found: dict[str, float] = {}
         errors = {} if errors is None else errors
+        each = {} if each is None else each
         if references is not None and min(len(images), len(references)) > 1 and self._find(INCEPTION):
             ours, theirs = self.inception_features(images), self.inception_features(references)
             found["kid"], errors["kid"] = kernel_distance(ours, theirs), kernel_distance_error(ours, theirs)
             if min(len(images), len(references)) >= MIN_FID_IMAGES:
                 found["fid"] = frechet_distance(ours, theirs)
         if self._clip_folder is not None:
-            scores = self.clip_scores(images, prompts)
+            scores = each["clip_score"] = self.clip_scores(images, prompts)
             found["clip_score"], errors["clip_score"] = float(scores.mean()), standard_error(scores)
         if paired is not None and self._find(ALEXNET):
-            distances = self.lpips_distances(images, paired)
+            distances = each["lpips"] = self.lpips_distances(images, paired)
             found["lpips"], errors["lpips"] = float(distances.mean()), standard_error(distances)
         return found
 

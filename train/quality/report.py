@@ -74,6 +74,7 @@ def so_far(config: TrainConfig, position: Position) -> tuple[TrainConfig, Positi
         matrix=[row[:learnt] for row in position.matrix],
         values=[row[:learnt] for row in position.values],
         errors=[row[:learnt] for row in position.errors],
+        by_class=[row[:learnt] for row in position.by_class],
     )
     return replace(config, tasks=config.tasks[:learnt]), cut
 
@@ -104,6 +105,7 @@ def make_results(config: TrainConfig, position: Position, model: Model) -> dict[
         "networks": {name: network for name, network in NETWORKS.items() if name in measured},
         "values": position.values,
         "standard_errors": position.errors,
+        "by_class": position.by_class,
         "baseline_values": position.baselines,
         "references": position.references,
         "conditions": f"{config.eval_images} images a task, {conditions}, averaged weights",

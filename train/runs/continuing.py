@@ -79,7 +79,7 @@ def extend_run(run: Path, config: TrainConfig) -> None:
     position = replace(
         position, task=position.task - 1, step=saved.steps, matrix=position.matrix[:-1], values=position.values[:-1],
         drawn=int(tensors.pop("before/drawn")),
-        errors=position.errors[:-1],
+        errors=position.errors[:-1], by_class=position.by_class[:-1],
         settings={n: s for n, s in position.settings.items() if n != last},
         prompts={n: p for n, p in position.prompts.items() if n != last},
     )  # fmt: skip

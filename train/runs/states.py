@@ -14,6 +14,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -43,7 +44,9 @@ class Position:
     matrix: list[list[float | None]] = field(default_factory=list)  # R[i][j]; None where task j was not known yet
     values: list[list[dict[str, float] | None]] = field(default_factory=list)  # everything measured, in the same places
     errors: list[list[dict[str, float] | None]] = field(default_factory=list)  # standard errors, and `images`: how many
+    by_class: list[list[dict[str, dict[str, float]]]] = field(default_factory=list)  # class -> means, as values
     baselines: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # "teacher" -> task -> values
+    origin: dict[str, Any] | None = None  # settings that the student at step 0 follows from; None for another run's
     references: dict[str, str] = field(default_factory=dict)  # of each task: what images are compared with
     settings: dict[str, dict[str, str]] = field(default_factory=dict)  # of each finished task: flag -> value
     prompts: dict[str, list[str]] = field(default_factory=dict)  # of each finished task: captions for an export

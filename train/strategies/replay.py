@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdc_edge.errors import InputError
 from kdc_edge.train.data.cache import encode_images
+from kdc_edge.train.quality.spread import generate_spread
 from kdc_edge.train.strategies.buffer import ReplayBuffer
 from kdc_edge.train.strategies.strategy import Strategy
 
@@ -51,7 +52,8 @@ class CaptionReplay(Strategy):
             seed = int(torch.randint(2**31, (), generator=generator))
             with self.student.averaged() if self.painted_by_student else nullcontext(self.teacher.unet) as unet:
                 model = self.objective.ships(self.teacher.model) if self.painted_by_student else None
-                images = self.teacher.generator(unet, model)(self.buffer.captions, seed=seed)
+                painter = self.teacher.generator(unet, model)
+                images = generate_spread(self.accelerator, painter, self.buffer.captions, seed=seed)
             parts = [encode_images(self.teacher.vae, images[i : i + 16]) for i in range(0, len(images), 16)]
             self.buffer.mean, self.buffer.std = (torch.cat(found).contiguous() for found in zip(*parts, strict=True))
         super().begin_task(number, generator)

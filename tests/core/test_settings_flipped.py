@@ -73,10 +73,12 @@ FLIPS: dict[str, dict[str, list[Any]]] = {
 NO_EFFECT = {
     "unet": {
         "dropout", "upcast_attention", "addition_time_embed_dim", "projection_class_embeddings_input_dim",
-        "class_embeddings_concat", "addition_embed_type_num_heads", "reverse_transformer_layers_per_block",
+        "addition_embed_type_num_heads", "reverse_transformer_layers_per_block",
+        "cross_attention_norm", "mid_block_only_cross_attention", "resnet_skip_time_act", "resnet_out_scale_factor",
     },
     "vae": {
-        "in_channels", "sample_size", "shift_factor", "latents_mean", "latents_std", "force_upcast", "use_quant_conv",
+        "down_block_types", "sample_size", "shift_factor", "latents_mean", "latents_std", "force_upcast",
+        "use_quant_conv",
     },
     "text_encoder": {
         "projection_dim", "attention_dropout", "initializer_range", "initializer_factor", "pad_token_id",

@@ -73,10 +73,12 @@ FLIPS: dict[str, dict[str, list[Any]]] = {
 NO_EFFECT = {
     "unet": {
         "dropout", "upcast_attention", "addition_time_embed_dim", "projection_class_embeddings_input_dim",
-        "class_embeddings_concat", "addition_embed_type_num_heads", "reverse_transformer_layers_per_block",
+        "addition_embed_type_num_heads", "reverse_transformer_layers_per_block",
+        "cross_attention_norm", "mid_block_only_cross_attention", "resnet_skip_time_act", "resnet_out_scale_factor",
     },
     "vae": {
-        "in_channels", "sample_size", "shift_factor", "latents_mean", "latents_std", "force_upcast", "use_quant_conv",
+        "down_block_types", "sample_size", "shift_factor", "latents_mean", "latents_std", "force_upcast",
+        "use_quant_conv",
     },
     "text_encoder": {
         "projection_dim", "attention_dropout", "initializer_range", "initializer_factor", "pad_token_id",
@@ -165,7 +167,7 @@ def test_no_setting_of_a_network_is_ignored(tiny: Path, tmp_path: Path, part: st
     networks = {name: load_network(tiny, component) for name, component in PARTS.items()}
     base = by_diffusers(pipeline, networks)
     refused: dict[str, str] = {}
-    without_effect: set[str] = set()
+    effective: set[str] = set()
     wrong: list[tuple[str, Any]] = []
     for key, value in flips(part):
         path.write_text(json.dumps(json.loads(before) | {key: value}))
@@ -179,12 +181,11 @@ def test_no_setting_of_a_network_is_ignored(tiny: Path, tmp_path: Path, part: st
         expected = by_diffusers(pipeline, changed)
         if differ(found, expected, (EQUAL, 0.5 / 255 + EQUAL)):
             wrong.append((key, value))
-        if not differ(base, expected, (EQUAL, EQUAL)):
-            without_effect.add(key)
-    print(part, refused, "without effect", sorted(without_effect))
+        if differ(base, expected, (0, 0)):
+            effective.add(key)
     assert not wrong
     assert not any("\n" in said for said in refused.values())
-    assert without_effect - refused.keys() == NO_EFFECT[part]
+    assert set(FLIPS[part]) - refused.keys() - effective == NO_EFFECT[part]
     assert len(refused) < 0.6 * len(FLIPS[part])
 
 

@@ -28,17 +28,27 @@ test: setup
 INTEROP := .venv-interop
 BUNDLES := onnx-fp32 onnx-fp16 openvino-fp16 openvino-int8
 
-interop: setup $(INTEROP)/ready $(BUNDLES:%=$(INTEROP)/bundles/%/kdc-edge.json)
-	KDC_EDGE_INTEROP=$(INTEROP)/bundles $(INTEROP)/bin/python -m pytest -m interop -o filterwarnings=default tests/interop
+interop: setup $(INTEROP)/ready $(foreach b,$(BUNDLES),$(INTEROP)/bundles/$b/kdc-edge.json $(INTEROP)/bundles/few-steps-$b/kdc-edge.json)
+	KDC_EDGE_INTEROP=$(INTEROP) $(INTEROP)/bin/python -m pytest -m interop -o filterwarnings=default tests/interop
 
 $(INTEROP)/ready: tests/interop/requirements.txt
 	@test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -r $< --editable .
 	@touch $@
 
+EXPORT = $(BIN)/kdc-edge export $1 --target $(firstword $(subst -, ,$*)) --precision $(lastword $(subst -, ,$*)) --out $(@D)
+
 $(INTEROP)/bundles/%/kdc-edge.json: train/assets/garden-teacher/quality.json
-	$(BIN)/kdc-edge export train/assets/garden-teacher --target $(firstword $(subst -, ,$*)) \
-	  --precision $(lastword $(subst -, ,$*)) --out $(@D)
+	$(call EXPORT,train/assets/garden-teacher)
+
+$(INTEROP)/bundles/few-steps-%/kdc-edge.json: $(INTEROP)/few-steps/checkpoint/model_index.json
+	$(call EXPORT,$(INTEROP)/few-steps/checkpoint)
+
+# One step from the teacher's weights: what programs are compared by needs no trained student.
+$(INTEROP)/few-steps/checkpoint/model_index.json: train/assets/garden-teacher/quality.json
+	rm -rf $(INTEROP)/few-steps
+	$(BIN)/kdc-edge train --student garden-teacher --task flowers=garden:flowers --objective phased --phases 4 \
+	  --steps 1 --samples 16 --eval-images 2 --log-with none --out $(INTEROP)/few-steps
 
 check: setup
 	$(BIN)/ruff check .

@@ -3,8 +3,9 @@
     bundle = write_bundle(request, write)
 
 `write(part, folder)` is the target's step: it writes one component's files to `folder` and returns their names, the one
-that the engine opens first. `finish(folder)` adds files beside the components. The folder appears at `request.out` only
-after all steps, the proof included.
+that the engine opens first. `finish(folder)` adds files beside the components, when these are proved. A VAE that fails
+the proof, as one does whose activations overflow in half precision, is written again in fp32. The folder appears at
+`request.out` only after all steps.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from kdc_edge.bundle import (
     MANIFEST,
@@ -37,7 +40,7 @@ from kdc_edge.errors import BundleError, CheckpointError, ParityError
 from kdc_edge.export.calibration import Calibration, calibrate
 from kdc_edge.export.components import ExportComponent, describe, load_component
 from kdc_edge.export.optional import prove_optional
-from kdc_edge.export.parity import check_parity, images_of
+from kdc_edge.export.parity import IN_32_BITS, check_parity, images_of
 from kdc_edge.export.targets import ExportRequest
 from kdc_edge.files import atomic_folder, read_json
 from kdc_edge.formats import Format
@@ -58,7 +61,9 @@ PACKAGES = (
 )  # fmt: skip
 # A component's folder in the bundle <- its network's folder in the checkpoint.
 SOURCES: dict[ComponentName, str] = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae"}
-OPTIONAL_SOURCES: dict[ComponentName, str] = {"vae_encoder": "vae"}
+OPTIONAL_SOURCES: dict[ComponentName, str] = {"vae_encoder": "vae", "safety_checker": "safety_checker"}
+VAE: tuple[ComponentName, ...] = ("vae_decoder", "vae_encoder")
+CONFIG = "config.json"
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -83,8 +88,8 @@ def write_bundle(
     checkpoint, out, row = request.checkpoint, request.out, request.format
     model = read_model(checkpoint)
     sources = SOURCES | {name: OPTIONAL_SOURCES[name] for name in OPTIONAL_SOURCES if name in request.extra}
-    if "vae_encoder" in request.extra:
-        load_network(checkpoint, "vae_encoder")  # refuses a VAE without one, before the work
+    for name in request.extra:
+        load_network(checkpoint, name)  # refuses a checkpoint without it, before the work
     NoiseSchedule.from_config(model.scheduler)  # refuses a schedule that no sampler has, before the work
     with atomic_folder(out, marker=MANIFEST) as folder:
         copy_configs(checkpoint, folder, sources)
@@ -92,20 +97,17 @@ def write_bundle(
         components: dict[ComponentName, ComponentInfo] = {
             name: _write_component(request, name, folder, write, interface) for name in sources
         }
-        with request.stage("writing the bundle's other files"):
-            own_checks = (finish(folder) if finish else None) or ()
-            files, checkpoint_sha256 = list_files(folder), hash_checkpoint(checkpoint)
         manifest = Manifest(
             target=row.target,
             precision=row.precision,
             model=model,
             components=components,
-            files=files,
+            files=list_files(folder),
             calibration=calibration.info if calibration else None,
             recipe=recipe,
             provenance=Provenance(
                 checkpoint=label(checkpoint),
-                checkpoint_sha256=checkpoint_sha256,
+                checkpoint_sha256=hash_checkpoint(checkpoint),
                 training=training_note(checkpoint),
                 decoder=request.decoder and label(request.decoder),
                 decoder_sha256=request.decoder and hash_checkpoint(request.decoder),
@@ -115,14 +117,22 @@ def write_bundle(
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             ),
         )
+        parity = None
         if request.verify:
-            with unproved(folder, manifest):
-                prompts = request.prompts or spread(own_prompts(checkpoint), images_of(model))
-                parity = check_parity(checkpoint, folder, row, prompts, request.decoder, request.stage)
-                optional = prove_optional(checkpoint, folder, row, request.extra)
-            parity = parity.model_copy(update={"checks": [*parity.checks, *optional, *own_checks]})
+            parity = _prove(request, folder, manifest)
+            if failing := _failing_vae(parity, row):
+                for name, check in failing.items():
+                    request.tell(f"{name} is kept in fp32; in {row.precision} it gives {_result(check)}")
+                    components[name] = _write_component(request, name, folder, write, interface, full_precision=True)
+                manifest = manifest.model_copy(update={"components": components, "files": list_files(folder)})
+                parity = _prove(request, folder, manifest)
+        with request.stage("writing the bundle's other files"):
+            own_checks = (finish(folder) if finish else None) or ()
+            files = list_files(folder, manifest.files)
+        if parity is not None:
+            parity = parity.model_copy(update={"checks": [*parity.checks, *own_checks]})
             _demand(parity, row)
-            manifest = manifest.model_copy(update={"parity": parity})
+        manifest = manifest.model_copy(update={"files": files, "parity": parity})
         write_manifest(folder, manifest)  # the last file: what has none is no bundle
     return Bundle.open(out)
 
@@ -140,19 +150,46 @@ def spread(prompts: Sequence[str], count: int) -> list[str]:
     return [prompts[i * len(prompts) // count] for i in range(min(count, len(prompts)))]
 
 
+def _prove(request: ExportRequest, folder: Path, manifest: Manifest) -> Parity:
+    """The parity of a bundle whose manifest is not written yet."""
+    checkpoint, row = request.checkpoint, request.format
+    prompts = request.prompts or spread(own_prompts(checkpoint), images_of(manifest.model))
+    with unproved(folder, manifest):
+        parity = check_parity(checkpoint, folder, row, prompts, request.decoder, request.stage)
+        optional = prove_optional(checkpoint, folder, row, request.extra)
+    return parity.model_copy(update={"checks": [*parity.checks, *optional]})
+
+
+def _failing_vae(parity: Parity, row: Format) -> dict[ComponentName, Check]:
+    """The halves of the VAE that the format is too small for."""
+    if row.precision == "fp32":
+        return {}
+    failing = {check.what.removesuffix(IN_32_BITS): check for check in parity.checks if not check.passed}
+    return {name: failing[name] for name in VAE if name in failing}
+
+
 def _write_component(
     request: ExportRequest,
     name: ComponentName,
     folder: Path,
     write: Write,
     interface: Callable[[ExportComponent], Interface],
+    *,
+    full_precision: bool = False,
 ) -> ComponentInfo:
-    """One component from file to file; its weights are in memory only while this runs."""
-    with request.stage(f"converting {name}"):
-        part = load_component(request.checkpoint, name, request.decoder)
+    """One component from file to file, in place of what was written before.
+
+    Its weights are in memory only while this runs. `full_precision` keeps it in fp32.
+    """
+    for old in (folder / name).iterdir():
+        if old.name != CONFIG:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    with request.stage(f"converting {name}{' in fp32' if full_precision else ''}"):
+        part = replace(load_component(request.checkpoint, name, request.decoder), full_precision=full_precision)
         inputs, outputs = interface(part)
         files = [f"{name}/{file}" for file in write(part, folder / name)]
-    return ComponentInfo(files=files, class_name=part.class_name, inputs=inputs, outputs=outputs)
+    precision: Literal["fp32"] | None = "fp32" if full_precision else None
+    return ComponentInfo(files=files, class_name=part.class_name, precision=precision, inputs=inputs, outputs=outputs)
 
 
 def copy_configs(checkpoint: Path, folder: Path, sources: Mapping[ComponentName, str] = SOURCES) -> None:
@@ -162,7 +199,7 @@ def copy_configs(checkpoint: Path, folder: Path, sources: Mapping[ComponentName,
     """
     index = read_json(checkpoint / "model_index.json", CheckpointError) | {"vae": ["diffusers", "AutoencoderKL"]}
     _write_json(folder / "model_index.json", index | {k: [None, None] for k in NOT_EXPORTED if k in index})
-    paths = [(f"{source}/config.json", f"{name}/config.json") for name, source in sources.items()]
+    paths = [(f"{source}/{CONFIG}", f"{name}/{CONFIG}") for name, source in sources.items()]
     for source, target in [*paths, ("scheduler/scheduler_config.json", "scheduler/scheduler_config.json")]:
         config = read_json(checkpoint / source, CheckpointError)
         config.pop("_name_or_path", None)  # a path of this machine
@@ -187,7 +224,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 def _demand(parity: Parity, row: Format) -> None:
     """Raise ParityError naming each check that fails, with its numbers."""
-    failed = [_words(check) for check in parity.checks if not check.passed]
+    failed = [f"{check.what}: {_result(check)}" for check in parity.checks if not check.passed]
     if failed:
         raise ParityError(
             f"{row.name} does not compute the same as PyTorch, nothing was written: {'; '.join(failed)};"
@@ -195,12 +232,11 @@ def _demand(parity: Parity, row: Format) -> None:
         )
 
 
-def _words(check: Check) -> str:
+def _result(check: Check) -> str:
     if check.psnr_db is None or not math.isfinite(check.psnr_db):
-        return f"{check.what}: values that are no numbers, or a wrong shape"
+        return "values that are no numbers, or a wrong shape"
     return (
-        f"{check.what}: {check.psnr_db:.1f} dB where {check.threshold_db:g} dB are needed"
-        f" (largest error {check.max_abs_error:.3g})"
+        f"{check.psnr_db:.1f} dB where {check.threshold_db:g} dB are needed (largest error {check.max_abs_error:.3g})"
     )
 
 

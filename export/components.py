@@ -26,12 +26,14 @@ from optimum.utils.normalized_config import NormalizedConfig
 from torch import Tensor, nn
 
 from kdc_edge.bundle import Tensor as TensorInfo
+from kdc_edge.components import CHECKER, CLIP_SIDE
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError
 from kdc_edge.files import read_json
-from kdc_edge.runtimes.torch import load_network
+from kdc_edge.runtimes.torch import concept_scores, load_network
 from kdc_edge.runtimes.torch.small_decoder import load_decoder
 
+CONCEPTS = 17  # of the safety checker; diffusers' class has no other number
 Shapes = Mapping[str, tuple[int | str, ...]]
 
 
@@ -85,6 +87,18 @@ class VaeEncoder(nn.Module):
         return found
 
 
+class SafetyChecker(nn.Module):
+    """Images as CLIP sees them (B, 3, 224, 224) -> a score a concept (B, 17), above 0 where the image is flagged."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.checker = network
+
+    def forward(self, clip_input: Tensor) -> Tensor:
+        found: Tensor = concept_scores(self.checker, clip_input)
+        return found
+
+
 class DummyTimestep(DummyInputGenerator):  # type: ignore[misc]  # optimum has no types
     """One whole timestep, int64 (1): optimum's own is a float without a dimension."""
 
@@ -118,6 +132,24 @@ class DummyHiddenStates(DummyInputGenerator):  # type: ignore[misc]
         **_: object,
     ) -> None:
         self.shape = [batch_size, sequence_length, normalized_config.hidden_size]
+
+    def generate(
+        self,
+        input_name: str,  # noqa: ARG002
+        framework: str = "pt",
+        int_dtype: str = "int64",  # noqa: ARG002
+        float_dtype: str = "fp32",
+    ) -> Any:
+        return self.random_float_tensor(self.shape, framework=framework, dtype=float_dtype)
+
+
+class DummyClipInput(DummyInputGenerator):  # type: ignore[misc]
+    """An image as CLIP sees it: float (B, 3, 224, 224)."""
+
+    SUPPORTED_INPUT_NAMES = ("clip_input",)
+
+    def __init__(self, task: str, normalized_config: NormalizedConfig, *, batch_size: int, **_: object) -> None:  # noqa: ARG002
+        self.shape = [batch_size, 3, CLIP_SIDE, CLIP_SIDE]
 
     def generate(
         self,
@@ -234,6 +266,19 @@ class VaeEncoderConfig(ComponentConfig):
         return {"latent_parameters": ("batch_size", 2 * self._config.latent_channels, "latent_height", "latent_width")}
 
 
+class SafetyCheckerConfig(ComponentConfig):
+    NORMALIZED_CONFIG_CLASS = NormalizedConfig
+    DUMMY_INPUT_GENERATOR_CLASSES = (DummyClipInput,)
+
+    @property
+    def input_shapes(self) -> Shapes:
+        return {"clip_input": ("batch_size", 3, CLIP_SIDE, CLIP_SIDE)}
+
+    @property
+    def output_shapes(self) -> Shapes:
+        return {"concept_scores": ("batch_size", CONCEPTS)}
+
+
 @dataclass(frozen=True)
 class ExportComponent:
     """A network, ready for any target."""
@@ -242,6 +287,7 @@ class ExportComponent:
     module: nn.Module  # takes the config's inputs in their order
     config: ComponentConfig
     class_name: str  # of the network
+    full_precision: bool = False  # kept in fp32, whatever the format says
 
 
 _KINDS = {
@@ -249,6 +295,7 @@ _KINDS = {
     "unet": (UNet, UNetConfig),
     "vae_decoder": (VaeDecoder, VaeDecoderConfig),
     "vae_encoder": (VaeEncoder, VaeEncoderConfig),
+    CHECKER: (SafetyChecker, SafetyCheckerConfig),
 }
 
 

@@ -47,8 +47,9 @@ def export(request: ExportRequest, _: NoOptions) -> Bundle:
         split_gates(part.module)
         opened = in_a_file if calibration and part.name == "unet" else converted
         with quiet(progress=True), opened(part, folder) as model:
-            model = compress(model, part.name, precision, calibration)
-            _ov.save_model(model, folder / MODEL, compress_to_fp16=precision != "fp32")
+            kept = "fp32" if part.full_precision else precision
+            model = compress(model, part.name, kept, calibration)
+            _ov.save_model(model, folder / MODEL, compress_to_fp16=kept != "fp32")
         return [MODEL, "openvino_model.bin"]
 
     return write_bundle(request, write, finish=write_tokenizer, calibration=calibration)

@@ -179,9 +179,10 @@ def _generate(pipeline: Any, request: Request) -> np.ndarray:
 
 def _record_own(checkpoint: Path, networks: dict[str, Any], requests: Sequence[Request], made_by: str) -> Reference:
     recorders = {name: Recorder(TorchComponent(name, network)) for name, network in networks.items()}
-    encoder = {ENCODER: TorchComponent(ENCODER, load_network(checkpoint, ENCODER))} if requests[0].edit else {}
-    tokenizer = Tokenizer.from_folder(checkpoint / "tokenizer")
-    pipeline = Pipeline(read_model(checkpoint), tokenizer, {**recorders, **encoder})
+    components: dict[str, Component] = {**recorders}
+    if requests[0].edit is not None:
+        components[ENCODER] = TorchComponent(ENCODER, load_network(checkpoint, ENCODER))
+    pipeline = Pipeline(read_model(checkpoint), Tokenizer.from_folder(checkpoint / "tokenizer"), components)
     images = [pipeline.generate(request) for request in requests]
     return Reference({name: recorder.calls for name, recorder in recorders.items()}, images, made_by)
 

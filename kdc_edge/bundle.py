@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -35,7 +36,7 @@ OF_THE_HUB = ("README.md", ".gitattributes")  # a model card and git's settings,
 OF_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")  # file managers leave these in every folder that they show
 
 Text = Annotated[str, Field(max_length=10_000)]
-ComponentName = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+ComponentName = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder", "safety_checker"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -92,6 +93,7 @@ class ComponentInfo(_Record):
 
     files: list[Text] = Field(min_length=1)
     class_name: Text | None = None  # of the network, in diffusers, transformers or here: AutoencoderKL
+    precision: Literal["fp32"] | None = None  # where it is not the bundle's
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
 
@@ -320,10 +322,14 @@ def find_bundles(folder: Path) -> list[Path]:
     return sorted(p.parent for p in folder.glob(f"*/{MANIFEST}") if not p.parent.name.startswith("."))
 
 
-def list_files(root: Path) -> dict[str, FileInfo]:
-    """Every file under `root` but the manifest, with size and hash, in order of name."""
+def list_files(root: Path, known: Mapping[str, FileInfo] = MappingProxyType({})) -> dict[str, FileInfo]:
+    """Every file under `root` but the manifest, with size and hash, in order of name; `known` ones are as before."""
     found = sorted(p for p in root.rglob("*") if p.is_file() and p != root / MANIFEST)
-    return {p.relative_to(root).as_posix(): FileInfo(size_bytes=p.stat().st_size, sha256=sha256(p)) for p in found}
+    names = {p.relative_to(root).as_posix(): p for p in found}
+    return {
+        name: known[name] if name in known else FileInfo(size_bytes=p.stat().st_size, sha256=sha256(p))
+        for name, p in names.items()
+    }
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:

@@ -6,6 +6,7 @@
 | unet | sample float32 (B, 4, h, w), timestep (1,), encoder_hidden_states (B, 77, D) | noise float32 (B, 4, h, w) |
 | vae_decoder | latent_sample float32 (1, 4, h, w), scaled | image float32 (1, 3, 8h, 8w) in [-1, 1] |
 | vae_encoder, optional | sample float32 (1, 3, 8h, 8w) in [-1, 1] | mean and log variance float32 (1, 8, h, w) |
+| safety_checker, optional | clip_input float32 (1, 3, 224, 224) | scores float32 (1, 17), above 0 where flagged |
 
 Optional abilities are protocols of their own; a pipeline asks `isinstance(component, SupportsPrepare)`.
 """
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
-OPTIONAL = ("vae_encoder",)  # exported where --with asks for them
+CHECKER = "safety_checker"
+CLIP_SIDE = 224  # pixels of the image that the safety checker reads, each way
+OPTIONAL = ("vae_encoder", CHECKER)  # exported where --with asks for them
 Shapes = Mapping[str, tuple[int, ...]]  # of a network's inputs, by name; -1 for a size that the network has fixed
 
 

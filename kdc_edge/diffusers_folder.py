@@ -17,6 +17,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from kdc_edge.bundle import MODEL_INDEX, Model
+from kdc_edge.components import CHECKER, CLIP_SIDE
 from kdc_edge.diffusers_defaults import AUTOENCODER_TINY, TEXT_ENCODER, UNET, VAE, Settings
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import homes, read_json, sha256
@@ -162,6 +163,29 @@ def refuse_links_out(folder: Path, paths: Iterable[Path]) -> None:
             raise CheckpointError(f"{path} is a link out of its folder: copy the file itself there")
         if path.exists() and not path.is_file() and not path.is_dir():
             raise CheckpointError(f"{path} is a device or a pipe: a regular file is needed")
+
+
+def optional_components(folder: Path) -> tuple[str, ...]:
+    """The optional components that a checkpoint has; a safety checker in pickles is none."""
+    return ("vae_encoder", *((CHECKER,) if weights_of(folder / CHECKER, "text_encoder").files else ()))
+
+
+def check_checker(folder: Path) -> None:
+    """Raise CheckpointError unless the checkpoint has a safety checker in whole safetensors, as `check_weights`."""
+    part = folder / CHECKER
+    refuse_links_out(folder, [part, *part.rglob("*")])
+    files = weights_of(part, "text_encoder").files
+    if not files:
+        _refuse_pickle(part)
+        raise CheckpointError(
+            f"{folder} has no {CHECKER}: copy that folder from the teacher, or leave --with {CHECKER} out"
+        )
+    for path in files:
+        read_shapes(path)
+    vision = read_json(part / "config.json", CheckpointError).get("vision_config")
+    side = vision.get("image_size", CLIP_SIDE) if isinstance(vision, dict) else CLIP_SIDE
+    if side != CLIP_SIDE:
+        raise CheckpointError(f"{part} reads images of {side!r:.80} pixels where CLIP's have {CLIP_SIDE}")
 
 
 def _refuse_pickle(folder: Path) -> None:

@@ -21,7 +21,16 @@ import numpy as np
 import psutil
 
 from kdc_edge.bundle import Model
-from kdc_edge.components import COMPONENTS, OPTIONAL, Component, Shapes, SupportsPrepare, SupportsStart
+from kdc_edge.components import (
+    CHECKER,
+    CLIP_SIDE,
+    COMPONENTS,
+    OPTIONAL,
+    Component,
+    Shapes,
+    SupportsPrepare,
+    SupportsStart,
+)
 from kdc_edge.editing import ENCODER, Begin, Edit, check_edits, encode_edits, read_edit, require_encoder
 from kdc_edge.errors import InputError, KdcError, unknown_choice
 from kdc_edge.hardware import free_memory_bytes
@@ -30,11 +39,14 @@ from kdc_edge.image_files import ImageLike
 from kdc_edge.noise import NormalStreams
 from kdc_edge.prompt_weights import MAX_CHUNKS, Tokens, plain, weighted
 from kdc_edge.request import GuidanceMode, Request
+from kdc_edge.safety import check_image
 from kdc_edge.samplers import NoiseSchedule, make_sampler
 from kdc_edge.text import megabytes
 from kdc_edge.tokenizer import Tokenizer
 
-Stage = Literal["load", "compile", "tokenize", "text_encoder", "vae_encoder", "unet", "scheduler", "vae_decoder"]
+Stage = Literal[
+    "load", "compile", "tokenize", "text_encoder", "vae_encoder", "unet", "scheduler", "vae_decoder", "safety_checker"
+]  # fmt: skip
 MAX_SIDE = 4096  # pixels
 MAX_BATCH = 16  # images
 # The least that a decoder holds at the image's own size: the input and the output of a layer of 32 channels, fp32.
@@ -47,11 +59,12 @@ class Progress:
     """The stage that has just been done."""
 
     stage: Stage
-    step: int  # 1-based within the stage; of the decoder, the image
+    step: int  # 1-based within the stage; of the decoder and the safety checker, the image
     steps: int
     timestep: int | None = None  # of a step
     latents: np.ndarray | None = None  # (B, C, h, w) after a step of the scheduler
-    pixels: np.ndarray | None = None  # uint8 (H, W, 3) after the decoder, image by image
+    pixels: np.ndarray | None = None  # uint8 (H, W, 3), finished: after the decoder, or the safety checker
+    nsfw: bool | None = None  # with the pixels: flagged, and black; None where nothing checks
 
 
 class Pipeline:
@@ -80,7 +93,8 @@ class Pipeline:
     def run(self, *requests: Request) -> Iterator[Progress]:
         """Make the images of one batch, yielding after each stage.
 
-        A step yields twice, after the U-Net and after the scheduler; the decoder yields after each image. Requests
+        A step yields twice, after the U-Net and after the scheduler; the decoder yields after each image, then the
+        safety checker, if there is one: an image is given when it has been checked. Requests
         of a batch differ in prompt, negative prompt, seed, latents, image and mask only. Raises InputError as `check`
         does.
         """
@@ -134,12 +148,19 @@ class Pipeline:
         del unet  # a pipeline that is short of memory drops it before it loads the decoder
 
         decoder, latents = self.components["vae_decoder"], latents / np.float32(self.model.scaling_factor)
+        checked, made = CHECKER in self.components, []
         for start in range(0, count, self.decoder_batch):
             images = decoder(latent_sample=latents[start : start + self.decoder_batch])  # (b, 3, H, W)
             if not np.isfinite(images).all():
                 raise KdcError("the decoder's image holds values that are no numbers: use a bundle with fp32 weights")
             for number, pixels in enumerate(to_pixels(images), start + 1):
-                yield Progress("vae_decoder", number, count, pixels=pixels)
+                if checked:
+                    made.append(pixels)
+                yield Progress("vae_decoder", number, count, pixels=None if checked else pixels)
+        del decoder
+        for number, pixels in enumerate(made, 1):
+            pixels, nsfw = check_image(self.components[CHECKER], pixels)
+            yield Progress("safety_checker", number, count, pixels=pixels, nsfw=nsfw)
 
     def generate(self, request: Request) -> np.ndarray:
         """The image alone: uint8 (H, W, 3)."""
@@ -278,7 +299,11 @@ class Pipeline:
             "unet": unet,
             "vae_decoder": [{"latent_sample": (n, *latent)} for n in sorted(decoded)],
         }
-        return shapes if request.edit is None else shapes | {ENCODER: [{"sample": image}]}
+        if request.edit is not None:
+            shapes[ENCODER] = [{"sample": image}]
+        if CHECKER in self.components:
+            shapes[CHECKER] = [{"clip_input": (1, 3, CLIP_SIDE, CLIP_SIDE)}]
+        return shapes
 
 
 def _check_memory(latents: tuple[int, int, int, int], vae_scale: int) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from kdc_edge.bundle import Bundle, ComponentInfo, Tensor
+from kdc_edge.components import CHECKER, Component
 from kdc_edge.errors import BundleError, InputError
 from kdc_edge.files import inside
 
@@ -24,14 +25,27 @@ Predict = Callable[..., Mapping[str, np.ndarray]]  # named fp32 arrays in, all o
 Stage = tuple[Sequence[str], Predict]  # a package's inputs, and the package
 
 # component -> its package in the bundle's folder of that name; a large U-Net lies in two.
-PACKAGES = {"text_encoder": "TextEncoder", "unet": "Unet", "vae_decoder": "VAEDecoder", "vae_encoder": "VAEEncoder"}
+PACKAGES = {
+    "text_encoder": "TextEncoder",
+    "unet": "Unet",
+    "vae_decoder": "VAEDecoder",
+    "vae_encoder": "VAEEncoder",
+    CHECKER: "SafetyChecker",
+}
 CHUNKS = ("UnetChunk1", "UnetChunk2")
-OUTPUTS = {"text_encoder": "last_hidden_state", "unet": "noise_pred", "vae_decoder": "image", "vae_encoder": "latent"}
+OUTPUTS = {
+    "text_encoder": "last_hidden_state",
+    "unet": "noise_pred",
+    "vae_decoder": "image",
+    "vae_encoder": "latent",
+    CHECKER: "concept_scores",
+}
 CONTRACT = {
     "text_encoder": ("input_ids",),
     "unet": ("sample", "timestep", "encoder_hidden_states"),
     "vae_decoder": ("latent_sample",),
     "vae_encoder": ("sample", "diagonal_noise", "noise", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
+    CHECKER: ("clip_input", "images", "adjustment"),
 }
 SPREAD = 16.0  # standard deviations between two draws of the encoder: in fp16, one would be lost beside the mean
 LEAST = 1e-7  # standard deviation that is told from none
@@ -82,6 +96,12 @@ class Adapted:
             found.append(outputs[OUTPUTS[self.name]][: total - start])
         return np.concatenate(found).astype(np.float32, copy=False)
 
+    def zeros(self, name: str, count: int) -> np.ndarray:
+        """`count` samples of an input; raises BundleError where the manifest does not list it."""
+        if name not in self.inputs or not all(isinstance(side, int) for side in self.inputs[name].shape):
+            raise BundleError(f"the bundle's {self.name} has no {name} of fixed sizes: export it again")
+        return np.zeros((count, *(int(side) for side in self.inputs[name].shape[1:])), np.float32)
+
     def _arrange(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The contract's arrays under Apple's names, shapes checked but for the batch."""
         if inputs.keys() != set(CONTRACT[self.name]):
@@ -130,7 +150,7 @@ class AdaptedEncoder:
 
     def _draw(self, sample: np.ndarray, deviations: float) -> np.ndarray:
         count = len(sample)
-        noise = np.zeros((count, *(int(side) for side in self.network.inputs["noise"].shape[1:])), np.float32)
+        noise = self.network.zeros("noise", count)
         one = np.ones((count, 1), np.float32)
         return self.network(
             sample=sample, diagonal_noise=noise + np.float32(deviations), noise=noise,
@@ -138,8 +158,23 @@ class AdaptedEncoder:
         )  # fmt: skip
 
 
-def adapt(bundle: Bundle, name: str, predict: Predict) -> Adapted | AdaptedEncoder:
+@dataclass(frozen=True)
+class AdaptedChecker:
+    """Apple's safety checker makes images black itself; here it gets black ones, and its scores alone are read."""
+
+    network: Adapted
+
+    def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        """Scores (B, concepts), float32, of `clip_input` (B, 3, 224, 224)."""
+        count = len(inputs["clip_input"])
+        zeros = {name: self.network.zeros(name, count) for name in ("images", "adjustment")}
+        return self.network(clip_input=inputs["clip_input"], **zeros)
+
+
+def adapt(bundle: Bundle, name: str, predict: Predict) -> Component:
     network = Adapted(name, bundle.component(name)[0].inputs, predict)
+    if name == CHECKER:
+        return AdaptedChecker(network)
     return AdaptedEncoder(network, bundle.manifest.model.scaling_factor) if name == "vae_encoder" else network
 
 

@@ -143,7 +143,7 @@ class OpenVinoRuntime:
 
     def load(self, folder: Path, component: str, options: LoadOptions = DEFAULTS) -> Component:
         """Open a component of a bundle. Raises BundleError for a file that the engine refuses."""
-        bundle, _, path = open_component(folder, component, options)
+        bundle, info, path = open_component(folder, component, options)
         chosen = check_device(self, options.device)
         if not path.with_suffix(".bin").is_file():
             raise BundleError(
@@ -156,7 +156,9 @@ class OpenVinoRuntime:
                 f"{path} is refused by openvino {self.version}: {one_line(error)}; copy or export it again"
             ) from None
         _leave_tables(model)
-        settings = _settings(chosen, options.threads, exact=options.exact or bundle.manifest.precision == "fp32")
+        settings = _settings(
+            chosen, options.threads, exact=options.exact or "fp32" in (bundle.manifest.precision, info.precision)
+        )
         if options.cache is not None:
             settings |= _cache_settings(options.cache / f"openvino-{component}-{bundle.fingerprint(component)}", path)
         return OpenVinoComponent(path, model, chosen, settings)

@@ -23,8 +23,8 @@ from PIL import Image
 from kdc_edge import pipeline as path
 from kdc_edge.bundle import DEMO_BUNDLE, Bundle, Model, kind_of
 from kdc_edge.checkpoints.assemble import is_single_file, open_checkpoint
-from kdc_edge.components import COMPONENTS, OPTIONAL
-from kdc_edge.diffusers_folder import read_model
+from kdc_edge.components import CHECKER, COMPONENTS, OPTIONAL
+from kdc_edge.diffusers_folder import optional_components, read_model
 from kdc_edge.editing import Edit
 from kdc_edge.errors import InputError
 from kdc_edge.formats import find_format
@@ -52,6 +52,7 @@ class Images:
 
     images: list[Image.Image]
     seeds: list[int]  # that made them
+    nsfw_content_detected: list[bool] | None = None  # those are black; None where the bundle has no safety checker
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Step:
     latents: np.ndarray  # float32 (1, C, h, w)
     image: Image.Image | None  # with the last step
     vae_scale: int  # pixels a latent, each way
+    nsfw_content_detected: bool | None = None  # of the image, which is black then; None where nothing checks
 
     @property
     def preview(self) -> np.ndarray:
@@ -86,6 +88,7 @@ class Pipeline(path.Pipeline):
         cache: Path | str | None = None,
         exact: bool = False,
         check: bool = True,
+        safety_checker: bool = True,
     ) -> Self:
         """Open a bundle, or through torch a checkpoint (a folder, a single file). Components are loaded when needed.
 
@@ -94,7 +97,8 @@ class Pipeline(path.Pipeline):
         `device` names one for all ("CPU"), or one a component ("unet=GPU,text_encoder=CPU"). `low_memory` trades
         speed for memory: one component and one image at a time, and the engine's savings. `cache` is a folder for
         compiled networks. `exact` computes in fp32 where the engine would choose fewer bits. `check` compares a
-        bundle's files with the hashes of its manifest while the engine loads them.
+        bundle's files with the hashes of its manifest while the engine loads them. `safety_checker` uses the one that
+        the folder has, if it has one.
         Raises a KdcError for everything that can be seen before a network is loaded.
         """
         folder = local(folder)
@@ -108,10 +112,16 @@ class Pipeline(path.Pipeline):
         runtime = get_runtime(chosen.name)
         named = split_devices(device)
         kept = None if cache is None else Path(cache)
-        names = [*COMPONENTS, *(c for c in OPTIONAL if bundle is None or c in bundle.manifest.components)]
+        there = bundle.manifest.components if bundle else optional_components(folder)
+        names = [*COMPONENTS, *(c for c in OPTIONAL if c in there and (safety_checker or c != CHECKER))]
         options = {
             c: LoadOptions(
-                check_device(runtime, named.get(c, named.get(""))), threads, low_memory, kept, exact, check=False
+                check_device(runtime, named.get(c, named.get(""))),
+                threads,
+                low_memory,
+                kept,
+                exact or c == CHECKER,  # a threshold decides
+                check=False,
             )
             for c in names
         }
@@ -165,8 +175,9 @@ class Pipeline(path.Pipeline):
         )  # fmt: skip
         request = replace(request, edit=self._edit(request, image, strength, mask_image))
         requests = [replace(request, prompt=p, seed=s) for p, s in zip(prompts, seeds, strict=True)]
-        made = [pixels for batch in self.batches(requests) for pixels in self.generate_batch(batch)]
-        return Images([Image.fromarray(pixels) for pixels in made], seeds)
+        made = [d for batch in self.batches(requests) for d in self.run(*batch) if d.pixels is not None]
+        flagged = [done.nsfw for done in made if done.nsfw is not None]
+        return Images([Image.fromarray(d.pixels) for d in made if d.pixels is not None], seeds, flagged or None)
 
     def stream(
         self,
@@ -213,7 +224,7 @@ class Pipeline(path.Pipeline):
                     yield last
             elif done.pixels is not None:
                 assert last is not None
-                yield Step(last.step, last.steps, last.latents, Image.fromarray(done.pixels), last.vae_scale)
+                yield replace(last, image=Image.fromarray(done.pixels), nsfw_content_detected=done.nsfw)
 
 
 open_pipeline = Pipeline.open
@@ -243,11 +254,14 @@ def split_devices(device: str | None) -> dict[str, str]:
 
 
 def open_for_bench(folder: Path, *, engine: str | None = None, **options: Any) -> Pipeline:
-    """Open for a measurement; InputError for reference engines, whose times say nothing about the artifact."""
+    """Open for a measurement, without a safety checker: it would hide images that are compared.
+
+    Raises InputError for reference engines, whose times say nothing about the artifact.
+    """
     *_, chosen = _choose(folder, engine)
     if chosen.reference:
         raise InputError(f"{chosen.name} only proves this bundle: measure it where its engine runs")
-    return open_pipeline(folder, engine=engine, **options)
+    return open_pipeline(folder, engine=engine, safety_checker=False, **options)
 
 
 def _choose(folder: Path, engine: str | None) -> tuple[Bundle | None, Model, Engine]:

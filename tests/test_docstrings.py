@@ -204,14 +204,14 @@ def test_faults_are_found() -> None:
         buffer = ReplayBuffer(capacity=500)
         buffer.draw(8)
         buffer.colour
-        for name, network, package in extra_networks(checkpoint, model): ...
+        for prompt, seed, size in prompts_and_seeds(prompts, images, seeds): ...
         gone(3)
 
     Prose (in brackets) is no code.
     """
     faults = Examples(module).faults
     assert [fault.split(":")[0] for fault in faults] == [
-        "buffer.draw(8)", "buffer.colour", "(name, network, package)", "gone(3)",
+        "buffer.draw(8)", "buffer.colour", "(prompt, seed, size)", "gone(3)",
     ]  # fmt: skip
 
 

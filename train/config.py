@@ -42,12 +42,16 @@ class LossWeights(Settings):
 
 @dataclass(frozen=True)
 class FewSteps(Settings):
-    """The phased objective: N jumps without guidance. See train/objectives/phased.py."""
+    """N jumps without guidance. See train/objectives/phased.py and, for the last two settings, distribution.py."""
 
     phases: int = setting(4, "Phases, which are the steps of sampling: 1, 2, 4, 5, 8 or 10.", "Few steps", ge=1)
     guidance: float = setting(4.5, "Guidance scale that the student learns.", "Few steps", ge=1, le=100)
     grid_points: int = setting(5, "Steps of the teacher in each phase.", "Few steps", ge=1, le=1000)
     huber: float = setting(1e-3, "Width of the pseudo-Huber loss around zero.", "Few steps", gt=0)
+    score_updates: int = setting(
+        3, "Steps of the score network a step of the student, in distribution matching.", "Few steps", ge=1
+    )
+    score_learning_rate: float = setting(1e-5, "Learning rate of the score network.", "Few steps", gt=0, lt=1)
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,9 @@ class TrainConfig(TaskConfig):
         "Distillation",
         gt=0,
     )
-    objective: str = setting("distillation", "distillation, or phased for few steps.", "Distillation")
+    objective: str = setting(
+        "distillation", "distillation; phased for few steps, then distribution for one or two.", "Distillation"
+    )
     loss: LossWeights = LossWeights()
     few_steps: FewSteps = FewSteps()
 
@@ -202,16 +208,28 @@ class DecoderConfig(TaskConfig):
     save_every: int = setting(100, "Steps between saved states.", "Run", free=True, ge=1)
 
 
-# Settings of a few-step stage by the preset's family, where none are given by hand. Garden: docs/experiments.md; sd1:
-# taken over from public recipes of consistency distillation, not measured here.
-FEW_STEP_STAGE: dict[str, dict[str, Any]] = {
-    "garden": {
-        "steps": 80, "learning_rate": 3e-4, "warmup": 20, "ema_decay": 0.98, "caption_dropout": 0.0, "huber": 0.03,
-        "grid_points": 5,
+# Settings of a few-step stage by the objective and the preset's family, where none are given by hand. Garden:
+# docs/few-steps.md; sd1: taken over from public recipes of both methods, not measured here.
+FEW_STEP_STAGE: dict[str, dict[str, dict[str, Any]]] = {
+    "phased": {
+        "garden": {
+            "steps": 80, "learning_rate": 3e-4, "warmup": 20, "ema_decay": 0.98, "caption_dropout": 0.0, "huber": 0.03,
+            "grid_points": 5,
+        },
+        "sd1": {
+            "steps": 3000, "learning_rate": 1e-5, "warmup": 100, "ema_decay": 0.99, "caption_dropout": 0.0,
+            "huber": 1e-3, "grid_points": 10,
+        },
     },
-    "sd1": {
-        "steps": 3000, "learning_rate": 1e-5, "warmup": 100, "ema_decay": 0.99, "caption_dropout": 0.0, "huber": 1e-3,
-        "grid_points": 10,
+    "distribution": {
+        "garden": {
+            "steps": 70, "learning_rate": 1e-4, "warmup": 20, "ema_decay": 0.98, "caption_dropout": 0.0,
+            "score_learning_rate": 3e-4,
+        },
+        "sd1": {
+            "steps": 1000, "learning_rate": 1e-5, "warmup": 100, "ema_decay": 0.99, "caption_dropout": 0.0,
+            "score_learning_rate": 1e-5,
+        },
     },
 }  # fmt: skip
 

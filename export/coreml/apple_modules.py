@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from kdc_edge.bundle import Model
 from kdc_edge.bundle import Tensor as TensorInfo
+from kdc_edge.components import CHECKER, CLIP_SIDE
 from kdc_edge.export.components import ExportComponent, TextEncoder, UNet, VaeDecoder
+from kdc_edge.runtimes.torch import concept_scores
 
 
 class AppleTextEncoder(TextEncoder):
@@ -64,6 +66,19 @@ class AppleVaeEncoder(nn.Module):
         drawn = mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * diagonal_noise
         latent: Tensor = sqrt_alphas_cumprod * drawn * self.scaling_factor + sqrt_one_minus_alphas_cumprod * noise
         return latent
+
+
+class AppleSafetyChecker(nn.Module):
+    """CLIP input (1, 3, S, S), images -> images with unsafe ones black, unsafe or not, scores (1, concepts)."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.checker = network
+
+    def forward(self, clip_input: Tensor, images: Tensor, adjustment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores: Tensor = concept_scores(self.checker, clip_input, adjustment)
+        unsafe = (scores.amax(1) > 0).float()
+        return images * (1 - unsafe)[:, None, None, None], unsafe, scores
 
 
 @dataclass(frozen=True)
@@ -139,6 +154,29 @@ def apple_network(part: ExportComponent, model: Model, *, unet_batch: int) -> Ap
                 "latent": "noisy latents",
             },
             "turns an image into latents",
+        )
+    if part.name == CHECKER:
+        return AppleNetwork(
+            AppleSafetyChecker(inner.checker),
+            {
+                "clip_input": floats(1, 3, CLIP_SIDE, CLIP_SIDE),
+                "images": floats(1, side, side, 3),
+                "adjustment": floats(1),
+            },
+            {
+                "filtered_images": floats(1, side, side, 3),
+                "has_nsfw_concepts": floats(1),
+                "concept_scores": floats(1, int(described["concept_scores"][1])),
+            },
+            {
+                "clip_input": "the image as CLIP sees it, normalized",
+                "images": "images to make black where they are unsafe",
+                "adjustment": "added to every score: more is stricter",
+                "filtered_images": "the images, black where they are unsafe",
+                "has_nsfw_concepts": "1 where the image is unsafe",
+                "concept_scores": "above 0 where a concept is in the image",
+            },
+            "says whether an image is safe to show",
         )
     return AppleNetwork(
         AppleVaeDecoder(inner.vae),

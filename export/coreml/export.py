@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdc_edge.bundle import MANIFEST, Bundle, Check, Model, Recipe
-from kdc_edge.diffusers_folder import hash_checkpoint, read_model
+from kdc_edge.bundle import MANIFEST, Bundle, Model, Recipe
+from kdc_edge.diffusers_folder import hash_checkpoint, optional_components, read_model
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.export.bundle_writer import Interface, write_bundle
 from kdc_edge.export.calibration import Calibration, calibrate
 from kdc_edge.export.components import ExportComponent, load_component
 from kdc_edge.export.coreml.apple_modules import AppleNetwork, apple_network
-from kdc_edge.export.coreml.extras import EXTRAS, extra_networks, prove
 from kdc_edge.export.coreml.mixed import Budget, Search, Tell, apply_recipe, read_recipe
 from kdc_edge.export.coreml.palettize import MIN_WEIGHTS, folder_bytes, palettize
 from kdc_edge.export.coreml.swift import lay_out_resources
@@ -46,8 +45,9 @@ MIXED_SAMPLES = 12  # U-Net calls, one per prompt; the search repeats them for e
 
 def export(request: ExportRequest, options: CoreMLOptions) -> Bundle:
     """Write and prove a bundle: see `export_checkpoint`. `mixed` first searches its recipe on calibration inputs."""
-    if options.swift:  # Apple's package changes images with it
-        request = replace(request, extra=tuple(dict.fromkeys((*request.extra, "vae_encoder"))))
+    if options.swift:  # Apple's package uses what there is
+        extra = (*request.extra, *optional_components(request.checkpoint))
+        request = replace(request, extra=tuple(dict.fromkeys(extra)))
         if read_model(request.checkpoint).inpainting:
             raise InputError("--swift is for Apple's Swift package, which has no inpainting: leave it out")
     budget, recipe = _read_budget(request.format, options)
@@ -65,7 +65,7 @@ def export(request: ExportRequest, options: CoreMLOptions) -> Bundle:
         request,
         lambda part, folder: export.write(part, folder, recipe),
         interface=export.interface,
-        finish=export.finish if options.swift else None,
+        finish=lay_out_resources if options.swift else None,
         calibration=calibration,
         recipe=recipe,
     )
@@ -85,23 +85,13 @@ class _Export:
 
     def write(self, part: ExportComponent, folder: Path, recipe: Recipe | None) -> list[str]:
         """One component's packages in `folder`; their files' names, programs first."""
-        precision = self.request.precision
+        precision = self._precision(part)
         network, package = self._convert(part)
         if recipe is not None and part.name == "unet":
             package = apply_recipe(package, recipe)
         else:
             package = compress(package, precision)
         return save(package, folder, part.name, network, self.request.tell)
-
-    def finish(self, folder: Path) -> list[Check]:
-        """The other networks that Apple's package reads, proved, and Resources/."""
-        row, checks = self.request.format, []
-        for name, network in extra_networks(self.request.checkpoint, self.model):
-            package = convert(network, half=self._half, target=self.options.deployment_target)
-            save(compress(package, row.precision), folder / name, name, network, self.request.tell)
-            checks.append(prove(name, network, folder / name / f"{EXTRAS[name]}.mlpackage", row))
-        lay_out_resources(folder)
-        return checks
 
     def search(self, budget: Budget, calibration: Calibration) -> Recipe:
         """The recipe for the budget; measurements are kept beside the bundle, for other budgets too."""
@@ -114,9 +104,8 @@ class _Export:
         tell(f"searching; measurements are kept in {folder}, for other budgets too")
         return Search(part.module.unet, package, calibration, folder, tell).find(budget)
 
-    @property
-    def _half(self) -> bool:
-        return self.request.precision != "fp32"
+    def _precision(self, part: ExportComponent) -> str:
+        return "fp32" if part.full_precision else self.request.precision
 
     def _network(self, part: ExportComponent) -> AppleNetwork:
         own = 2 if self.model.guided else 1
@@ -129,7 +118,7 @@ class _Export:
             whole = self.options.attention == "original" and target == "iOS17"
             set_attention(part.module.unet, "sdpa" if whole else self.options.attention)
         network = self._network(part)
-        return network, convert(network, half=self._half, target=target)
+        return network, convert(network, half=self._precision(part) != "fp32", target=target)
 
 
 def _read_budget(row: Format, options: CoreMLOptions) -> tuple[Budget | None, Recipe | None]:
@@ -188,7 +177,7 @@ def save(package: Any, folder: Path, name: str, network: AppleNetwork, tell: Tel
     folder.mkdir(exist_ok=True)
     with quiet():
         describe(package, network)
-        names: Sequence[str] = [(PACKAGES | EXTRAS)[name]]
+        names: Sequence[str] = [PACKAGES[name]]
         package.save(str(folder / f"{names[0]}.mlpackage"))
         if name == "unet" and folder_bytes(folder) > CHUNK_BYTES:
             tell(f"the U-Net package is over {megabytes(CHUNK_BYTES)}, the limit of iPhones: it is split in two")

@@ -30,6 +30,7 @@ from kdc_edge.export.targets import ExportRequest, OnnxOptions
 from kdc_edge.quiet import quiet
 
 OPSET = 20  # the first with Gelu, which the U-Net's feed-forward layers use; onnxruntime 1.20 reads it
+TRACED = "val_"  # begins the names that the tracer gives
 EXTERNAL_DATA_BYTES = 100_000_000  # weights beside the graph are mapped, not copied; protobuf ends at 2 GiB anyway
 
 
@@ -44,6 +45,8 @@ def export(request: ExportRequest, options: OnnxOptions) -> Bundle:
             fuse_attention(part.module)
         split_upsampling(part.module)
         model = trace(part, sizes)
+        if part.full_precision:
+            return save_graph(model, folder)
         if calibration is not None and part.name == "unet":
             with tempfile.TemporaryDirectory(dir=folder) as work:
                 base = Path(work) / "base.onnx"
@@ -116,6 +119,7 @@ def _free_shapes(part: ExportComponent) -> tuple[dict[int, object], ...]:
 
 def save_graph(model: ir.Model, folder: Path) -> list[str]:
     """Write model.onnx to `folder`, with model.onnx_data beside it where it is large; the files' names."""
+    _shorten(model)
     tensors = [value.const_value for value in model.graph.initializers.values()]
     size_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     if size_bytes <= EXTERNAL_DATA_BYTES:
@@ -123,6 +127,23 @@ def save_graph(model: ir.Model, folder: Path) -> list[str]:
         return ["model.onnx"]
     ir.save(model, folder / "model.onnx", external_data="model.onnx_data")
     return ["model.onnx", "model.onnx_data"]
+
+
+def _shorten(model: ir.Model) -> None:
+    """Numbers in place of the tracer's own names (val_810, node_MatMul_781), and no types of weights beside their own.
+
+    They are a twentieth of a small graph. Weights, inputs and outputs keep their names.
+    """
+    weights = list(model.graph.initializers.values())
+    for value in weights:
+        value.shape = value.type = None
+    for node in model.graph.all_nodes():
+        node.name = None
+    ends = {*model.graph.inputs, *model.graph.outputs}
+    made = [value for node in model.graph.all_nodes() for value in node.outputs if value not in ends]
+    traced = [value for value in weights if str(value.name).startswith(TRACED)]
+    for number, value in enumerate([*made, *traced]):
+        value.name = str(number)
 
 
 def _clean(model: ir.Model, part: ExportComponent, sizes: Mapping[str, int]) -> None:

@@ -1,7 +1,7 @@
 """Weights of an ONNX graph in fewer bits, with the operations that widen them again.
 
     store_half(model)                # float16 behind casts
-    store_bits(model, 4)             # matrices in 4 bits, in blocks; convolutions in 8 bits
+    store_bits(model, 4)             # matrices in 4 bits, in blocks; convolutions and the timestep's in 8 bits
 
 The arithmetic stays in 32 bits. (MatMulNBits could round activations to 8 bits on the way, accuracy
 level 4: a U-Net step is then a tenth faster, and an image of the garden fell from 39 to 26 dB.)
@@ -47,20 +47,22 @@ def store_half(model: ir.Model) -> None:
 
 
 def store_bits(model: ir.Model, bits: Literal[4, 8]) -> None:
-    """Matrices in `bits` bits, block by block; convolutions in 8 bits, channel by channel."""
+    """Matrices in `bits` bits, block by block; convolutions, and matrices of the timestep, in 8, channel by channel."""
     for node in list(model.graph):
         weights = node.inputs[1] if len(node.inputs) > 1 else None
         if weights is None or not weights.is_initializer() or weights.const_value is None:
             continue
         if node.op_type == "MatMul" and len(weights.const_value.shape) == 2:
             _store_blocks(model, node, weights, bits)
-        elif node.op_type == "Conv":
-            stored, scale = round_channels(weights.const_value.numpy(), axis=0)
+        elif node.op_type in ("Conv", "Gemm"):
+            transposed = node.op_type == "Gemm" and not node.attributes.get_int("transB", 0)
+            axis = 1 if transposed else 0
+            stored, scale = round_channels(weights.const_value.numpy(), axis)
             inputs = [
                 add_constant(model, f"{weights.name}.int8", stored),
                 add_constant(model, f"{weights.name}.scale", scale),
             ]
-            _widen(model, weights, ir.node("DequantizeLinear", inputs, {"axis": 0}))
+            _widen(model, weights, ir.node("DequantizeLinear", inputs, {"axis": axis}))
 
 
 def _store_blocks(model: ir.Model, node: ir.Node, weights: ir.Value, bits: Literal[4, 8]) -> None:

@@ -16,6 +16,7 @@ from pydantic import ConfigDict
 
 from kdc_edge.bench.record import Row, text_sha256
 from kdc_edge.bundle import Bundle, Model, kind_of
+from kdc_edge.checkpoints.assemble import is_single_file, open_checkpoint
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError, KdcError
 from kdc_edge.formats import find_format
@@ -25,6 +26,18 @@ from kdc_edge.request import GuidanceMode, Request, own_request
 
 TORCH = "torch:"  # in front of a checkpoint's folder
 MIN_IMAGES = 5  # that count, where `repeats` is None
+REFERENCE_SEC = 10.0  # in which a reference makes images of more prompts than the first
+# What the images show in turn, where nobody gave a prompt: the garden draws them, and so does any other model.
+PROMPTS = (
+    "a red flower with five petals",
+    "a blue fish with yellow stripes on a sand background",
+    "a yellow butterfly with purple spots on a sky background",
+    "a purple flower with eight petals and a white center on a grass background",
+    "a plain orange butterfly on a dark background",
+    "a pink flower with six petals and a yellow center on a sky background",
+    "a white fish with red spots on a dark background",
+    "a blue butterfly with white stripes on a sand background",
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,8 @@ class Case:
     low_memory: bool = False  # one component in memory at a time, loaded within each image
     prompts: tuple[str, ...] = ()  # an image of each, from seeds that count up, after what is timed
     check: bool = True  # compare a bundle's files with the hashes of its manifest
+    more_prompts: tuple[str, ...] = ()  # that the images after the first show in turn
+    fill_sec: float = 0.0  # images of the prompts that are left are made too, in so many seconds
 
     def __post_init__(self) -> None:
         if self.repeats is not None and self.repeats < 1:
@@ -53,10 +68,20 @@ class Case:
         if self.request.latents is not None:
             raise InputError("a benchmark draws its noise from the seed: give no latents")
 
+    def nth_request(self, n: int) -> Request:
+        """The request of image n, counted from 0; their prompts take turns."""
+        prompts = (self.request.prompt, *self.more_prompts)
+        return replace(self.request, prompt=prompts[n % len(prompts)])
+
     @property
     def images(self) -> int:
         """How many images a process makes, at least."""
         return self.warmup + (MIN_IMAGES if self.repeats is None else self.repeats) + len(self.prompts)
+
+
+def first_and_more(prompt: str | None) -> tuple[str, tuple[str, ...]]:
+    """What the first image shows, and those after it in turn."""
+    return (PROMPTS[0], PROMPTS[1:]) if prompt is None else (prompt, ())
 
 
 def grid(
@@ -116,16 +141,27 @@ def model_of(folder: Path) -> Model:
 
 
 def references(what: str | Path, cases: Sequence[Case]) -> list[Case]:
-    """The cases that make, once and not to be timed, the reference image of each request in `cases`."""
+    """The cases that make, not to be timed, the reference images of each request in `cases`."""
     folder, engine = split_engine(what)
-    requests = dict.fromkeys(replace(case.request, guidance_mode=None) for case in cases)
-    return [Case(folder, request, repeats=1, warmup=0, engine=engine) for request in requests]
+    asked = dict.fromkeys((replace(case.request, guidance_mode=None), case.more_prompts) for case in cases)
+    return [reference_case(folder, request, more, engine=engine) for request, more in asked]
+
+
+def reference_case(
+    folder: Path, request: Request, more_prompts: tuple[str, ...], *, engine: str | None, threads: int | None = None
+) -> Case:
+    """One image of the request; of more prompts too, where that takes a few seconds."""
+    return Case(
+        folder, request, 1, 0, engine, threads=threads, more_prompts=more_prompts, fill_sec=REFERENCE_SEC
+    )  # fmt: skip
 
 
 def split_engine(what: str | Path) -> tuple[Path, str | None]:
-    """The folder, and the engine that "torch:" in front of it stands for."""
+    """The folder, assembled where a single file is named, and the engine that "torch:" in front of it stands for."""
     text = str(what)
-    return (local(text.removeprefix(TORCH)), "torch") if text.startswith(TORCH) else (local(what), None)
+    folder, engine = (text.removeprefix(TORCH), "torch") if text.startswith(TORCH) else (text, None)
+    place = local(folder)
+    return open_checkpoint(place) if is_single_file(place) else place, engine
 
 
 def describe(case: Case) -> Row:
@@ -147,6 +183,7 @@ def describe(case: Case) -> Row:
         prompt_sha256=text_sha256(case.request.prompt, case.request.negative_prompt),
         repeats=MIN_IMAGES if case.repeats is None else case.repeats,
         warmup=case.warmup,
+        more_prompts=case.more_prompts,
         **asked,
     )
     try:

@@ -40,7 +40,7 @@ class Measurement:
     disturbance: Disturbance
     provider: str | None
     compute_dtype: str | None
-    pixels: np.ndarray  # uint8 (H, W, 3), the last image
+    pixels: np.ndarray  # uint8 (N, H, W, 3), the first image of each prompt
     prompt_images: np.ndarray  # uint8 (N, H, W, 3), one a prompt
 
 
@@ -51,7 +51,8 @@ def measure(
     started: float | None = None,
     tell: Tell = lambda *_: None,
 ) -> Measurement:
-    """Open, run `case.warmup` images that do not count and `case.repeats` that do; every sample is kept.
+    """Open, run `case.warmup` images that do not count and `case.repeats` that do; every sample is kept. The images
+    show the case's prompts in turn.
 
     `started` is when the process was (time.perf_counter), the call itself where None. `tell` is called between the laps
     of an image.
@@ -71,18 +72,20 @@ def measure(
             last = now
     executions: dict[str, Execution] = {}
     images: list[Laps] = []
-    pixels = np.empty(0)
+    shown: dict[str, np.ndarray] = {}  # by prompt, in their order
     cold_sec = 0.0
 
     def tell_step(share: float) -> None:
         tell(_image_name(case, len(images)), min((len(images) + share) / case.images, 1.0))
 
-    while not _enough(images[case.warmup :], case.repeats):
+    while not _enough(images[case.warmup :], case):
         if len(images) == case.warmup:
             watch = Watch(earlier=whole)
         ready = perf_counter()
         tell_step(0.0)
-        laps, pixels = _time_image(pipeline, request, executions, tell_step)
+        wanted = case.nth_request(len(images))
+        laps, pixels = _time_image(pipeline, wanted, executions, tell_step)
+        shown.setdefault(wanted.prompt, pixels)
         images.append(laps)
         if len(images) == 1:
             cold_sec = ready - (begin if started is None else started) + laps["end_to_end"][0]
@@ -107,16 +110,18 @@ def measure(
         disturbance=watch.disturbance(laps["end_to_end"]),
         provider=_provider(executions),
         compute_dtype=executions["unet"].compute_dtype if "unet" in executions else None,
-        pixels=pixels,
+        pixels=np.stack(list(shown.values())),
         prompt_images=np.array(prompt_images, np.uint8).reshape(-1, *pixels.shape),
     )
 
 
-def _enough(images: Sequence[Laps], repeats: int | None) -> bool:
-    """Do these images tell how long one takes?"""
-    if repeats is not None:
-        return len(images) >= repeats
-    filled = sum(laps["end_to_end"][0] for laps in images) >= FILL_SEC
+def _enough(images: Sequence[Laps], case: Case) -> bool:
+    """Do these images tell how long one takes, and are those of more prompts there that fit the time?"""
+    spent = sum(laps["end_to_end"][0] for laps in images)
+    if case.repeats is not None:
+        one_more = spent * (1 + 1 / max(len(images), 1))
+        return len(images) >= case.repeats and (len(images) > len(case.more_prompts) or one_more > case.fill_sec)
+    filled = spent >= FILL_SEC
     return len(images) >= (MIN_IMAGES if filled else MAX_IMAGES)
 
 

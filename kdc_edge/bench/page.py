@@ -53,7 +53,7 @@ from kdc_edge.report.scatter import Axis, Point, scatter_chart
 from kdc_edge.text import megabytes
 
 ReportFormat = Literal["table", "md", "csv", "json", "html"]
-Images = Sequence[np.ndarray | None]  # uint8 (H, W, 3), one a row
+Images = Sequence[np.ndarray | None]  # uint8 (N, H, W, 3) a row, one a prompt
 
 GOOD = Budget(min_psnr_db=GOOD_PSNR_DB)
 MB = 1e-6  # a byte
@@ -256,22 +256,31 @@ def _once(timing: Timing | None) -> float:
 
 
 def _images(shown: Sequence[Shown]) -> list[Markup]:
-    """Every row's image beside its difference to the reference's of the same request."""
-    references = {image_key(s.row): s.pixels for s in shown if s.row.reference}
-    cards = []
+    """An image of every row, each of another prompt, beside its difference to the reference's of the same request."""
+    references = {image_key(s.row): s.pixels for s in shown if s.row.reference and s.pixels is not None}
+    cards: list[Card] = []
+    several = any(s.row.more_prompts for s in shown)
     for s in shown:
         if s.pixels is None:
             continue
-        reference = None if s.row.reference else references.get(image_key(s.row))
-        same = reference is not None and reference.shape == s.pixels.shape
+        reference: Sequence[np.ndarray] = () if s.row.reference else list(references.get(image_key(s.row), ()))
+        # The next prompt, of those that the reference has shown too where there is one.
+        n = len(cards) % (min(len(s.pixels), len(reference)) or len(s.pixels))
+        same = n < len(reference) and reference[n].shape == s.pixels[n].shape
         note = "the reference" if s.row.reference else quality_text(s.row)
         if s.row.random_weights:
             note += ", random weights"
-        cards.append(Card(s.label, note, s.pixels, reference if same else None))
+        if several:
+            note += f"; “{(s.row.prompt, *s.row.more_prompts)[n]}”"
+        cards.append(Card(s.label, note, s.pixels[n], reference[n] if same else None))
     if not cards:
         return []
     prompts = dict.fromkeys(s.row.prompt for s in shown if s.pixels is not None)
     line = f"{'; '.join(f'“{prompt}”' for prompt in prompts)}, from the same noise."
+    if several:
+        line = (
+            "An image of each, of one prompt after the other, from the same noise; PSNR is the worst of all prompts'."
+        )
     if any(card.reference is not None for card in cards):
         line += f" Beside each image is its difference to the reference's, {AMPLIFIED} times as strong; black is equal."
     if any(s.row.random_weights for s in shown):

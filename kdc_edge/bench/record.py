@@ -95,7 +95,7 @@ class Psnr:
     __pydantic_config__ = _CLOSED
 
     reference: str  # in words: "torch:runs/latest/checkpoint", "onnx-fp32, the most precise of the table"
-    db: float | None  # peak 255, last image of each; None where both are equal to the last bit
+    db: float | None  # peak 255, the worst of the images that both made; None where all are equal to the last bit
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,7 @@ class Row:
     reference: bool = False  # the other rows' images are compared with this one's
     psnr: Psnr | None = None  # None for the reference itself, and where there is none
     prompt_quality: PromptQuality | None = None
+    more_prompts: tuple[str, ...] = ()  # that the images after the first showed in turn
 
     @property
     def image_sec(self) -> float | None:

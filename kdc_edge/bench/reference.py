@@ -1,4 +1,4 @@
-"""Quality beside speed: each image against a reference that was made from the same request and the same noise.
+"""Quality beside speed: images against a reference's that were made from the same requests and the same noise.
 
     rows = compare_images(measured)                       # the PSNR of every row, and which one is the reference
 
@@ -49,8 +49,8 @@ def compare_images(measured: Sequence[Measured], others: Sequence[Measured] = ()
 def image_key(row: Row) -> Hashable:
     """What decides an image; how it is computed (threads, engine, one U-Net call or two) is not part of it."""
     return (
-        row.prompt, row.negative_prompt, row.steps, row.guidance, row.guidance_interval, row.sampler, row.seed,
-        row.width, row.height,
+        row.prompt, row.more_prompts, row.negative_prompt, row.steps, row.guidance, row.guidance_interval, row.sampler,
+        row.seed, row.width, row.height,
     )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def _compare(
         if found is reference:
             rows[i] = replace(rows[i], reference=True)
             continue
-        db = psnr_db(found.pixels, reference.pixels)
+        db = min(psnr_db(*pair) for pair in zip(found.pixels, reference.pixels, strict=False))  # of common prompts
         rows[i] = replace(rows[i], psnr=Psnr(name, None if math.isinf(db) else db))
 
 

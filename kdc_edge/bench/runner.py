@@ -41,7 +41,7 @@ class Measured:
     """A row, and the images that belong to it."""
 
     row: Row
-    pixels: np.ndarray | None = None  # uint8 (H, W, 3), the last image that was timed; None where it failed
+    pixels: np.ndarray | None = None  # uint8 (N, H, W, 3), the first image of each prompt; None where it failed
     prompt_images: np.ndarray | None = None  # uint8 (N, H, W, 3), one a prompt, none where none was asked
 
 
@@ -137,7 +137,7 @@ def measure_in_fresh_process(case: Case, *, timeout_sec: float | None = None, te
     if outcome.timings is None or pixels is None:
         return Measured(row)
     row = replace(row, repeats=len(outcome.timings.end_to_end.samples_sec))
-    return Measured(replace(row, width=pixels.shape[1], height=pixels.shape[0]), pixels, prompt_images)
+    return Measured(replace(row, width=pixels.shape[2], height=pixels.shape[1]), pixels, prompt_images)
 
 
 def _one_process(

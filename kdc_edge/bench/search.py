@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdc_edge.bench.budget import Budget, choose
-from kdc_edge.bench.case import Case
+from kdc_edge.bench.case import Case, reference_case
 from kdc_edge.bench.record import Row
 from kdc_edge.bench.reference import compare_images
 from kdc_edge.bench.runner import Measured, Tell, run
@@ -202,8 +202,8 @@ def first_level(
 
 
 def _reference_case(checkpoint: Path, request: Request, base: Case) -> Case:
-    """PyTorch's image, which is not timed."""
-    return Case(checkpoint, request, 1, 0, engine="torch", threads=base.threads)
+    """PyTorch's images, which are not timed."""
+    return reference_case(checkpoint, request, base.more_prompts, engine="torch", threads=base.threads)
 
 
 def search(

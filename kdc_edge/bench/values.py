@@ -93,7 +93,7 @@ class Shown:
 
     row: Row
     label: str  # no two the same
-    pixels: np.ndarray | None = None  # uint8 (H, W, 3)
+    pixels: np.ndarray | None = None  # uint8 (N, H, W, 3), one a prompt
 
 
 def show(rows: Sequence[Row], images: Sequence[np.ndarray | None] = ()) -> list[Shown]:

@@ -5,7 +5,8 @@
     fused = fuse(lora, {"unet": unet_weights, "text_encoder": text_weights})      # changes the dicts; counts layers
 
 Formats: kohya's sd-scripts (lora_unet_..., lora_te_...), with convolutions (LoCon) and their middle matrix; PEFT's and
-diffusers' (unet....lora_A.weight, older ...lora.down.weight and ..._lora.down.weight).
+diffusers' (unet....lora_A.weight, older ...lora.down.weight and ..._lora.down.weight). A U-Net's layers are named as in
+diffusers, or as in the original layout (input_blocks, middle_block, output_blocks).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kdc_edge.checkpoints.single_file import refuse_pickle
+from kdc_edge.checkpoints.single_file import original_names, refuse_pickle
 from kdc_edge.diffusers_folder import read_header
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import read_json
@@ -35,7 +36,13 @@ ROLES = {
     r"[._]lora_mid(?:\.weight)?$": "mid",
     r"\.alpha$": "alpha",
 }
-PREFIXES = (("base_model.model.", ""), ("lora_unet_", "unet."), ("lora_te_", "text_encoder."))
+PREFIXES = (
+    ("base_model.model.", ""),
+    ("lora_unet_", "unet."),
+    ("lora_te_", "text_encoder."),
+    ("model.diffusion_model.", "unet."),
+    ("diffusion_model.", "unet."),
+)
 OTHER_METHODS = {
     r"\.hada_w": "a LoHa", r"\.lokr_w": "a LoKr", r"\.on_input$": "an IA3", r"\.(oft_|boft_)": "an OFT",
     r"\.(dora_scale|lora_magnitude_vector)": "a DoRA", r"\.diff(_b)?$": "one with whole weights (diff)",
@@ -164,8 +171,10 @@ def _flat(name: str) -> str:
 
 
 def _index(weights: Weights) -> dict[str, str]:
-    """A layer's flat name -> the name of its weight."""
-    return {_flat(name.removesuffix(".weight")): name for name in weights if name.endswith(".weight")}
+    """A layer's flat name, diffusers' and that of the original layout -> the name of its weight."""
+    layers = {name.removesuffix(".weight"): name for name in weights if name.endswith(".weight")}
+    found = {_flat(original): layers[layer] for layer, original in original_names(layers).items()}
+    return found | {_flat(layer): name for layer, name in layers.items()}
 
 
 def _find(layer: str, places: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:

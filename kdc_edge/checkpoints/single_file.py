@@ -175,6 +175,46 @@ def _unet_config(path: Path, shapes: Shapes) -> Settings:
     }
 
 
+# A layer of a U-Net by diffusers' name -> its name in the original layout: outside the blocks, and within a resnet.
+_ENDS = {
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+}  # fmt: skip
+_RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+_LAYER = re.compile(r"(down|mid|up)_block(?:s\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+
+
+def original_names(layers: Iterable[str]) -> dict[str, str]:
+    """A U-Net's layers by diffusers' names -> their names in the original layout.
+
+    >>> original_names(["down_blocks.0.resnets.0.conv1"])
+    {'down_blocks.0.resnets.0.conv1': 'input_blocks.1.0.in_layers.2'}
+    """
+    layers = list(layers)
+    step = 1 + len(_indices(r"down_blocks\.0\.resnets\.(\d+)\.", layers))  # blocks a stage, with what resizes
+    crossed = _indices(r"up_blocks\.(\d+)\.attentions\.", layers)
+    found = {layer: _ENDS[layer] for layer in layers if layer in _ENDS}
+    for match in filter(None, map(_LAYER.fullmatch, layers)):
+        part, stage, kind, number, rest = match.groups()
+        i, j = int(stage or 0), int(number)
+        second = 0 if kind == "resnets" else 1
+        if kind == "resnets":
+            rest = _RESNET.get(rest, rest)
+        if part == "mid":
+            block = f"middle_block.{2 * j + second}"
+        elif kind == "downsamplers":
+            block, rest = f"input_blocks.{(i + 1) * step}.0", "op"
+        elif kind == "upsamplers":
+            block = f"output_blocks.{(i + 1) * step - 1}.{2 if i in crossed else 1}"
+        else:
+            block = f"{'input' if part == 'down' else 'output'}_blocks.{i * step + j + (part == 'down')}.{second}"
+        found[match[0]] = f"{block}.{rest}"
+    return found
+
+
 def vae_config(shapes: Shapes, path: Path) -> Settings:
     """AutoencoderKL's configuration from the original layout, or from diffusers' own; names without a prefix."""
     layouts = ("encoder.down.{}.block.{}.conv1.weight", "encoder.down_blocks.{}.resnets.{}.conv1.weight")

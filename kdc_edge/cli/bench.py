@@ -34,7 +34,9 @@ def bench(
         list[str] | None,
         Argument(help="Bundles, checkpoints, or torch:CKPT for PyTorch as the reference; all in bundles/ when none."),
     ] = None,
-    prompt: Annotated[str, Option(help="What the image shows.")] = "a red flower with five petals",
+    prompt: Annotated[
+        str | None, Option(help="What the images show. Not given: one of eight prompts after the other.")
+    ] = None,
     steps: Annotated[
         str | None,
         Option(metavar="N[,N]", help="Steps of the sampler, in turn; 20, or a few-step student's own, when not given."),
@@ -87,7 +89,7 @@ def bench(
 ) -> None:
     """Measure bundles, each in a process of its own: latency by stage, memory, size, quality."""
     del config
-    from kdc_edge.bench.case import Case, grid, references, with_own
+    from kdc_edge.bench.case import Case, first_and_more, grid, references, with_own
     from kdc_edge.bench.page import ReportFormat, render
     from kdc_edge.bench.record import Report, here
     from kdc_edge.bench.reference import compare_images
@@ -103,16 +105,19 @@ def bench(
     if budget_sec is not None and not budget_sec > 0:
         raise InputError(f"--budget-sec {budget_sec:g} is no time: use a number of seconds above 0")
     score, asked = _scorer(prompts, metric_weights)
+    first, more = first_and_more(prompt)
     request = make_request(
-        prompt, guidance_mode=None, guidance_interval=guidance_interval, seed=seed, width=width,
+        first, guidance_mode=None, guidance_interval=guidance_interval, seed=seed, width=width,
         height=height, low_memory=low_memory,
     )  # fmt: skip
     single = device is None or "=" in device  # a device for each component, not one after the other
+    base = Case(
+        Path(), request, repeats, warmup, engine, device, low_memory=low_memory, check=check, prompts=tuple(asked),
+        more_prompts=more,
+    )  # fmt: skip
     cases = grid(
         bundles or all_bundles(),
-        Case(
-            Path(), request, repeats, warmup, engine, device, low_memory=low_memory, check=check, prompts=tuple(asked)
-        ),
+        base,
         devices=[] if single else listed(device or "", "--device", str),
         threads=listed(threads, "--threads", int) if threads is not None else [],
         steps=listed(steps, "--steps", int) if steps is not None else [],

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from kdc_edge.cli.options import Json
+from kdc_edge.cli.options import EmbeddingFiles, Json, LoraFiles, PredictionType, Vae
 from kdc_edge.cli.project import LATEST, Config, bundles_in, need_training, run_of, say
 from kdc_edge.errors import CheckpointError, InputError, KdcError
 
@@ -49,13 +49,17 @@ def evaluate(
         Option(help="As in kdc-edge generate; DPM-Solver++ 2M, or a few-step student's own, when not given."),
     ] = None,
     seed: Annotated[int, Option(help="Of the noise.")] = 7,
+    vae: Vae = None,
+    lora: LoraFiles = None,
+    embedding: EmbeddingFiles = None,
+    prediction_type: PredictionType = None,
     as_json: Json = False,
     config: Config = None,
 ) -> None:
     """Measure a checkpoint: of the garden offline, of other data with what weight files are here."""
     del config
     need_training("kdc-edge eval")
-    from kdc_edge.checkpoints import open_checkpoint
+    from kdc_edge.checkpoints import Additions, open_checkpoint
     from kdc_edge.diffusers_folder import hash_checkpoint
     from kdc_edge.train.quality.evaluate import evaluate_tasks, open_generator
     from kdc_edge.train.quality.metrics import ImageMetrics
@@ -65,7 +69,7 @@ def evaluate(
     if images is not None and images < 2:
         raise InputError(f"--images {images} is too few: use 2 or more")
     checkpoint, run = _find(what)
-    checkpoint = open_checkpoint(checkpoint, say=say)
+    checkpoint = open_checkpoint(checkpoint, Additions.parse(vae, lora, embedding, prediction_type), say=say)
     folders = [folder for given in bundles or () for folder in bundles_in(given)]
     if folders:
         refuse_strangers(folders, hash_checkpoint(checkpoint))

@@ -61,9 +61,13 @@ def export(
         Argument(help="A run, finished or not, a diffusers folder, or a .safetensors file. Default: the latest run."),
     ] = None,
     task: Annotated[str | None, Option(help="The run's checkpoint after this task.")] = None,
-    target: Annotated[str, Option(help=f"One of {', '.join(targets())}.")] = "onnx",
-    precision: Annotated[str | None, Option(help=f"See kdc-edge formats. Default: {DEFAULT_PRECISION}.")] = None,
-    out: Annotated[Path | None, Option(help="Folder of the bundle. Default: bundles/TARGET-PRECISION.")] = None,
+    target: Annotated[str, Option("--target", "-t", help=f"One of {', '.join(targets())}.")] = "onnx",
+    precision: Annotated[
+        str | None, Option("--precision", "-p", help=f"See kdc-edge formats. Default: {DEFAULT_PRECISION}.")
+    ] = None,
+    out: Annotated[
+        Path | None, Option("--out", "-o", help="Folder of the bundle. Default: bundles/TARGET-PRECISION.")
+    ] = None,
     calibration_prompts: Annotated[
         Path | None,
         Option(metavar="FILE", help="int8, mixed: prompts, one per line. Default: the training captions."),

@@ -15,7 +15,7 @@ import typer
 from typer import Argument, Option
 
 from kdc_edge.cli.options import Guidance, Json, guidance_modes, listed, make_request
-from kdc_edge.cli.project import BUNDLES, LATEST, Config, command_line, latest_checkpoint, need_export, say
+from kdc_edge.cli.project import BUNDLES, LATEST, Config, command_line, latest_checkpoint, need_export, open_folder, say
 from kdc_edge.errors import InputError, KdcError, unknown_choice
 from kdc_edge.formats import FORMATS, GOOD_PSNR_DB, Format
 
@@ -36,7 +36,7 @@ DEFINITIONS = (
 
 def fit(
     checkpoint: Annotated[
-        Path | None, Argument(help="A diffusers folder; the latest run's, else the bundles as they are.")
+        Path | None, Argument(help="A diffusers folder or .safetensors file; the latest run's, else the bundles alone.")
     ] = None,
     max_size: Annotated[str | None, Option(metavar="SIZE", help="Of the bundle's folder, such as 300MB.")] = None,
     max_sec: Annotated[float | None, Option(help="For an image, warm, from the prompt to the PNG.")] = None,
@@ -51,7 +51,9 @@ def fit(
     ] = None,
     bundles: Annotated[Path, Option(metavar="DIR", help="Where they are, and where exports go.")] = BUNDLES,
     export: Annotated[bool, Option("--export/--no-export", help="Make the bundles that are missing.")] = True,
-    prompt: Annotated[str, Option(help="What the image shows.")] = "a red flower with five petals",
+    prompt: Annotated[
+        str | None, Option(help="What the images show. Not given: one of eight prompts after the other.")
+    ] = None,
     steps: Annotated[
         str | None,
         Option(
@@ -85,7 +87,7 @@ def fit(
     """Name the cheapest export that meets a budget on this machine, or the nearest where none does."""
     del config
     from kdc_edge.bench.budget import Budget, decide
-    from kdc_edge.bench.case import Case
+    from kdc_edge.bench.case import Case, first_and_more
     from kdc_edge.bench.search import MODES, first_level, search
     from kdc_edge.cli.progress import MeasuringBar
     from kdc_edge.hub import local
@@ -104,9 +106,10 @@ def fit(
     for path in out or ():
         if path.suffix not in FILES:
             raise InputError(f"--out {path} is of no known kind: give it a name that ends in {', '.join(FILES)}")
-    request = make_request(prompt, guidance_mode=None, guidance_interval="0.0:1.0", seed=seed, low_memory=False)
-    base = Case(Path(), request, repeats, warmup, device=device, threads=threads)
-    checkpoint = local(checkpoint) if checkpoint else None
+    first, more = first_and_more(prompt)
+    request = make_request(first, guidance_mode=None, guidance_interval="0.0:1.0", seed=seed, low_memory=False)
+    base = Case(Path(), request, repeats, warmup, device=device, threads=threads, more_prompts=more)
+    checkpoint = open_folder(local(checkpoint)) if checkpoint else None
     if checkpoint is None and LATEST.exists():
         checkpoint = latest_checkpoint()
         say(f"no checkpoint given: {checkpoint.resolve()}")

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from typer import Argument, Option
@@ -27,12 +27,10 @@ from kdc_edge.cli.options import (
     listed,
     make_request,
 )  # fmt: skip
-from kdc_edge.cli.project import Config, best_bundle, say
+from kdc_edge.cli.project import Config, best_bundle, open_folder, say
 from kdc_edge.errors import InputError
 
-if TYPE_CHECKING:
-    from kdc_edge.checkpoints import Additions
-
+_CHANGE, _SAMPLING, _SIZE = "Change an image", "Sampling", "Size"  # groups of options
 NAME_CHARS, NAME_BYTES = 60, 150  # of a prompt in a file's name
 
 
@@ -41,23 +39,44 @@ def generate(
     bundle: Annotated[
         Path | None,
         Option(
-            help="A bundle, a checkpoint (through torch), or hf:OWNER/NAME[@REVISION] of the hub; the smallest good one"
-            " in bundles/ when not given."
+            "--bundle",
+            "-b",
+            help="A bundle, a checkpoint (through torch), or hf:OWNER/NAME\\[@REVISION] of the hub; the smallest good"
+            " one in bundles/ when not given.",
         ),
     ] = None,
     prompts: Annotated[Path | None, Option(help="A text file with one prompt a line, instead of a prompt.")] = None,
     image: Annotated[
-        Path | None, Option(help="An image to begin with, resized to the size asked for; needs a vae_encoder.")
+        Path | None,
+        Option(
+            help="An image to begin with, resized to the size asked for; needs a vae_encoder.", rich_help_panel=_CHANGE
+        ),
     ] = None,
-    mask: Annotated[Path | None, Option(help="With --image: white is repainted, black stays.")] = None,
+    mask: Annotated[
+        Path | None, Option(help="With --image: white is repainted, black stays.", rich_help_panel=_CHANGE)
+    ] = None,
     strength: Annotated[
         float | None,
-        Option(help="With --image: the share of the steps that are taken, 0.8, or 1 with a mask. Lower changes less."),
+        Option(
+            help="With --image: the share of the steps that are taken, 0.8, or 1 with a mask. Lower changes less.",
+            rich_help_panel=_CHANGE,
+        ),
     ] = None,
-    images: Annotated[int | None, Option(help="Images of each prompt; 1, or one a seed, when not given.")] = None,
-    steps: Annotated[int | None, Option(help="Steps of the sampler; 20, or those of a few-step student.")] = None,
+    images: Annotated[
+        int | None, Option("--images", "-n", help="Images of each prompt; 1, or one a seed, when not given.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        Option(
+            "--steps", "-s", help="Steps of the sampler; 20, or those of a few-step student.", rich_help_panel=_SAMPLING
+        ),
+    ] = None,
     guidance: Annotated[
-        float | None, Option(help="Guidance scale; 7.5, or a few-step student's. 1 for none, at half the cost.")
+        float | None,
+        Option(
+            help="Guidance scale; 7.5, or a few-step student's. 1 for none, at half the cost.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = None,
     guidance_mode: GuidanceModeOption = None,
     guidance_interval: GuidanceInterval = "0.0:1.0",
@@ -67,17 +86,24 @@ def generate(
     ] = "0",
     scheduler: Annotated[
         str | None,
-        Option(help="A sampler, such as dpm++2m-karras, euler-a, unipc or lcm; the checkpoint's own when not given."),
+        Option(
+            help="A sampler, such as dpm++2m-karras, euler-a, unipc or lcm; the checkpoint's own when not given.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = None,
     negative_prompt: Annotated[str, Option(help="What the image should not show.")] = "",
     plain_prompt: Annotated[
-        bool, Option("--plain-prompt", help="Take brackets as text; else (red:1.3) and [faint] are weights.")
+        bool, Option("--plain-prompt", help="Take brackets as text; else (red:1.3) and \\[faint] are weights.")
     ] = False,
-    width: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
-    height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
+    width: Annotated[int | None, Option(help="Pixels; the model's own when not given.", rich_help_panel=_SIZE)] = None,
+    height: Annotated[int | None, Option(help="Pixels; the model's own when not given.", rich_help_panel=_SIZE)] = None,
     out: Annotated[
         Path | None,
-        Option(help="A PNG file, or a folder. When not given, or a folder: a new file named after prompt and seed."),
+        Option(
+            "--out",
+            "-o",
+            help="A PNG file, or a folder. When not given, or a folder: a new file named after prompt and seed.",
+        ),
     ] = None,
     engine: Engine = None,
     device: Device = None,
@@ -115,7 +141,7 @@ def generate(
     bundle = local(bundle) if bundle else None
     if bundle is None:
         bundle = best_bundle()
-    bundle = _opened(bundle, Additions.parse(vae, lora, embedding, prediction_type))
+    bundle = open_folder(bundle, Additions.parse(vae, lora, embedding, prediction_type))
     request = make_request(
         "", negative_prompt=negative_prompt, guidance_mode=guidance_mode,
         guidance_interval=guidance_interval, width=width, height=height, low_memory=low_memory,
@@ -154,20 +180,9 @@ def generate(
                     path = out if out and out.suffix else free_name(out or Path(), asked.prompt, asked.seed)
                     save_png(path, done.pixels, describe(asked, done.pixels, label(bundle)))
                     typer.echo(path)
+                    if done.nsfw:
+                        say(f"image {made + done.step} was blanked by the safety checker: try another seed or prompt")
             made += len(batch)
-
-
-def _opened(folder: Path, additions: Additions) -> Path:
-    """A bundle as it is; a checkpoint as a diffusers folder, with what is put to it."""
-    from kdc_edge.bundle import kind_of
-    from kdc_edge.checkpoints import open_checkpoint
-    from kdc_edge.checkpoints.assemble import is_single_file
-
-    if kind_of(folder) == "checkpoint" or is_single_file(folder):
-        return open_checkpoint(folder, additions, say=say)
-    if additions:
-        raise InputError("a bundle is fixed: give --vae, --lora, --embedding and --prediction-type to kdc-edge export")
-    return folder
 
 
 def prompts_and_seeds(prompts: list[str], images: int | None, seeds: list[int]) -> Iterator[tuple[str, int]]:

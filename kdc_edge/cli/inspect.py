@@ -11,7 +11,7 @@ import typer
 from typer import Argument
 
 from kdc_edge.cli.options import Json
-from kdc_edge.cli.project import all_bundles
+from kdc_edge.cli.project import all_bundles, open_folder
 from kdc_edge.text import visible
 
 MAX_FACT_CHARS = 1000
@@ -29,7 +29,7 @@ def verify(
 
 
 def info(
-    folder: Annotated[Path, Argument(help="A bundle or a checkpoint.")],
+    folder: Annotated[Path, Argument(help="A bundle, a checkpoint, or a .safetensors file.")],
     as_json: Json = False,
 ) -> None:
     """Describe a bundle or a checkpoint."""
@@ -38,7 +38,7 @@ def info(
     from kdc_edge.hub import local
     from kdc_edge.text import megabytes, printable
 
-    folder = local(folder)
+    folder = open_folder(local(folder))
     if kind_of(folder) == "checkpoint":
         model = read_model(folder)
         facts = {"kind": "checkpoint", **model.model_dump(exclude={"scheduler"})}
@@ -52,7 +52,8 @@ def info(
         facts = {"kind": f"bundle {manifest.name}", **model.model_dump(exclude={"scheduler"})}
         for part, component in manifest.components.items():
             inputs = ", ".join(f"{n} {t.dtype}{t.shape}" for n, t in component.inputs.items())
-            facts[part] = f"{component.class_name or 'network'} of {inputs}"
+            kept = f", kept in {component.precision}" if component.precision else ""
+            facts[part] = f"{component.class_name or 'network'} of {inputs}{kept}"
         facts["size"] = megabytes(bundle.size_bytes)
         for check in manifest.parity.checks if manifest.parity else ():
             facts[f"parity {check.what}"] = check.text

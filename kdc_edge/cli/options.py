@@ -24,9 +24,14 @@ GuidanceModeOption = Annotated[
 GuidanceInterval = Annotated[
     str, typer.Option(metavar="FROM:TO", help="Fractions of the steps with guidance, such as 0.0:0.7.")
 ]
-Engine = Annotated[str | None, typer.Option(help="See kdc-edge devices.")]
+_ENGINE = "Engine"  # the panel of how it is computed
+Engine = Annotated[str | None, typer.Option(help="See kdc-edge devices.", rich_help_panel=_ENGINE)]
 Device = Annotated[
-    str | None, typer.Option(help="One for all, or one a component: unet=GPU,text_encoder=CPU. See kdc-edge devices.")
+    str | None,
+    typer.Option(
+        help="One for all, or one a component: unet=GPU,text_encoder=CPU. See kdc-edge devices.",
+        rich_help_panel=_ENGINE,
+    ),
 ]
 _CHECKPOINT = "Checkpoint"  # the panel of what is put to a checkpoint before it is used
 Vae = Annotated[
@@ -57,16 +62,31 @@ PredictionType = Annotated[
         help="epsilon, v_prediction or sample: what the U-Net predicts, where the checkpoint's files do not say it.",
     ),
 ]  # fmt: skip
-Threads = Annotated[int | None, typer.Option(help="Of the engine.")]
+Threads = Annotated[int | None, typer.Option(help="Of the engine.", rich_help_panel=_ENGINE)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Exact = Annotated[
-    bool, typer.Option("--exact", help="32-bit arithmetic where the engine would take fewer: slower, nearer PyTorch.")
+    bool,
+    typer.Option(
+        "--exact",
+        rich_help_panel=_ENGINE,
+        help="32-bit arithmetic where the engine would take fewer: slower, nearer PyTorch.",
+    ),
 ]
 Check = Annotated[
-    bool, typer.Option("--check/--no-check", help="Compare the bundle's files with the hashes of its manifest.")
+    bool,
+    typer.Option(
+        "--check/--no-check",
+        rich_help_panel=_ENGINE,
+        help="Compare the bundle's files with the hashes of its manifest.",
+    ),
 ]
 LowMemory = Annotated[
-    bool, typer.Option("--low-memory", help="One network in memory at a time, guidance sequential: slower, smaller.")
+    bool,
+    typer.Option(
+        "--low-memory",
+        rich_help_panel=_ENGINE,
+        help="One network in memory at a time, guidance sequential: slower, smaller.",
+    ),
 ]
 
 

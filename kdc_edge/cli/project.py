@@ -8,13 +8,16 @@ from __future__ import annotations
 import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kdc_edge.errors import InputError, require
 from kdc_edge.files import read_bounded
 from kdc_edge.text import visible
+
+if TYPE_CHECKING:
+    from kdc_edge.checkpoints import Additions
 
 SETTINGS = Path("kdc-edge.toml")
 RUNS = Path("runs")
@@ -103,6 +106,19 @@ def run_of(checkpoint: Path) -> Path | None:
     """The run that a checkpoint lies in: RUN/checkpoint, RUN/checkpoints/TASK; None where there is none."""
     home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     return home if (home / "config.json").is_file() else None
+
+
+def open_folder(folder: Path, additions: Additions | None = None) -> Path:
+    """A bundle as it is; a checkpoint, or a single file, as a diffusers folder with what is put to it."""
+    from kdc_edge.bundle import kind_of
+    from kdc_edge.checkpoints import Additions, open_checkpoint
+    from kdc_edge.checkpoints.assemble import is_single_file
+
+    if kind_of(folder) == "checkpoint" or is_single_file(folder):
+        return open_checkpoint(folder, additions or Additions(), say=say)
+    if additions:
+        raise InputError("a bundle is fixed: give --vae, --lora, --embedding and --prediction-type to kdc-edge export")
+    return folder
 
 
 def find_checkpoint(what: Path, task: str | None = None) -> Path:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from kdc_edge.bench.case import Case
-    from kdc_edge.bench.record import Row
+    from kdc_edge.bench.runner import Measured
     from kdc_edge.bundle import Bundle
     from kdc_edge.cli.progress import ProgressBar
     from kdc_edge.request import Request
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kdc_edge.train.quality.evaluate import Score
     from kdc_edge.train.tools.decoder import DecoderTrainer
 
+SHOWN = 4  # images of each task on the page
 DECODER_BATCH = 8  # images
 DECODER_IMAGES = 8  # of each task, which the small decoder is judged by
 
@@ -65,8 +66,7 @@ def _make(config: TrainConfig, work: Path, out: Path, repeats: int | None) -> No
     from kdc_edge.cli.quickstart_report import Story, write_report
     from kdc_edge.files import write_atomic
     from kdc_edge.image import grid, save_png
-    from kdc_edge.train.data.sources import GardenSource
-    from kdc_edge.train.quality.evaluate import EVALUATION, evaluation_scenes
+    from kdc_edge.train.quality.evaluate import EVALUATION
 
     trained = _train(config, work / "runs")
     student = trained.kept.run_folder / "checkpoint"
@@ -74,35 +74,32 @@ def _make(config: TrainConfig, work: Path, out: Path, repeats: int | None) -> No
     few_steps = trained.few_steps.run_folder / "checkpoint"
     small = _export(few_steps, work / "bundles" / "few-steps", trained.decoder.out / "decoder")
 
-    scenes = [evaluation_scenes(GardenSource((s,)), 4)[i] for s in ("flower", "butterfly") for i in range(4)]
-    requests = [replace(EVALUATION, prompt=s.caption, seed=config.seed + i) for i, s in enumerate(scenes)]
+    shown, others = _prompts(config)
+    requests = [replace(EVALUATION, prompt=prompt, seed=config.seed + i) for i, prompt in enumerate(shown)]
     folders = {
         "teacher": config.teacher, "student": student,
         "student without replay": trained.bare.run_folder / "checkpoint",
     }  # fmt: skip
     images = {name: _generate(name, folder, requests) for name, folder in folders.items()}
-    guided = Case(bundle.root, replace(requests[0], steps=20), repeats, prompts=_captions(config))
+    guided = Case(bundle.root, replace(requests[0], steps=20), repeats, prompts=(*shown, *others))
     unguided = replace(requests[0], sampler="ddim", guidance=1.0)
     compared = [guided, *(replace(guided, folder=small.root, request=replace(unguided, steps=n)) for n in (4, 2))]
+    measured = _bench([replace(guided, folder=student, prompts=()), *compared])
     few_images = {
-        (name := f"{case.folder.name}, {case.request.steps} steps"): _generate(
-            name, case.folder, [replace(case.request, prompt=r.prompt, seed=r.seed) for r in requests]
-        )
-        for case in compared
+        f"{found.row.name}, {found.row.steps} steps": list(found.prompt_images[: len(shown)])  # of the same noise
+        for found in measured
+        if found.row.prompt_quality and found.prompt_images is not None
     }
-
-    rows = _bench([replace(guided, folder=student, prompts=()), *compared])
-    rows = [replace(row, folder=str(out / Path(row.folder).relative_to(work))) for row in rows]
+    rows = [replace(m.row, folder=str(out / Path(m.row.folder).relative_to(work))) for m in measured]
     report = Report(here(), tuple(rows), command=command_line())
     write_atomic(work / "bench.json", to_json(report))
 
-    shown = [p for name in ("teacher", "student") for p in images[name]]
-    shown += [p for pixels in few_images.values() for p in pixels]
-    save_png(work / "images.png", grid(shown, len(requests)).repeat(2, axis=0).repeat(2, axis=1), None)
+    cells = [p for pixels in (images["teacher"], images["student"], *few_images.values()) for p in pixels]
+    save_png(work / "images.png", grid(cells, len(shown)).repeat(2, axis=0).repeat(2, axis=1), None)
     story = Story(
         config=config, teacher_scores=trained.teacher_scores,
         runs={"with replay": trained.kept, "without replay": trained.bare}, few_steps=trained.few_steps,
-        decoder=trained.decoder, prompts=[s.caption for s in scenes], conditions=requests[0].conditions, images=images,
+        decoder=trained.decoder, prompts=shown, conditions=requests[0].conditions, images=images,
         few_images=few_images, bundles=[bundle, small], bench=report,
     )  # fmt: skip
     write_report(work / "report.html", story)
@@ -129,7 +126,7 @@ def _train(config: TrainConfig, folder: Path) -> Trained:
     from kdc_edge.train.runs.continuing import begin_stage, branch_run
     from kdc_edge.train.tools.decoder import DecoderTrainer
 
-    stage = replace(config, **arguments(config, FEW_STEP_STAGE["garden"]), objective="phased")
+    stage = replace(config, **arguments(config, FEW_STEP_STAGE["phased"]["garden"]), objective="phased")
     stage = replace(stage, steps=max(1, config.steps // 4))
     without = replace(config, replay=0)
     decoding = DecoderConfig(
@@ -246,24 +243,26 @@ def _generate(name: str, folder: Path, requests: Sequence[Request]) -> list[np.n
     return [pipeline.generate(request) for request in requests]
 
 
-def _captions(config: TrainConfig) -> tuple[str, ...]:
-    """The captions that the runs were evaluated on."""
+def _prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
+    """The captions that the runs were evaluated on: up to four of each task, which the page shows, and the others."""
     from kdc_edge.train.quality.evaluate import ask
 
-    return tuple(prompt for task in config.tasks for prompt in ask(task, config.eval_images, size=64).prompts)
+    captions = [ask(task, config.eval_images, size=64).prompts for task in config.tasks]
+    shown = [caption for found in captions for caption in found[:: max(1, len(found) // SHOWN)][:SHOWN]]
+    return shown, [caption for found in captions for caption in found if caption not in shown]
 
 
-def _bench(cases: Sequence[Case]) -> list[Row]:
+def _bench(cases: Sequence[Case]) -> list[Measured]:
     """Measure each in fresh processes, and judge the images of its prompts."""
     from kdc_edge.bench.runner import measure_in_fresh_process
     from kdc_edge.cli.prompt_quality import open_scorer
 
-    rows = []
+    measured = []
     for case in cases:
         say(f"measuring {case.folder.name}, {case.request.steps} steps")
         found = measure_in_fresh_process(case)
-        row = found.row
         if found.prompt_images is not None and case.prompts:
-            row = replace(row, prompt_quality=open_scorer(case.prompts, None)(found.prompt_images))
-        rows.append(row)
-    return rows
+            quality = open_scorer(case.prompts, None)(found.prompt_images)
+            found = replace(found, row=replace(found.row, prompt_quality=quality))
+        measured.append(found)
+    return measured

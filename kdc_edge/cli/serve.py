@@ -16,8 +16,8 @@ def serve(
     bundle: Annotated[
         Path | None,
         Option(
-            help="A bundle, a checkpoint (through torch), or hf:OWNER/NAME[@REVISION] of the hub; the best in bundles/"
-            " when not given."
+            help="A bundle, a checkpoint (through torch), or hf:OWNER/NAME\\[@REVISION] of the hub; the best in"
+            " bundles/ when not given."
         ),
     ] = None,
     host: Annotated[str, Option(help="Address to listen at; 0.0.0.0 for every network.")] = "127.0.0.1",

@@ -120,7 +120,7 @@ def _family_defaults(given: Given[TrainConfig]) -> Given[TrainConfig]:
     from kdc_edge.presets import find_preset
     from kdc_edge.train.recipes import FAMILY_DEFAULTS
 
-    if "recipe" in given.named or given.values["objective"] == "phased":
+    if "recipe" in given.named or given.values["objective"] in FEW_STEP_STAGE:
         return given
     family = find_preset(given.values["student"], "--student").family
     found = {name: value for name, value in FAMILY_DEFAULTS[family].items() if name not in given.named}
@@ -138,13 +138,11 @@ def _continued(given: Given[TrainConfig], run: Path, tasks: tuple[Task, ...]) ->
 
     saved = given.kind.load(run)
     settings = saved
-    stage = not tasks and given.values["objective"] == "phased"
+    stage = None if tasks else FEW_STEP_STAGE.get(given.values["objective"])
     if not tasks and not {"objective", "phases"} & given.typed:
         raise InputError("--continue-from needs a --task NAME=SOURCE to add, or an --objective for another stage")
     if stage:
-        settings = replace(
-            settings, **arguments(settings, FEW_STEP_STAGE[find_preset(saved.student, "--student").family])
-        )
+        settings = replace(settings, **arguments(settings, stage[find_preset(saved.student, "--student").family]))
     settings = given.change(settings, **({"tasks": tasks} if tasks else {}))
     for s in settings_of(given.kind):
         if s.of(settings) != s.of(saved):
@@ -184,9 +182,9 @@ def _stage_defaults(given: Given[TrainConfig], settings: TrainConfig) -> dict[st
     """The settings of a few-step stage for a run that begins with it, where no others are given."""
     from kdc_edge.presets import find_preset
 
-    if settings.objective != "phased":
+    if settings.objective not in FEW_STEP_STAGE:
         return {}
-    stage = FEW_STEP_STAGE[find_preset(settings.student, "--student").family]
+    stage = FEW_STEP_STAGE[settings.objective][find_preset(settings.student, "--student").family]
     defaults = {s.name: s.default for s in settings_of(given.kind)}
     found = {n: v for n, v in stage.items() if n not in given.typed and given.values[n] == defaults[n]}
     for name, value in found.items():

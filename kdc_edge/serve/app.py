@@ -201,10 +201,7 @@ class _Server:
                 "step", image=event.image, step=event.step, steps=event.steps, preview=_base64(encode_png(small))
             )
         if isinstance(event, Done):
-            return _sse(
-                "image", image=event.image, b64_json=_base64(event.png), seed=event.seed, seconds=event.seconds,
-                **revised,
-            )  # fmt: skip
+            return _sse("image", image=event.image, seconds=event.seconds, **_as_item(event), **revised)
         return _sse("error", message=event.message) if isinstance(event, Failed) else _sse("done")
 
 
@@ -236,7 +233,7 @@ async def _collect(request: Request, events: _Events, job: Job, revised: dict[st
     async def gather() -> str | None:
         async for event in events:
             if isinstance(event, Done):
-                images.append({"b64_json": _base64(event.png), "seed": event.seed, **revised})
+                images.append(_as_item(event) | revised)
             elif isinstance(event, Failed):
                 return event.message
         return None
@@ -280,6 +277,12 @@ async def _http_error(_request: Request, error: Exception) -> Response:
 
 def _sse(event: str, **data: object) -> str:
     return f"event: {event}\ndata: {json.dumps(data)}\n\n"
+
+
+def _as_item(done: Done) -> dict[str, object]:
+    """An image in OpenAI's shape; whether it was flagged, where a safety checker has looked at it."""
+    flagged = {} if done.nsfw is None else {"nsfw_content_detected": done.nsfw}
+    return {"b64_json": _base64(done.png), "seed": done.seed, **flagged}
 
 
 def _base64(data: bytes) -> str:

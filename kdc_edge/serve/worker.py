@@ -41,6 +41,7 @@ class Done:
     png: bytes
     seed: int
     seconds: float
+    nsfw: bool | None  # flagged, and black; None where the bundle has no safety checker
 
 
 @dataclass(frozen=True)
@@ -147,20 +148,20 @@ class Worker:
     def _make(self, job: Job) -> None:
         for number, request in enumerate(job.requests):
             started = time.perf_counter()
-            pixels = None
+            pixels = nsfw = None
             for progress in self.pipeline.run(request):
                 if job.cancelled:
                     self.counts.cancelled += 1
                     return
                 if (step := _as_step(progress, number)) is not None:
                     job.emit(step)
-                pixels = progress.pixels
+                pixels, nsfw = progress.pixels, progress.nsfw
             assert pixels is not None
             seconds = time.perf_counter() - started
             png = encode_png(pixels, describe(request, pixels, self.name))
             self.counts.images += 1
             self.counts.image_seconds += seconds
-            job.emit(Done(number, png, request.seed, seconds))
+            job.emit(Done(number, png, request.seed, seconds, nsfw))
         job.emit(Finished())
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from kdc_edge.components import Component, Execution
-from kdc_edge.diffusers_folder import TINY_VAE, check_weights, weights_of
+from kdc_edge.components import CHECKER, Component, Execution
+from kdc_edge.diffusers_folder import TINY_VAE, check_checker, check_weights, weights_of
 from kdc_edge.errors import CheckpointError, InputError, require
 from kdc_edge.files import read_json
 from kdc_edge.quiet import quiet
@@ -30,6 +30,7 @@ _NETWORKS = {
     "unet": ("diffusers", "UNet2DConditionModel", "unet"),
     "vae_decoder": ("diffusers", "AutoencoderKL", "vae"),
     "vae_encoder": ("diffusers", "AutoencoderKL", "vae"),  # the same files hold both halves
+    CHECKER: ("diffusers.pipelines.stable_diffusion.safety_checker", "StableDiffusionSafetyChecker", CHECKER),
 }
 
 
@@ -50,8 +51,15 @@ def load_network(checkpoint: Path, component: str) -> Any:
                 " needs: leave these out"
             )
         class_name = TINY_VAE
+    if component == CHECKER:
+        check_checker(checkpoint)
     network_class = getattr(require(package, extra="train", purpose="reading a checkpoint"), class_name)
-    return read_network(network_class, folder, variant=weights_of(folder).variant)
+    kind = "text_encoder" if component == CHECKER else subfolder  # files are named as transformers names them
+    network = read_network(network_class, folder, variant=weights_of(folder, kind).variant)
+    if component == CHECKER:
+        for embeds in (network.special_care_embeds, network.concept_embeds):
+            embeds.data = _unit(embeds.data)  # cosines ask for no more
+    return network
 
 
 def read_network(network_class: Any, folder: Path, *, without: str = "\n", variant: str | None = None) -> Any:
@@ -61,7 +69,8 @@ def read_network(network_class: Any, folder: Path, *, without: str = "\n", varia
     Raises CheckpointError as `load_network` does.
     """
     class_name = network_class.__name__
-    dtype = {"dtype" if network_class.__module__.startswith("transformers") else "torch_dtype": _torch.float32}
+    from_diffusers = hasattr(network_class, "load_config")
+    dtype = {"torch_dtype" if from_diffusers else "dtype": _torch.float32}
     try:
         with quiet():
             network, found = network_class.from_pretrained(
@@ -86,10 +95,16 @@ class TorchComponent:
         self._network = network
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
+        """Compute; raises CheckpointError where the layers, as the configuration puts them together, do not fit."""
         # diffusers' own `dtype` looks at every layer of the network: 10 ms for the U-Net of SD 1.x.
         sample = next(p for p in self._network.parameters() if p.is_floating_point())
-        with _torch.inference_mode():
-            output = self._forward(**{name: _tensor(value, sample) for name, value in inputs.items()})
+        try:
+            with _torch.inference_mode():
+                output = self._forward(**{name: _tensor(value, sample) for name, value in inputs.items()})
+        except _torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CheckpointError(f"the checkpoint's {self._name} cannot compute this: {one_line(error)}") from None
         return np.asarray(output.float().cpu().numpy())
 
     def explain(self) -> Execution:
@@ -103,6 +118,8 @@ class TorchComponent:
             return self._network(**inputs, return_dict=False)[0]
         if self._name == "vae_encoder":
             return self._network.encode(inputs["sample"], return_dict=False)[0].parameters
+        if self._name == CHECKER:
+            return concept_scores(self._network, inputs["clip_input"])
         return self._network.decode(inputs["latent_sample"], return_dict=False)[0]
 
 
@@ -110,6 +127,22 @@ def _tensor(value: np.ndarray, like: Any) -> Any:
     """The array on the device of another tensor, and in its dtype unless it holds integers."""
     tensor = _torch.from_numpy(np.ascontiguousarray(value))
     return tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
+
+
+def concept_scores(network: Any, clip_input: Any, adjustment: Any = 0.0) -> Any:
+    """Scores (B, 17) of diffusers' StableDiffusionSafetyChecker for images as CLIP sees them, above 0 where flagged.
+
+    `network` is as `load_network` gives it, with unit vectors as embeddings. A concept of special care makes all others
+    stricter; diffusers rounds its score to three decimals before it asks.
+    """
+    embeds = _unit(network.visual_projection(network.vision_model(clip_input)[1]))
+    care = embeds @ network.special_care_embeds.T - network.special_care_embeds_weights + adjustment
+    stricter = (care.amax(1, keepdim=True) > 0.0005).float() * 0.01
+    return embeds @ network.concept_embeds.T - network.concept_embeds_weights + stricter + adjustment
+
+
+def _unit(vectors: Any) -> Any:
+    return vectors / vectors.norm(dim=1, keepdim=True)
 
 
 class TorchRuntime:

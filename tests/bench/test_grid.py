@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -128,7 +129,7 @@ def test_the_budget_bounds_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def measured(value: int | None, **changes: object) -> Measured:
     """A row with an image of one colour."""
-    pixels = None if value is None else np.full((64, 64, 3), value, np.uint8)
+    pixels = None if value is None else np.full((1, 64, 64, 3), value, np.uint8)
     failure = "broken" if value is None else None
     return Measured(make_row(**{"psnr": None, "failure": failure, **changes}), pixels)  # type: ignore[arg-type]
 
@@ -149,6 +150,18 @@ def test_another_folder_is_the_reference() -> None:
     assert rows[0].psnr is not None
     assert rows[0].psnr.reference == "elsewhere/fp32"
     assert not rows[0].reference
+
+
+def test_images_of_several_prompts_count_by_the_worst_that_both_made() -> None:
+    reference, row = measured(100, target=None, precision=None), measured(100)
+    made, expected = (
+        np.stack([np.full((64, 64, 3), value, np.uint8) for value in values])
+        for values in ((101, 110, 255), (101, 105))
+    )
+    both = [dataclasses.replace(row, pixels=made), dataclasses.replace(reference, pixels=expected)]
+    found = compare_images(both)[0].psnr
+    assert found is not None
+    assert found.db == pytest.approx(20 * math.log10(255 / 5))
 
 
 def test_else_the_most_precise_of_the_same_checkpoint_and_request() -> None:

@@ -70,8 +70,8 @@ def test_laps_are_what_the_components_take(monkeypatch: pytest.MonkeyPatch) -> N
     assert timings.end_to_end.samples_sec == (30.0, 45.0, 60.0)
     assert timings.end_to_end.median_sec == 45.0
     assert timings.end_to_end.p90_sec == pytest.approx(57.0)
-    assert found.pixels.shape == (64, 64, 3)
-    assert (found.pixels == found.pixels[0, 0, 0]).all()
+    assert found.pixels.shape == (1, 64, 64, 3)
+    assert (found.pixels == found.pixels[0, 0, 0, 0]).all()
 
 
 @pytest.mark.parametrize(("image_sec", "counted"), [(10.0, 5), (0.25, 8), (0.01, 50)])
@@ -167,6 +167,19 @@ def test_images_of_prompts_come_after_what_is_timed() -> None:
     expected = [make_pipeline().generate(Request(p, steps=2, seed=s)) for p, s in (("b", 5), ("c", 6))]
     np.testing.assert_array_equal(found.prompt_images, expected)
     assert measure(make_pipeline, dataclasses.replace(case, prompts=())).prompt_images.shape == (0, 64, 64, 3)
+
+
+def test_the_images_show_the_prompts_in_turn() -> None:
+    """No more images than without; a reference adds those that fit its time."""
+    case = Case(NOWHERE, Request("a", steps=1, seed=5), repeats=3, warmup=1, more_prompts=("b", "c"))
+    made = [make_pipeline().generate(Request(p, steps=1, seed=5)) for p in "abc"]
+    assert [case.nth_request(n).prompt for n in range(4)] == ["a", "b", "c", "a"]
+    found = measure(make_pipeline, case)
+    assert len(found.timings.end_to_end.samples_sec) == 3
+    np.testing.assert_array_equal(found.pixels, made)
+    for fill_sec, count in ((0.0, 1), (100.0, 3)):
+        reference = dataclasses.replace(case, repeats=1, warmup=0, fill_sec=fill_sec)
+        np.testing.assert_array_equal(measure(make_pipeline, reference).pixels, made[:count])
 
 
 def test_whoever_waits_is_told_what_is_measured_and_how_far() -> None:
@@ -306,8 +319,8 @@ def test_a_bundle_in_its_own_process(tmp_path: Path) -> None:
     assert row.peak_rss_bytes is not None
     assert 10 * 2**20 < row.peak_rss_bytes < block.nbytes
     assert pixels is not None
-    assert pixels.shape == (64, 96, 3)
-    np.testing.assert_array_equal(pixels, make_pipeline().generate(Request("a", steps=2, width=96)))
+    assert pixels.shape == (1, 64, 96, 3)
+    np.testing.assert_array_equal(pixels[0], make_pipeline().generate(Request("a", steps=2, width=96)))
 
 
 @pytest.mark.usefixtures("opener")

@@ -55,7 +55,7 @@ def test_a_decision_without_a_choice_says_what_is_nearest_or_that_all_failed() -
 
 def test_what_was_not_measured_is_folded_and_random_weights_are_named() -> None:
     rows = (FAST, FAILED, dataclasses.replace(GOOD, random_weights=True))
-    page = benchmark_page(Report(MACHINE, rows), [np.zeros((8, 8, 3), np.uint8)] * 3)
+    page = benchmark_page(Report(MACHINE, rows), [np.zeros((1, 8, 8, 3), np.uint8)] * 3)
     table, details = page[page.index("<table") : page.index("</table>")], page[page.index("<details>") :]
     assert "coreml" not in table
     assert "<summary>1 of 3 rows were not measured</summary>" in details
@@ -85,9 +85,22 @@ def test_a_difference_is_amplified_against_the_reference_of_the_same_request() -
         make_row("b", psnr=Psnr("torch", 40.0), steps=4),
         make_row("alone", steps=9),
     ]
-    images = [flat, flat + 50, flat + 2, flat + 43, flat]
+    images = [image[None] for image in (flat, flat + 50, flat + 2, flat + 43, flat)]
     shown = images_in(benchmark_page(Report(MACHINE, tuple(rows)), images))
     assert [int(p[0, 0, 0]) for p in shown] == [100, 150, 102, 2 * 8, 143, 7 * 8, 100]
+
+
+def test_each_row_shows_another_prompt() -> None:
+    more = ("a blue fish", "a pink flower")
+    rows = [
+        make_row("torch", target=None, precision=None, reference=True, more_prompts=more),
+        *(make_row(name, psnr=Psnr("torch", 40.0), more_prompts=more) for name in "abc"),
+    ]
+    of_prompts = np.stack([np.full((64, 64, 3), value, np.uint8) for value in (100, 110, 120)])
+    page = benchmark_page(Report(MACHINE, tuple(rows)), [of_prompts[:2], *[of_prompts + 1] * 3])
+    assert [int(p[0, 0, 0]) for p in images_in(page)] == [100, 111, 8, 101, 8, 111, 8]  # the reference made two
+    assert page.count("; “a blue fish”") == 2
+    assert "An image of each, of one prompt after the other" in page
 
 
 def test_strong_differences_end_at_white_and_large_images_are_reduced() -> None:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_non_diffusers_lora_to_diffusers,
+    _maybe_map_sgm_blocks_to_diffusers,
+)
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdc_edge.checkpoints import Additions, Lora, open_checkpoint
+from kdc_edge.checkpoints.single_file import UNET as UNET_PREFIX
+from kdc_edge.checkpoints.single_file import original_names
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.train.teachers import GARDEN_TEACHER
+from tests.checkpoints.conftest import Model
 
 State = dict[str, Tensor]
 UNET = "diffusion_pytorch_model.safetensors"
@@ -88,7 +96,24 @@ def write(state: State, path: Path, metadata: dict[str, str] | None = None) -> P
     return path
 
 
-@pytest.mark.parametrize("kind", ["kohya", "no alpha", "peft", "diffusers", "old", "metadata"])
+ORIGINAL = {  # of the garden's U-Net, which has two layers a stage as Stable Diffusion
+    LINEAR: "input_blocks.1.1.transformer_blocks.0.attn1.to_q",
+    OUT: "middle_block.1.transformer_blocks.0.attn2.to_out.0",
+    CONV: "output_blocks.1.0.in_layers.2",
+}
+
+
+def renamed(state: State, prefix: str, delimiter: str) -> State:
+    """kohya's names with the original layout's of the U-Net's layers."""
+    for layer, original in ORIGINAL.items():
+        flat, new = f"lora_unet_{layer.replace('.', '_')}.", prefix + original.replace(".", delimiter) + "."
+        state = {name.replace(flat, new): tensor for name, tensor in state.items()}
+    return state
+
+
+@pytest.mark.parametrize(
+    "kind", ["kohya", "no alpha", "peft", "diffusers", "old", "metadata", "original", "original, dotted"]
+)
 def test_a_lora_is_added_by_its_formula(
     pairs: dict[str, tuple[Tensor, Tensor]], before: State, tmp_path: Path, kind: str
 ) -> None:
@@ -100,6 +125,8 @@ def test_a_lora_is_added_by_its_formula(
         "diffusers": (dotted(pairs, ".lora.up.weight", ".lora.down.weight"), 1),
         "old": (old_processors(pairs), 1),
         "metadata": (dotted(pairs, ".lora_B.weight", ".lora_A.weight"), 3 / 2),
+        "original": (renamed(kohya(pairs, 1.0), "lora_unet_", "_"), 1 / 2),
+        "original, dotted": (renamed(kohya(pairs, 1.0), "diffusion_model.", "."), 1 / 2),
     }
     state, scale = states[kind]
     path = write(
@@ -133,6 +160,27 @@ def test_every_layer_of_kohya_is_the_one_that_diffusers_takes(before: State) -> 
     assert found == {_find(split_name(name)[0], places) for name in state}
     assert found == {("unet", f"{n}.weight") for n in names}
     assert len(names) == 16 * 8
+
+
+def test_original_names_are_those_that_diffusers_translates(before: State, sd2: Model) -> None:
+    """All of them, by diffusers' conversion of whole files; those of attention, by its conversion of LoRAs too."""
+    config = json.loads((GARDEN_TEACHER / "unet" / "config.json").read_text("utf-8"))
+    unet = {n: t for n, t in before.items() if not n.startswith("text.")}
+    for settings, state in ((config, unet), (dict(sd2.pipeline.unet.config), sd2.pipeline.unet.state_dict())):
+        names = original_names(n.rpartition(".")[0] for n in state)
+        original = {f"{UNET_PREFIX}{names[n.rpartition('.')[0]]}.{n.rpartition('.')[2]}": t for n, t in state.items()}
+        theirs = convert_ldm_unet_checkpoint(original, settings)
+        assert theirs.keys() == state.keys()
+        assert all(theirs[n] is t for n, t in state.items())
+    attention = [n.removesuffix(".weight") for n in unet if ".attn" in n and n.endswith(".weight") and "norm" not in n]
+    names = original_names(n.removesuffix(".weight") for n in unet)
+    sides = [f"lora_{side}.weight" for side in ("up", "down")]
+    lora = {f"lora_unet_{names[n].replace('.', '_')}.{side}": torch.zeros(1) for n in attention for side in sides}
+    plain = {f"lora_unet_{n.replace('.', '_')}.{side}": torch.zeros(1) for n in attention for side in sides}
+    mapped = _maybe_map_sgm_blocks_to_diffusers(lora, SimpleNamespace(layers_per_block=2))
+    found, wanted = (_convert_non_diffusers_lora_to_diffusers(state)[0].keys() for state in (mapped, plain))
+    assert found == wanted
+    assert len(found) == 2 * len(attention)
 
 
 def test_a_middle_matrix_is_part_of_the_product(before: State, tmp_path: Path) -> None:

@@ -216,3 +216,19 @@ def test_the_best_bundle_is_the_smallest_of_good_images(
     assert best_bundle().name == bundle_fp32.name
     shutil.rmtree(Path("bundles") / bundle_fp32.name)
     assert best_bundle().name == bundle.name  # there is no other
+
+
+def test_help_is_in_groups_with_examples_and_short_options(tmp_path: Path) -> None:
+    text = " ".join(run("generate", "-h", cwd=tmp_path).stdout.split())
+    for group in ("Change an image", "Sampling", "Size", "Engine", "Checkpoint"):
+        assert f"─ {group} ─" in text
+    for part in ("--bundle -b", "--out -o", "--images -n", "[faint]", "[@REVISION]", "Examples: kdc-edge generate"):
+        assert part in text
+
+
+def test_the_shell_completes_commands_and_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_KDC_EDGE_COMPLETE", "complete_bash")
+    for words, position, expected in (("kdc-edge ge", 1, ["generate"]), ("kdc-edge serve --po", 2, ["--port"])):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(position))
+        assert run(cwd=tmp_path).stdout.split() == expected

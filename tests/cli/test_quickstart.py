@@ -44,7 +44,7 @@ def test_quickstart_goes_from_teacher_to_report(tmp_path: Path) -> None:
     assert text.headings == [
         "In short", "Images", "Few steps", "Learning", "Remembering", "The proof", "Speed and size"
     ]  # fmt: skip
-    assert text.images == 6 * 8  # teacher, two students; 20, 4 and 2 steps; eight prompts
+    assert text.images == 6 * 4  # teacher, two students; 20, 4 and 2 steps; two prompts a task
     assert not re.search(r"(src|href)=\"https?:", page)
     assert "forgetting" in page
 

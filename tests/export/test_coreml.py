@@ -269,44 +269,6 @@ def test_on_a_mac_resources_are_compiled(tmp_path: Path, monkeypatch: pytest.Mon
     assert sorted(p.name for p in (tmp_path / "Resources").iterdir()) == ["Unet.mlmodelc", "merges.txt", "vocab.json"]
 
 
-def test_a_safety_checker_is_exported_where_there_is_one(own_checkpoint: Path, tmp_path: Path) -> None:
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-    from transformers import CLIPConfig
-
-    from kdc_edge.diffusers_folder import read_model
-    from kdc_edge.export.coreml.export import convert, save
-    from kdc_edge.export.coreml.extras import extra_networks, prove
-    from kdc_edge.formats import find_format
-    from kdc_edge.runtimes.mil.evaluator import Evaluator
-
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 32, "patch_size": 8}  # fmt: skip
-    torch.manual_seed(0)
-    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16))
-    for embeds in (checker.concept_embeds, checker.special_care_embeds):
-        torch.nn.init.normal_(embeds)
-    checker.save_pretrained(own_checkpoint / "safety_checker")
-    ((name, network),) = extra_networks(own_checkpoint, read_model(own_checkpoint))
-    save(convert(network, half=True, target="iOS17"), tmp_path / name, name, network, print)
-    package = tmp_path / name / "SafetyChecker.mlpackage"
-    assert prove(name, network, package, find_format("coreml", "fp16")).passed
-    program = read_program(package / PROGRAM)
-    assert list(program.inputs) == ["clip_input", "images", "adjustment"]
-    assert program.outputs.keys() == {"filtered_images", "has_nsfw_concepts", "concept_scores"}
-    image = np.random.default_rng(0).standard_normal((1, 3, 32, 32), np.float32)
-    for adjustment, unsafe in ((-3.0, 0.0), (3.0, 1.0)):
-        inputs = {"clip_input": image, "images": np.ones((1, 64, 64, 3), np.float32)}
-        found = Evaluator(program)(**inputs, adjustment=np.full(1, adjustment, np.float32))
-        assert found["has_nsfw_concepts"].tolist() == [unsafe]
-        assert found["filtered_images"].max() == 1 - unsafe
-    # The scores are diffusers' own, where nothing is special.
-    expected = torch.nn.functional.cosine_similarity(
-        checker.visual_projection(checker.vision_model(torch.from_numpy(image))[1]), checker.concept_embeds
-    ) - checker.concept_embeds_weights  # fmt: skip
-    found = Evaluator(program)(**inputs, adjustment=np.zeros(1, np.float32))
-    np.testing.assert_allclose(found["concept_scores"][0], expected.detach().numpy(), atol=3e-3)
-
-
 def test_options_are_checked_before_the_work(checkpoint: Path, tmp_path: Path) -> None:
     for options, message in (
         ({"unet_batch": 3}, "--unet-batch 3 is not supported by Apple's package: use 2 or 1"),

@@ -32,14 +32,18 @@ ASKED = "this is an inpainting model, which repaints a part of an image: give --
 
 @pytest.fixture(scope="module")
 def inpainting(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint with a small U-Net of 9 input channels, random weights, and the scheduler of few-step students."""
+    """The checkpoint with a small U-Net of 9 input channels and the layers of Stable Diffusion 2, random weights.
+
+    Its scheduler is that of few-step students.
+    """
     folder = Path(shutil.copytree(checkpoint, tmp_path_factory.mktemp("checkpoint") / "inpainting"))
     shutil.rmtree(folder / "unet")
     torch.manual_seed(3)
     unet = UNet2DConditionModel(
         sample_size=16, in_channels=9, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        mid_block_type=None, cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
+        mid_block_type=None, cross_attention_dim=128, attention_head_dim=[4, 8], norm_num_groups=16,
+        use_linear_projection=True,
     )  # fmt: skip
     unet.conv_in.weight.data[:, 4:] *= 20  # so that the mask and the image show
     unet.save_pretrained(folder / "unet")

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from kdc_edge import Pipeline
 from kdc_edge.bundle import MANIFEST, Bundle, list_files
 from kdc_edge.errors import BundleError, InputError
 from kdc_edge.export.components import ExportComponent, load_component
@@ -26,6 +27,7 @@ from kdc_edge.export.targets import ExportRequest, OnnxOptions, export_checkpoin
 from kdc_edge.hardware import Processor
 from kdc_edge.request import Request
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline
+from tests.export.editing import closeness_db
 from tests.runtimes.test_base import some_inputs
 
 PROMPTS = ["a red flower", "a blue fish"]
@@ -39,10 +41,14 @@ def bundles(
     folder = tmp_path_factory.mktemp("bundles")
     made = {"fp32": bundle_fp32, "fp16": bundle}
     for precision in ("w8", "w4"):
-        made[precision] = export_checkpoint(ExportRequest(checkpoint, folder / precision, "onnx", precision)).root
-    made["int8"] = export_checkpoint(
-        ExportRequest(checkpoint, folder / "int8", "onnx", "int8", calibration_prompts=PROMPTS, calibration_samples=6)
-    ).root
+        made[precision] = export_checkpoint(
+            ExportRequest(checkpoint, folder / precision, "onnx", precision, extra=["vae_encoder"])
+        ).root
+    request = ExportRequest(
+        checkpoint, folder / "int8", "onnx", "int8", calibration_prompts=PROMPTS, calibration_samples=6,
+        extra=["vae_encoder"],
+    )  # fmt: skip
+    made["int8"] = export_checkpoint(request).root
     return made
 
 
@@ -69,6 +75,39 @@ def test_sizes_fall_with_the_bits(bundles: dict[str, Path]) -> None:
     assert sizes["w8"] < 0.65 * sizes["fp16"]
     assert sizes["w4"] < sizes["w8"]
     assert sizes["int8"] < 0.65 * sizes["fp16"]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+@pytest.mark.parametrize("precision", ["w8", "w4", "int8"])
+def test_the_encoder_is_kept_in_8_bits_and_proved(bundles: dict[str, Path], checkpoint: Path, precision: str) -> None:
+    manifest = Bundle.open(bundles[precision]).manifest
+    assert manifest.parity is not None
+    check = manifest.parity.checks[-1]
+    assert (check.what, check.passed, check.reaches(30)) == ("vae_encoder", True, True)
+    graph = onnx.load(bundles[precision] / "vae_encoder" / "model.onnx").graph
+    kinds = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    stored = sum(len(t.raw_data) for t in graph.initializer if t.data_type in kinds)
+    assert stored > 0.9 * sum(len(t.raw_data) for t in graph.initializer)
+    pipeline = Pipeline.open(bundles[precision], threads=1)
+    assert closeness_db(pipeline, checkpoint, "dpm++2m", masked=False, steps=2) > 25
+
+
+def test_the_timesteps_matrices_are_in_8_bits(bundles: dict[str, Path]) -> None:
+    found = {precision: operations(bundles[precision] / "unet" / "model.onnx") for precision in ("fp16", "w8", "w4")}
+    assert found["w4"]["Gemm"] == found["fp16"]["Gemm"] > 10
+    assert found["w4"]["DequantizeLinear"] == found["w4"]["Conv"] + found["w4"]["Gemm"]
+    assert found["w4"]["Cast"] < found["fp16"]["Cast"]
+
+
+def test_names_that_the_tracer_numbered_are_numbers_alone(bundles: dict[str, Path]) -> None:
+    for precision in ("fp32", "w4"):
+        graph = onnx.load(bundles[precision] / "unet" / "model.onnx").graph
+        onnx.checker.check_model(str(bundles[precision] / "vae_decoder" / "model.onnx"))
+        assert not any(node.name for node in graph.node)
+        assert not graph.value_info
+        names = {tensor.name for tensor in graph.initializer}
+        assert not any(name.startswith("val_") for name in names)
+        assert "unet.conv_in.bias" in names
 
 
 def test_attention_is_one_operation(bundles: dict[str, Path], checkpoint: Path) -> None:
@@ -99,7 +138,10 @@ def test_original_attention_is_standard_onnx_and_equal(
     with pytest.raises(InputError, match="--height 128 cannot be made: this bundle's sizes are fixed"):
         pipeline.check(Request("a red flower", steps=1, width=128, height=128))
     with pytest.raises(BundleError, match="cannot compute this"):
-        pipeline.components["vae_decoder"](latent_sample=np.zeros((1, 4, 32, 32), np.float32))
+        pipeline.components["unet"](
+            sample=np.zeros((1, 4, 32, 32), np.float32), timestep=np.zeros(1, np.int64),
+            encoder_hidden_states=np.zeros((1, 77, 128), np.float32),
+        )  # fmt: skip
     with pytest.raises(InputError, match="--attention 'sdpa' is unknown: choose from fused, original"):
         OnnxOptions(attention="sdpa")
 

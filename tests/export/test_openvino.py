@@ -14,6 +14,7 @@ import openvino as ov
 import psutil
 import pytest
 
+from kdc_edge import Pipeline
 from kdc_edge.bundle import Bundle, list_files
 from kdc_edge.errors import BundleError, InputError, KdcError
 from kdc_edge.export.calibration import calibrate
@@ -50,13 +51,13 @@ def bundles(fp32: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
         made = {"fp32": fp32}
         for precision in ("fp16", "w8", "w4"):
             made[precision] = export_checkpoint(
-                ExportRequest(checkpoint, folder / precision, "openvino", precision)
+                ExportRequest(checkpoint, folder / precision, "openvino", precision, extra=["vae_encoder"])
             ).root
-        made["int8"] = export_checkpoint(
-            ExportRequest(
-                checkpoint, folder / "int8", "openvino", "int8", calibration_prompts=prompts, calibration_samples=6
-            )
-        ).root
+        request = ExportRequest(
+            checkpoint, folder / "int8", "openvino", "int8", calibration_prompts=prompts, calibration_samples=6,
+            extra=["vae_encoder"],
+        )  # fmt: skip
+        made["int8"] = export_checkpoint(request).root
     return made
 
 
@@ -105,9 +106,8 @@ def test_every_precision_is_proved_and_smaller(bundles: dict[str, Path]) -> None
     for precision, root in bundles.items():
         bundle = Bundle.open(root)
         assert bundle.manifest.parity is not None
-        optional = ["vae_encoder"] if precision == "fp32" else []  # that one was asked for it
         checks = [c.what for c in bundle.manifest.parity.checks if "in 32 bits" not in c.what]
-        assert checks == ["text_encoder", "unet", "vae_decoder", "image", *optional]
+        assert checks == ["text_encoder", "unet", "vae_decoder", "image", "vae_encoder"]
         assert all(c.passed for c in bundle.manifest.parity.checks)
         sizes[precision] = (root / "unet" / "openvino_model.bin").stat().st_size
     assert sizes["fp16"] < 0.55 * sizes["fp32"]
@@ -119,8 +119,19 @@ def test_what_is_computed_in_integers(bundles: dict[str, Path]) -> None:
     quantized = {precision: operations(root)["FakeQuantize"] for precision, root in bundles.items()}
     assert quantized["fp32"] == quantized["fp16"] == quantized["w8"] == quantized["w4"] == 0
     assert quantized["int8"] > 0
-    for component in ("text_encoder", "vae_decoder"):
+    for component in ("text_encoder", "vae_decoder", "vae_encoder"):
         assert operations(bundles["int8"], component)["FakeQuantize"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+@pytest.mark.parametrize("precision", ["w8", "w4", "int8"])
+def test_the_encoder_is_kept_in_8_bits_and_changes_images(
+    bundles: dict[str, Path], checkpoint: Path, precision: str
+) -> None:
+    size = (bundles[precision] / "vae_encoder" / "openvino_model.bin").stat().st_size
+    assert size < 0.35 * (bundles["fp32"] / "vae_encoder" / "openvino_model.bin").stat().st_size
+    pipeline = Pipeline.open(bundles[precision], threads=1)
+    assert closeness_db(pipeline, checkpoint, "dpm++2m", masked=False, steps=2) > 25
 
 
 @pytest.mark.full

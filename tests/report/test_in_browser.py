@@ -103,7 +103,7 @@ def report() -> Report:
 @pytest.fixture(scope="module")
 def page(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
-    images = [None if r.failure else random.integers(0, 255, (512, 512, 3), np.uint8) for r in report.rows]
+    images = [None if r.failure else random.integers(0, 255, (1, 512, 512, 3), np.uint8) for r in report.rows]
     path = tmp_path_factory.mktemp("page") / "bench.html"
     path.write_text(benchmark_page(report, images))
     return path

@@ -194,11 +194,13 @@ def kill_at_random(folder: Path, found: dict[str, Subject], traced: Path, kills:
                 assert server.run(subject.command) == 0, (folder / "log.txt").read_text()[-2000:]
                 seconds[name] = time.monotonic() - begin
             subject.whole(folder / subject.out)
-        while counts.total() < kills:
+        while _landed(counts) < kills:
             name = rng.choices(list(found), [s.share for s in found.values()])[0]
-            _kill_once(folder, server, name, found[name], rng, seconds[name], counts)
+            begin = time.monotonic()
+            if _kill_once(folder, server, name, found[name], rng, seconds[name], counts) == 0:
+                seconds[name] = min(seconds[name], time.monotonic() - begin)  # the first may have computed what is kept
             if counts.total() % 10 == 0:
-                print(counts.total(), time.strftime("%H:%M:%S"), flush=True)
+                print(_landed(counts), "of", counts.total(), time.strftime("%H:%M:%S"), flush=True)
         for name, subject in found.items():  # the next command of each
             command = subject.typed(folder)
             if command == subject.command and name in ("train", "quickstart"):
@@ -212,9 +214,15 @@ def kill_at_random(folder: Path, found: dict[str, Subject], traced: Path, kills:
     return counts
 
 
+def _landed(counts: Counter[str]) -> int:
+    """The signals that ended their command; the others came after its end."""
+    return counts.total() - sum(n for case, n in counts.items() if case.endswith("with 0"))
+
+
 def _kill_once(
     folder: Path, server: Server, name: str, subject: Subject, rng: random.Random, seconds: float, counts: Counter[str]
-) -> None:
+) -> int:
+    """The exit code."""
     out, how = folder / subject.out, rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
     if rng.random() < 0.3 or (name in ("train", "quickstart") and (out / "report.html").exists()):
         _remove(out)  # no old one to stay
@@ -243,12 +251,13 @@ def _kill_once(
     if "--no-verify" not in subject.command:
         for part in folder.glob(f"bundles/.*/{MANIFEST}"):
             assert json.loads(part.read_text("utf-8"))["parity"], "a manifest before its proof"
+    return code
 
 
 def test_a_few_kills(checkpoint: Path, bundle_fp32: Path, tmp_path: Path, traced_folder: Path) -> None:
     found = subjects(checkpoint, bundle_fp32, proof=False)
     few = {name: found[name] for name in ("export", "init")}
-    assert kill_at_random(tmp_path, few, traced_folder, 4, SEED).total() == 4
+    assert kill_at_random(tmp_path, few, traced_folder, 2, SEED).total() >= 2
 
 
 @pytest.mark.security

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import socket
 import threading
@@ -81,6 +82,26 @@ def test_images_are_those_of_the_pipeline_with_seeds_that_count_up(client: TestC
     for item in answer["data"]:
         expected = pipeline.generate(Request(PROMPT, steps=2, seed=item["seed"], sampler="ddim"))
         assert np.array_equal(pixels(item), expected)
+
+
+def test_what_a_safety_checker_blanks_is_said(pipeline: Pipeline) -> None:
+    """Flags every second image; without one, nothing is claimed."""
+    scores = itertools.cycle([np.full((1, 17), -1.0), np.full((1, 17), 0.1)])
+    checked = Pipeline(
+        pipeline.model, pipeline.tokenizer, {**pipeline.components, "safety_checker": lambda **_: next(scores)}
+    )
+    worker = Worker(checked, name="checked")
+    with TestClient(make_app(worker)) as client:
+        items = ask(client, n=2).json()["data"]
+        assert [item["nsfw_content_detected"] for item in items] == [False, True]
+        assert [bool(pixels(item).any()) for item in items] == [True, False]
+        found = [data for name, data in events(ask(client, n=2, stream=True).text) if name == "image"]
+        assert [(data["seed"], data["nsfw_content_detected"]) for data in found] == [(1, False), (2, True)]
+    worker.close()
+    unchecked = Worker(pipeline, name="garden")
+    with TestClient(make_app(unchecked)) as client:
+        assert "nsfw_content_detected" not in ask(client).json()["data"][0]
+    unchecked.close()
 
 
 def test_a_prompt_of_any_length_is_cut_and_the_answer_says_so(client: TestClient) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from kdc_edge.errors import unknown_choice
 from kdc_edge.train.objective import Objective
 from kdc_edge.train.objectives.distillation import Distillation
+from kdc_edge.train.objectives.distribution import Distribution
 from kdc_edge.train.objectives.phased import Phased
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "distillation": Distillation,
     "phased": Phased,
+    "distribution": Distribution,
 }
 
 

@@ -296,7 +296,7 @@ def open_generator(
     What is not given is a few-step student's own, else as in EVALUATION. `tell` is called with what is to be said of
     that. Raises CheckpointError or BundleError for a folder that cannot be read.
     """
-    pipeline = open_pipeline(folder)
+    pipeline = open_pipeline(folder, safety_checker=False)
     request, note = own_request(
         pipeline.model, EVALUATION, sampler=sampler or (None if pipeline.model.sampling else EVALUATION.sampler),
         steps=steps, guidance=guidance,

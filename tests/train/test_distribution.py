@@ -1,0 +1,89 @@
+"""Distribution matching: what its loss is, what it moves, and that it resumes exactly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdc_edge.diffusers_folder import read_model
+from kdc_edge.errors import InputError
+from kdc_edge.pipeline import made_for
+from kdc_edge.request import Request
+from kdc_edge.train.config import FewSteps, TrainConfig
+from kdc_edge.train.loop import Trainer
+from kdc_edge.train.objectives.distribution import Distribution
+from kdc_edge.train.runs.continuing import begin_stage
+from kdc_edge.train.stepping import StepDone
+from tests.train.test_loop import TASKS, config, weights
+
+STEPS = FewSteps(phases=2, grid_points=2, guidance=1.0, score_updates=2, score_learning_rate=1e-4)
+
+
+def matching(**changes: object) -> TrainConfig:
+    return config(objective="distribution", few_steps=STEPS, **changes)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two tasks."""
+    run = tmp_path_factory.mktemp("runs") / "first"
+    for _ in Trainer(config(), run).run():
+        pass
+    return run
+
+
+def test_an_interrupted_stage_ends_with_the_same_weights_and_says_how_it_is_sampled(
+    first: Path, tmp_path: Path
+) -> None:
+    settings = begin_stage(first, tmp_path / "whole", matching())
+    for event in Trainer(settings, tmp_path / "whole", resume=True).run():
+        if isinstance(event, StepDone):
+            assert set(event.losses) == {"matching", "total"}
+    begin_stage(first, tmp_path / "cut", matching())
+    trainer = Trainer(settings, tmp_path / "cut", resume=True)
+    for event in trainer.run():
+        if isinstance(event, StepDone) and event.total == 4:
+            trainer.save()
+            break
+    for _ in Trainer(settings, tmp_path / "cut", resume=True).run():
+        pass
+    expected, before = weights(tmp_path / "whole"), weights(first)
+    assert all(torch.equal(t, expected[n]) for n, t in weights(tmp_path / "cut").items())
+    assert any(not torch.equal(t, before[n]) for n, t in expected.items())
+    made = made_for(read_model(tmp_path / "whole" / "checkpoint"), Request(""))
+    assert (made.sampler, made.steps, made.guidance) == ("ddim", 2, 1.0)
+
+
+def test_the_student_follows_the_difference_of_teacher_and_score_network(tmp_path: Path) -> None:
+    trainer = Trainer(matching(), tmp_path / "run")
+    objective, network, teacher = trainer.objective, trainer.student.network, trainer.teacher.unet
+    assert isinstance(objective, Distribution)
+    batch = trainer.draw_batch(trainer.teacher.latents(TASKS[0]))
+    text = trainer.teacher.embed(batch.captions)
+    objective(network, batch, text)["total"].mean().backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+    score, _ = objective._score_network()
+    moved = [not torch.equal(a, b) for a, b in zip(score.parameters(), network.parameters(), strict=True)]
+    assert any(moved)
+
+    image = torch.randn(batch.noise.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(objective._target(teacher, image, text), image, atol=1e-4)  # they agree
+        state = objective.generator.get_state()
+        target = objective._target(score, image, text)
+        objective.generator.set_state(state)
+        x_t, t, _ = objective._noised(image)
+        real = objective._image(x_t, teacher(x_t, t, text).sample, t)
+        fake = objective._image(x_t, score(x_t, t, text).sample, t)
+    expected = image + (real - fake) / (image - real).abs().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(target, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_previous_student_cannot_teach(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="remembers by captions"):
+        Trainer(replace(matching(), replay_teacher="student"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -129,7 +129,7 @@ class TrainConfig(TaskConfig):
         " (generative); a penalty on changed weights (ewc); the earlier student as a teacher (lwf).",
         "Replay",
     )
-    ewc_weight: float = setting(1000.0, "Weight of the penalty of ewc.", "Replay", ge=0)
+    ewc_weight: float = setting(10_000.0, "Weight of the penalty of ewc.", "Replay", ge=0)
     replay: int = setting(500, "Samples kept of earlier tasks; 0 for no replay.", "Replay", ge=0)
     replay_mb: float | None = setting(None, "Megabytes kept of earlier tasks, instead of --replay.", "Replay", ge=0)
     replay_policy: ReplayPolicy = setting("reservoir", "Uniform over all samples, or over tasks.", "Replay")

@@ -86,7 +86,7 @@ def test_strategies_are_shown_against_what_they_remember(tmp_path: Path) -> None
     write_report(tmp_path, found, GRIDS, {"steps": 1, "batch_size": 1, "samples": 1, "images": 2})
     page = (tmp_path / "experiments.md").read_text("utf-8")
     assert "| | flowers | butterflies | fish | average | forgetting | MB remembered | seconds |" in page
-    row = "| 0.900 (1) | 0.900 (1) | 0.900 (1) | 0.900 (1) | 0.000 (1) | 0.740 (1) | 60.000 (1) |"
+    row = "| 0.900 (1) | 0.900 (1) | 0.900 (1) | 0.900 (1) | 0.000 (1) | 0.740 (1) | 60 (1) |"
     assert f"| replay of latents {row}" in page
     plot = (tmp_path / "experiments-strategies-memory.svg").read_text("utf-8")
     assert "replay of latents: 0.74 MB remembered, 0.9 average" in plot

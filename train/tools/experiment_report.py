@@ -68,7 +68,9 @@ def _section(folder: Path, grid: str, conditions: Sequence[str], found: Sequence
     columns = _columns(grid, conditions, found)
     names = [c for c in conditions if any(c in values for values in columns.values())]
     rows = [
-        f"| {name} | " + " | ".join(spread(values.get(name, [])) for values in columns.values()) + " |"
+        f"| {name} | "
+        + " | ".join(spread(v.get(name, []), 0 if column == "seconds" else 3) for column, v in columns.items())
+        + " |"
         for name in names
     ]
     head = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
@@ -146,13 +148,13 @@ def _verdicts(columns: Mapping[str, Numbers]) -> list[str]:
     return ["", *lines] if lines else []
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 3) -> str:
     """`0.812 ± 0.010 (3)`; no std for a single value, nothing for none."""
     if not values:
         return ""
     if len(values) == 1:
-        return f"{values[0]:.3f} (1)"
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f} ({len(values)})"
+        return f"{values[0]:.{digits}f} (1)"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f} ({len(values)})"
 
 
 def bars(values: Mapping[str, Sequence[float]], title: str) -> str:

@@ -50,8 +50,8 @@ STRATEGIES: dict[str, dict[str, Any] | None] = {  # settings of the strategy; No
     "captions, the teacher's images": {"strategy": "captions"},
     "captions, the student's images": {"strategy": "generative"},
     "LwF": {"strategy": "lwf"},
-    "EWC, weight 1e3": {"strategy": "ewc", "ewc_weight": 1e3},
-    "EWC, weight 1e5": {"strategy": "ewc", "ewc_weight": 1e5},
+    "EWC, weight 1e4": {"strategy": "ewc", "ewc_weight": 1e4},
+    "EWC, weight 1e6": {"strategy": "ewc", "ewc_weight": 1e6},
 }
 GRIDS = {
     "replay": tuple(REPLAY), "strategies": tuple(STRATEGIES), "losses": tuple(LOSSES), "inheritance": tuple(STARTS),

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
 from kdc_edge.bundle import Model
 from kdc_edge.checkpoints.parts import copy_part, write_small_parts
@@ -90,7 +91,7 @@ def init_checkpoint(out: Path, preset: Preset, teacher: Path | None, *, seed: in
         raise InputError(f"{preset.name} needs a teacher for its text encoder and VAE: give --from garden")
     with atomic_folder(out, marker="model_index.json") as folder, torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
-        CLIPTextModel(CLIPTextConfig(**TEXT_ENCODERS[preset.family])).save_pretrained(folder / "text_encoder")
+        save_text_encoder(CLIPTextModel(CLIPTextConfig(**TEXT_ENCODERS[preset.family])), folder / "text_encoder")
         AutoencoderKL(**VAES[preset.family]).save_pretrained(folder / "vae")
         student, account = make_student(preset, None, seed=seed)
         student.save_pretrained(folder / "unet")
@@ -100,6 +101,17 @@ def init_checkpoint(out: Path, preset: Preset, teacher: Path | None, *, seed: in
         write_atomic(folder / "model_index.json", json.dumps(index | {RANDOM_WEIGHTS: True}, indent=2))
         _let_others_read(folder)
     return account
+
+
+def save_text_encoder(network: PreTrainedModel, folder: Path) -> None:
+    """Save it under the names of the published checkpoints, which begin with `text_model.`.
+
+    transformers 5 leaves that out; version 4 would then take random weights, and only warn.
+    """
+    network.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    weights = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def _let_others_read(folder: Path) -> None:

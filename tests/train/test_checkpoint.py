@@ -18,7 +18,7 @@ from kdc_edge.presets import find_preset
 from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.torch import load_network
 from kdc_edge.tokenizer import Tokenizer
-from kdc_edge.train.checkpoint import GARDEN_TEACHER, find_teacher, init_checkpoint
+from kdc_edge.train.checkpoint import GARDEN_TEACHER, find_teacher, init_checkpoint, save_text_encoder
 from kdc_edge.train.student import describe_account
 from tests.cli.test_commands import run
 
@@ -142,3 +142,16 @@ def test_pickled_teachers_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, teacher / UNET)
     with pytest.raises(CheckpointError, match="lacks"):
         load_network(teacher, "unet")
+
+
+def test_a_text_encoder_has_the_names_of_the_published_checkpoints(tmp_path: Path) -> None:
+    """transformers 4 reads no others, and takes random weights in their place."""
+    config = CLIPTextConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    network = CLIPTextModel(config)
+    save_text_encoder(network, tmp_path)
+    for folder in (tmp_path, GARDEN_TEACHER / "text_encoder"):
+        assert all(name.startswith("text_model.") for name in load_file(folder / "model.safetensors"))
+    again = CLIPTextModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in network.state_dict().items())

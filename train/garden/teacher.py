@@ -35,6 +35,7 @@ from kdc_edge.noise import initial_latents
 from kdc_edge.presets import SCHEDULER, find_preset
 from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline
+from kdc_edge.train.checkpoint import save_text_encoder
 from kdc_edge.train.garden.judge import Judge, load_judge, targets, to_images
 from kdc_edge.train.garden.scenes import SUBJECTS, Split, draw_scenes, render_many, scenes
 
@@ -227,7 +228,7 @@ def _save_average(averaged: nn.Module, unet_config: dict[str, object], text_conf
     unet, text = UNet2DConditionModel.from_config(unet_config), CLIPTextModel(text_config)
     nn.ModuleDict({"unet": unet, "text": text}).load_state_dict(averaged.get_submodule("module").state_dict())
     unet.save_pretrained(out / "unet")
-    text.save_pretrained(out / "text_encoder")
+    save_text_encoder(text, out / "text_encoder")
 
 
 def assemble(out: Path, work: Path, unet: UNet2DConditionModel, text: CLIPTextModel) -> Path:
@@ -243,6 +244,7 @@ def assemble(out: Path, work: Path, unet: UNet2DConditionModel, text: CLIPTextMo
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(out)
+    save_text_encoder(pipeline.text_encoder, out / "text_encoder")
     shutil.rmtree(out / "tokenizer")  # transformers 5 writes no vocab.json; every other program reads it
     shutil.copytree(work / "tokenizer", out / "tokenizer")
     captions = [s.caption for subject in SUBJECTS for s in draw_scenes(subject, 32, seed=0)]

@@ -14,7 +14,9 @@ from kdc_edge.bench.page import benchmark_blocks
 from kdc_edge.bench.record import Report, Row
 from kdc_edge.bench.tables import time_text
 from kdc_edge.bundle import Bundle
+from kdc_edge.cli.quickstart_training import Run, Trained
 from kdc_edge.files import write_atomic
+from kdc_edge.presets import DECODERS
 from kdc_edge.report.charts import line_chart
 from kdc_edge.report.html import (
     Section,
@@ -29,10 +31,7 @@ from kdc_edge.report.html import (
 )
 from kdc_edge.text import megabytes
 from kdc_edge.train.config import TrainConfig
-from kdc_edge.train.loop import Trainer
-from kdc_edge.train.quality.evaluate import Score
 from kdc_edge.train.quality.matrix import average, forgetting
-from kdc_edge.train.tools.decoder import DecoderTrainer
 
 LOSSES = {
     "total": "weighted total",
@@ -48,10 +47,7 @@ class Story:
     """Everything that the page tells."""
 
     config: TrainConfig
-    teacher_scores: Mapping[str, Score]
-    runs: Mapping[str, Trainer]  # "with replay", "without replay"
-    few_steps: Trainer  # the stage after the run with replay
-    decoder: DecoderTrainer
+    trained: Trained
     prompts: Sequence[str]
     conditions: str  # of the images
     images: Mapping[str, Sequence[np.ndarray]]
@@ -59,10 +55,14 @@ class Story:
     bundles: Sequence[Bundle]
     bench: Report
 
+    @property
+    def runs(self) -> Mapping[str, Run]:
+        return {"with replay": self.trained.kept, "without replay": self.trained.bare}
+
 
 def write_report(path: Path, story: Story) -> None:
     kept = story.runs["with replay"]
-    share = average(kept.position.matrix) / np.mean([s.quality for s in story.teacher_scores.values()])
+    share = average(kept.position.matrix) / np.mean(list(story.trained.teacher.values()))
     sections = [
         Section("In short", [_headline(story, float(share))]),
         Section("Images", _images(story)),
@@ -97,7 +97,7 @@ def _headline(story: Story, share: float) -> Markup:
 
 def kept_parameters(story: Story) -> tuple[int, int]:
     """Parameters of the teacher's and of the student's U-Net."""
-    view = story.runs["with replay"].view
+    view = story.trained.view
     return view.teacher_parameters, view.student_parameters
 
 
@@ -119,9 +119,9 @@ def _a_second(row: Row) -> str:
 
 def _few_steps(story: Story) -> list[Markup]:
     many, few, *_ = few_rows(story)
-    stage, decoder = story.few_steps, story.decoder
-    parameters = sum(p.numel() for p in decoder.decoder.parameters())
-    db = np.mean(list(decoder.results["psnr_db"].values()))
+    stage, decoder = story.trained.few_steps, story.trained.decoder_results
+    (parameters,) = (preset.parameters for preset in DECODERS if preset.name == decoder["preset"])
+    db = np.mean(list(decoder["psnr_db"].values()))
     cells = []
     for row in few_rows(story):
         values = row.prompt_quality.values if row.prompt_quality else {}
@@ -131,10 +131,10 @@ def _few_steps(story: Story) -> list[Markup]:
         cells.append((f"{row.name}, {sampling}", str(calls), time_text(row.image_sec), _a_second(row), *quality))
     return [
         paragraph(
-            f"A second stage of {stage.config.steps} steps a task teaches the student to make an image in {few.steps}"
+            f"A second stage of {stage.steps} steps a task teaches the student to make an image in {few.steps}"
             f" steps without guidance, which calls the U-Net {few.steps} times instead of {2 * many.steps}; fewer steps"
             f" may be asked of the same bundle. A small decoder ({parameters / 1e6:.2f} million parameters,"
-            f" {decoder.config.steps} steps) takes the place of the VAE's: {db:.1f} dB between their images."
+            f" {decoder['steps']} steps) takes the place of the VAE's: {db:.1f} dB between their images."
         ),
         data_table(
             ("bundle", "U-Net calls", "time", "images a second", "prompt accuracy", "every attribute right"), cells
@@ -157,8 +157,8 @@ def _learning(story: Story) -> list[Markup]:
             " distribution over channels, and from the features of its eight blocks."
         )
     ]
-    for name, trainer in story.runs.items():
-        records = [json.loads(line) for line in (trainer.run_folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    for name, run in story.runs.items():
+        records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
         series = {label: _smooth([(r["total"], r["losses"][key]) for r in records]) for key, label in LOSSES.items()}
         blocks.append(line_chart(series, title=f"Losses {name}", x_label="step", y_label="loss", log_y=True))
     return [blocks[0], side_by_side(*blocks[1:])]
@@ -175,12 +175,12 @@ def _smooth(points: list[tuple[float, float]], window: int = 15) -> list[tuple[f
 def _remembering(story: Story) -> list[Markup]:
     names = [t.name for t in story.config.tasks]
     tables, lines = [], []
-    for name, trainer in story.runs.items():
-        matrix = trainer.position.matrix
-        rows = [("teacher", [s.quality for s in story.teacher_scores.values()])]
+    for name, run in story.runs.items():
+        matrix = run.position.matrix
+        rows = [("teacher", list(story.trained.teacher.values()))]
         rows += [(f"after {task}", [v or 0.0 for v in row]) for task, row in zip(names, matrix, strict=True)]
         tables.append(heat_table(names, rows, title=f"Prompt accuracy {name}", digits=3))
-        exact = [(values or {})["exact"] for values in trainer.position.values[-1]]
+        exact = [(values or {})["exact"] for values in run.position.values[-1]]
         lines.append(
             f"{name}: forgetting {forgetting(matrix):.3f} (maximum minus last); every attribute right at the end:"
             + "".join(f" {task} {value:.0%}" for task, value in zip(names, exact, strict=True))

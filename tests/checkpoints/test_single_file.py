@@ -192,10 +192,15 @@ def test_other_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_an_inpainting_models_file_is_one(sd1: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDC_EDGE_CACHE", str(tmp_path / "cache"))
+    state = original_state(sd1.pipeline) | {FIRST: torch.zeros(32, 9, 3, 3)}
+    assert read_model(open_checkpoint(save(state, tmp_path / "x.safetensors"))).inpainting
+
+
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        ({FIRST: torch.zeros(32, 9, 3, 3)}, "in_channels = 9 where the VAE has 4: an inpainting model"),
         ({FIRST: torch.zeros(32, 8, 3, 3)}, "in_channels = 8 where the VAE has 4: an image-to-image model"),
         ({f"{D}label_emb.weight": torch.zeros(10, 128)}, "num_class_embeds = 10: it needs a class"),
         ({f"{D}middle_block.0.in_layers.2.weight": None}, "it has no unet.mid_block.resnets.0.conv1.weight"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import kdc_edge
 from kdc_edge import Pipeline, Request
 from kdc_edge.errors import InputError
 from kdc_edge.image import preview
+from kdc_edge.pipeline import Progress
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +68,11 @@ def test_the_defaults_are_the_checkpoints_scheduler_and_the_requests_steps(
 ) -> None:
     asked: list[Request] = []
 
-    def generate_batch(requests: list[Request]) -> list[np.ndarray]:
+    def make(*requests: Request) -> Iterator[Progress]:
         asked.extend(requests)
-        return [np.zeros((8, 8, 3), np.uint8)]
+        yield Progress("vae_decoder", 1, 1, pixels=np.zeros((8, 8, 3), np.uint8))
 
-    monkeypatch.setattr(pipeline, "generate_batch", generate_batch)
+    monkeypatch.setattr(pipeline, "run", make)
     pipeline("a red flower")
     assert asked == [Request("a red flower", sampler="ddim", weighted=True)]
 

@@ -242,7 +242,8 @@ class UNetConfig(ComponentConfig):
     NORMALIZED_CONFIG_CLASS = NormalizedConfig.with_args(
         num_channels="in_channels", hidden_size="cross_attention_dim", allow_new=True
     )
-    DUMMY_INPUT_GENERATOR_CLASSES = (DummyVisionInputGenerator, DummyTimestep, DummyHiddenStates, DummyTimestepCond)
+    # optimum takes the first one of whose names the input's name begins with.
+    DUMMY_INPUT_GENERATOR_CLASSES = (DummyVisionInputGenerator, DummyTimestepCond, DummyTimestep, DummyHiddenStates)
 
     @property
     def size_unit(self) -> int:

@@ -156,7 +156,7 @@ class DummyTimestepCond(DummyInputGenerator):  # type: ignore[misc]
     SUPPORTED_INPUT_NAMES = ("timestep_cond",)
 
     def __init__(self, task: str, normalized_config: NormalizedConfig, *, batch_size: int, **_: object) -> None:  # noqa: ARG002
-        self.shape = [batch_size, normalized_config.time_cond_proj_dim]
+        self.shape = [batch_size, normalized_config.config.time_cond_proj_dim]  # may be None
 
     def generate(
         self,

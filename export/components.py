@@ -62,9 +62,8 @@ class UNet(nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor | None = None
     ) -> Tensor:
-        found: Tensor = self.unet(
-            sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond, return_dict=False
-        )[0]
+        more = {} if timestep_cond is None else {"timestep_cond": timestep_cond}
+        found: Tensor = self.unet(sample, timestep, encoder_hidden_states, **more, return_dict=False)[0]
         return found
 
 

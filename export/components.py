@@ -50,14 +50,20 @@ class TextEncoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """The denoiser: sample (B, C, h, w), timestep (1), text (B, 77, D) -> prediction (B, C, h, w)."""
+    """The denoiser: sample (B, C, h, w), timestep (1), text (B, 77, D) -> prediction (B, C, h, w).
+
+    That of a latent consistency model also takes the guidance scale's embedding (B, W).
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.unet = network
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        found: Tensor = self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor | None = None
+    ) -> Tensor:
+        more = {} if timestep_cond is None else {"timestep_cond": timestep_cond}
+        found: Tensor = self.unet(sample, timestep, encoder_hidden_states, **more, return_dict=False)[0]
         return found
 
 
@@ -143,6 +149,24 @@ class DummyHiddenStates(DummyInputGenerator):  # type: ignore[misc]
         return self.random_float_tensor(self.shape, framework=framework, dtype=float_dtype)
 
 
+class DummyTimestepCond(DummyInputGenerator):  # type: ignore[misc]
+    """The guidance scale's embedding: float (B, W). optimum's own generator asks for a vocabulary too."""
+
+    SUPPORTED_INPUT_NAMES = ("timestep_cond",)
+
+    def __init__(self, task: str, normalized_config: NormalizedConfig, *, batch_size: int, **_: object) -> None:  # noqa: ARG002
+        self.shape = [batch_size, normalized_config.config.time_cond_proj_dim]  # may be None
+
+    def generate(
+        self,
+        input_name: str,  # noqa: ARG002
+        framework: str = "pt",
+        int_dtype: str = "int64",  # noqa: ARG002
+        float_dtype: str = "fp32",
+    ) -> Any:
+        return self.random_float_tensor(self.shape, framework=framework, dtype=float_dtype)
+
+
 class DummyClipInput(DummyInputGenerator):  # type: ignore[misc]
     """An image as CLIP sees it: float (B, 3, 224, 224)."""
 
@@ -217,7 +241,8 @@ class UNetConfig(ComponentConfig):
     NORMALIZED_CONFIG_CLASS = NormalizedConfig.with_args(
         num_channels="in_channels", hidden_size="cross_attention_dim", allow_new=True
     )
-    DUMMY_INPUT_GENERATOR_CLASSES = (DummyVisionInputGenerator, DummyTimestep, DummyHiddenStates)
+    # optimum takes the first one of whose names the input's name begins with.
+    DUMMY_INPUT_GENERATOR_CLASSES = (DummyVisionInputGenerator, DummyTimestepCond, DummyTimestep, DummyHiddenStates)
 
     @property
     def size_unit(self) -> int:
@@ -225,10 +250,12 @@ class UNetConfig(ComponentConfig):
 
     @property
     def input_shapes(self) -> Shapes:
+        width = self._config.time_cond_proj_dim
         return {
             "sample": ("batch_size", self._config.in_channels, "latent_height", "latent_width"),
             "timestep": (1,),
             "encoder_hidden_states": ("batch_size", self.tokens, self._config.cross_attention_dim),
+            **({} if width is None else {"timestep_cond": ("batch_size", width)}),
         }
 
     @property

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from kdc_edge.components import COMPONENTS, Component
-from kdc_edge.diffusers_folder import read_model
+from kdc_edge.diffusers_folder import LCM_PIPELINE, read_model
 from kdc_edge.editing import ENCODER
 from kdc_edge.errors import CheckpointError, KdcError, require
 from kdc_edge.export.targets import Stage
@@ -87,7 +87,7 @@ def record(
 
 
 def open_diffusers(checkpoint: Path, networks: dict[str, Any], sampler: str) -> Any:
-    """diffusers' StableDiffusionPipeline on the networks, StableDiffusionInpaintPipeline for an inpainting model.
+    """diffusers' pipeline for the model, on the networks: StableDiffusionPipeline, or that of another kind of model.
 
     Its scheduler is the checkpoint's own, or that of the sampler's class, made from the checkpoint's as users do.
     """
@@ -95,10 +95,12 @@ def open_diffusers(checkpoint: Path, networks: dict[str, Any], sampler: str) -> 
     transformers = require("transformers", extra="export", purpose="the proof")
     config = read_json(checkpoint / "scheduler" / "scheduler_config.json", CheckpointError)
     kind = SAMPLERS[sampler]
-    inpaints = read_model(checkpoint).inpainting
+    model = read_model(checkpoint)
+    kind_of_pipeline = "StableDiffusionInpaintPipeline" if model.inpainting else "StableDiffusionPipeline"
+    if model.guidance_embedding is not None and not model.inpainting and sampler == "lcm":
+        kind_of_pipeline = LCM_PIPELINE
     with quiet():
         own = getattr(diffusers, str(config.get("_class_name", kind.scheduler))).from_config(config)
-        kind_of_pipeline = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
         pipeline = getattr(diffusers, kind_of_pipeline)(
             vae=networks["vae_decoder"],
             text_encoder=networks["text_encoder"],
@@ -126,10 +128,11 @@ def _record_diffusers(pipeline: Any, decoder: Any, requests: Sequence[Request], 
         calls["text_encoder"].append(({"input_ids": _array(args[0])}, _array(output[0])))
 
     def unet(network: Any, args: Any, kwargs: Any, output: Any) -> None:
-        (sample, timestep), hidden = args, kwargs["encoder_hidden_states"]
+        sample, timestep = args
+        read = {name: kwargs[name] for name in ("encoder_hidden_states", "timestep_cond") if kwargs[name] is not None}
         if timestep != timestep.long():  # a component's timesteps are whole
-            output = network.forward(sample, timestep.long(), hidden, return_dict=False)
-        inputs = {"sample": sample, "timestep": timestep.long().reshape(1), "encoder_hidden_states": hidden}
+            output = network.forward(sample, timestep.long(), **read, return_dict=False)
+        inputs = {"sample": sample, "timestep": timestep.long().reshape(1), **read}
         calls["unet"].append(({name: _array(value) for name, value in inputs.items()}, _array(output[0])))
 
     def vae_decoder(latents: torch.Tensor, **_: Any) -> tuple[torch.Tensor]:

@@ -46,7 +46,7 @@ class _Record(BaseModel):
 
 
 class Sampling(_Record):
-    """How a few-step student is sampled: the defaults of generate, bench, eval and fit."""
+    """How a few-step model is sampled: the defaults of generate, bench, eval and fit."""
 
     scheduler: Text  # by the name that --scheduler takes
     steps: int = Field(ge=1, le=1000)
@@ -67,6 +67,9 @@ class Model(_Record):
     sampling: Sampling | None = None  # None: any scheduler, with guidance
     # The U-Net reads the mask and the latents of the image without its masked part beside the noisy latents.
     inpainting: bool = False
+    # Width of the guidance scale's embedding that the U-Net reads in place of classifier-free guidance, as a latent
+    # consistency model does (diffusers' time_cond_proj_dim); None: it reads none.
+    guidance_embedding: int | None = Field(default=None, ge=4, le=8192)
     random_weights: bool = False  # untrained: it measures time, memory and equality; its images are noise
 
     @property
@@ -80,8 +83,11 @@ class Model(_Record):
 
     @property
     def guided(self) -> bool:
-        """Whether a step computes the U-Net for both halves of guidance; a guidance-free student needs one."""
-        return self.sampling is None or self.sampling.guidance > 1
+        """Whether a step computes the U-Net for both halves of classifier-free guidance.
+
+        A guidance-free student needs one, and so does a U-Net that reads the guidance scale.
+        """
+        return self.guidance_embedding is None and (self.sampling is None or self.sampling.guidance > 1)
 
 
 class Tensor(_Record):

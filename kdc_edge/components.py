@@ -4,6 +4,7 @@
 |---|---|---|
 | text_encoder | input_ids int (B, 77) | text embeddings float32 (B, 77, D) |
 | unet | sample float32 (B, 4, h, w), timestep (1,), encoder_hidden_states (B, 77, D) | noise float32 (B, 4, h, w) |
+| | and timestep_cond (B, W) where the U-Net reads the guidance scale (guidance.py) | |
 | vae_decoder | latent_sample float32 (1, 4, h, w), scaled | image float32 (1, 3, 8h, 8w) in [-1, 1] |
 | vae_encoder, optional | sample float32 (1, 3, 8h, 8w) in [-1, 1] | mean and log variance float32 (1, 8, h, w) |
 | safety_checker, optional | clip_input float32 (1, 3, 224, 224) | scores float32 (1, 17), above 0 where flagged |

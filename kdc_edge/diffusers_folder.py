@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from kdc_edge.bundle import MODEL_INDEX, Model
 from kdc_edge.components import CHECKER, CLIP_SIDE
-from kdc_edge.diffusers_defaults import AUTOENCODER_TINY, TEXT_ENCODER, UNET, VAE, Settings
+from kdc_edge.diffusers_defaults import AS_WRITTEN, AUTOENCODER_TINY, TEXT_ENCODER, UNET, VAE, Settings
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import homes, read_json, sha256
 from kdc_edge.noise_schedule import NoiseSchedule
@@ -33,25 +33,23 @@ WEIGHTS = {
 TINY_VAE = "AutoencoderTiny"  # the other class that a `vae` may have
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
 SAMPLING_FILE = "sampling.json"  # of a few-step student: kdc_edge.bundle.Sampling
+LCM_SAMPLING = {"scheduler": "lcm", "steps": 4, "guidance": 8.5}  # the defaults of diffusers' LCM_PIPELINE
 SOURCES_FILE = "sources.json"  # the files that its weights come from: kdc_edge.bundle.Source
 RANDOM_WEIGHTS = "_random_weights"  # in model_index.json; diffusers skips names that begin so
 TRAINING_FILE = "training.json"  # {"note": TEXT}, of a checkpoint from a run that was not finished
 PROMPTS_FILE = "prompts.txt"  # captions that it was trained on, one a line: what to calibrate and prove it with
+LCM_PIPELINE = "LatentConsistencyModelPipeline"
 PIPELINES = (
-    "StableDiffusionPipeline",
-    "LatentConsistencyModelPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-)
-# Settings of a U-Net that are null in every model that is used here, and what they make it.
+    "StableDiffusionPipeline", LCM_PIPELINE, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"
+)  # fmt: skip
+# Settings of a U-Net that are null in every model that is used here, or in every teacher, and what they make it.
 UNSUPPORTED = {
-    "time_cond_proj_dim": "a latent consistency model that reads the guidance scale; take the LCM-LoRA of its base"
-    " model fused into that model, which reads none",
     "class_embed_type": "it needs a class beside the text",
     "num_class_embeds": "it needs a class beside the text",
     "addition_embed_type": "it needs more than the text, as Stable Diffusion XL does",
     "encoder_hid_dim_type": "it needs images or other embeddings beside the text",
 }
+NO_TEACHER = {"time_cond_proj_dim": "a latent consistency model that reads the guidance scale; take its base model"}
 PARTS = (*WEIGHTS, "tokenizer", "scheduler")  # the folders that are read
 SUFFIXES = frozenset({".json", ".safetensors", ".txt"})  # of what is loaded, hashed, and copied to other checkpoints
 ADAPTER = "adapter_config.json"  # names the folder or the hub's repository that the libraries would load instead
@@ -193,11 +191,12 @@ def _refuse_pickle(folder: Path) -> None:
         raise CheckpointError(f"{path} is a pickle, which can run code: convert it to safetensors")
 
 
-def read_model(folder: Path, *, inpainting: bool = True) -> Model:
+def read_model(folder: Path, *, as_teacher: bool = False) -> Model:
     """What a pipeline needs to know of the checkpoint, from its configuration files alone.
 
     Keys that a file lacks have the defaults of diffusers' class. Raises CheckpointError for a checkpoint that is no
-    text-to-image model of Stable Diffusion 1.x or 2.x, by the setting that says so; `inpainting` admits those too.
+    text-to-image or inpainting model of Stable Diffusion 1.x or 2.x, by the setting that says so; `as_teacher` also for
+    one whose U-Net reads more than a teacher's: see `obstacles`.
     """
     index = read_json(folder / MODEL_INDEX, CheckpointError) if (folder / MODEL_INDEX).is_file() else {}
     if index:
@@ -206,8 +205,11 @@ def read_model(folder: Path, *, inpainting: bool = True) -> Model:
     unet = _read_config(folder / "unet" / "config.json", UNet2DConditionModel=UNET)
     vae = _read_config(folder / "vae" / "config.json", AutoencoderKL=VAE, AutoencoderTiny=AUTOENCODER_TINY)
     text = _read_config(folder / "text_encoder" / "config.json", CLIPTextModel=TEXT_ENCODER)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", CheckpointError)
-    for problem in obstacles(unet, vae, text, inpainting=inpainting):
+    config = read_json(folder / "scheduler" / "scheduler_config.json", CheckpointError)
+    scheduler = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
+    if index.get("_class_name") == LCM_PIPELINE:
+        scheduler[AS_WRITTEN] = True
+    for problem in obstacles(unet, vae, text, as_teacher=as_teacher):
         raise CheckpointError(f"{folder} cannot be used: {problem}")
     try:
         NoiseSchedule.from_config(scheduler)
@@ -225,10 +227,11 @@ def read_model(folder: Path, *, inpainting: bool = True) -> Model:
                 "latent_unit": 2 ** (len(unet_stages) - 1) if isinstance(unet_stages, list) else None,
                 "vae_scale": 2 ** (len(stages) - 1) if isinstance(stages, list) else None,
                 "scaling_factor": vae["scaling_factor"],
-                "scheduler": {k: v for k, v in scheduler.items() if k == "_class_name" or not k.startswith("_")},
+                "scheduler": scheduler,
                 "inpainting": is_inpainting(unet, vae),
+                "guidance_embedding": unet["time_cond_proj_dim"],
                 "random_weights": index.get(RANDOM_WEIGHTS) is True,
-                "sampling": read_json(path, CheckpointError) if (path := folder / SAMPLING_FILE).is_file() else None,
+                "sampling": _sampling(folder / SAMPLING_FILE, unet, scheduler),
             }
         )
     except ValidationError as error:
@@ -257,16 +260,25 @@ def is_inpainting(unet: Settings, vae: Settings) -> bool:
     return isinstance(latents, int) and unet["in_channels"] == 2 * latents + 1
 
 
-def obstacles(unet: Settings, vae: Settings, text: Settings, *, inpainting: bool) -> Iterator[str]:
-    """Settings with which a network needs other inputs than latents, a timestep and the text's embedding.
+def _sampling(path: Path, unet: Settings, scheduler: Settings) -> Settings | None:
+    """How a few-step model is sampled: a student of ours by its file, a latent consistency model as in diffusers."""
+    if path.is_file():
+        return read_json(path, CheckpointError)
+    consistency = unet["time_cond_proj_dim"] is not None and scheduler.get("_class_name") == "LCMScheduler"
+    return LCM_SAMPLING if consistency else None
 
-    `inpainting`: a mask and the masked image's latents are there too.
+
+def obstacles(unet: Settings, vae: Settings, text: Settings, *, as_teacher: bool) -> Iterator[str]:
+    """Settings with which a network needs other inputs than there are.
+
+    These are latents, a timestep and the text's embedding; unless it is a teacher, also a mask and the masked image's
+    latents, and the guidance scale's embedding.
     """
-    for key, why in UNSUPPORTED.items():
+    for key, why in (UNSUPPORTED | NO_TEACHER if as_teacher else UNSUPPORTED).items():
         if unet.get(key) is not None:
             yield f"its U-Net has {key} = {unet[key]!r:.80}: {why}"
     channels = vae["latent_channels"]
-    if unet["in_channels"] != channels and not (inpainting and is_inpainting(unet, vae)):
+    if unet["in_channels"] != channels and (as_teacher or not is_inpainting(unet, vae)):
         kinds = {"9": "an inpainting model", "8": "an image-to-image model", "5": "a depth-to-image model"}
         what = kinds.get(str(unet["in_channels"]), "another kind of model")
         yield (

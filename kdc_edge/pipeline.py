@@ -33,6 +33,7 @@ from kdc_edge.components import (
 )
 from kdc_edge.editing import ENCODER, Begin, Edit, check_edits, encode_edits, read_edit, require_encoder
 from kdc_edge.errors import InputError, KdcError, unknown_choice
+from kdc_edge.guidance import guidance_embedding, guided
 from kdc_edge.hardware import free_memory_bytes
 from kdc_edge.image import to_pixels
 from kdc_edge.image_files import ImageLike
@@ -129,12 +130,15 @@ class Pipeline:
             yield Progress("vae_encoder", 1, 1)
         latents = begin.start(sampler) if begin else latents * np.float32(sampler.init_noise_sigma)
         unet, steps = self.components["unet"], len(sampler.timesteps)
+        if (width := self.model.guidance_embedding) is not None:
+            embedding = guidance_embedding(float(request.guidance), width)
+            unet = partial(unet, timestep_cond=np.tile(embedding, (count, 1)))  # (B, width)
         for i in range(sampler.first, steps):
             timestep = int(sampler.timesteps[i])
             at = partial(Progress, step=i + 1 - sampler.first, steps=steps - sampler.first, timestep=timestep)
             sample = sampler.scale_model_input(latents, i)
             sample = begin.extend(sample) if begin else sample
-            if request.guided(i, steps):
+            if self._classifier_free(request) and request.guided(i, steps):
                 cond, uncond = _predict_both(unet, sample, timestep, hidden, batched=request.batched)
                 yield at("unet")
                 noise_pred = guided(cond, uncond, float(request.guidance))
@@ -222,6 +226,10 @@ class Pipeline:
             raise InputError(f"--guidance {request.guidance} is out of range: use 1 (none) to 20 or so, at most 100")
         if request.guidance_mode not in (None, *get_args(GuidanceMode)):
             raise unknown_choice("--guidance-mode", request.guidance_mode, get_args(GuidanceMode))
+        if self.model.guidance_embedding is not None and request.guidance_interval != (0.0, 1.0):
+            raise InputError(
+                "--guidance-interval is for classifier-free guidance; this model reads the guidance scale: leave it out"
+            )
         begin, end = request.guidance_interval
         if not 0 <= begin < end <= 1:
             raise InputError(
@@ -263,6 +271,10 @@ class Pipeline:
             latents[i] = request.latents[0]
         return latents
 
+    def _classifier_free(self, request: Request) -> bool:
+        """Is there classifier-free guidance? A U-Net that reads the guidance scale has none."""
+        return request.guidance > 1 and self.model.guidance_embedding is None
+
     def _lengths(self, requests: Sequence[Request]) -> set[int]:
         """The numbers of chunks that the requests need, each with its negative prompt."""
         if len(requests) == 1 or not requests[0].weighted:
@@ -272,7 +284,7 @@ class Pipeline:
     def _tokenize(self, requests: Sequence[Request]) -> Tokens:
         """The prompts, then the negative prompts where there is guidance."""
         texts = [r.prompt for r in requests]
-        if requests[0].guidance > 1:
+        if self._classifier_free(requests[0]):
             texts += [r.negative_prompt for r in requests]
         if not requests[0].weighted:
             return plain(self.tokenizer, texts)
@@ -283,12 +295,15 @@ class Pipeline:
         request, count = requests[0], len(requests)
         _, *latent = self.latent_shape(request)
         taken = range(request.skipped, request.steps)
-        guided_steps = {request.batched and request.guided(i, request.steps) for i in taken}
+        batched = request.batched and self._classifier_free(request)
+        guided_steps = {batched and request.guided(i, request.steps) for i in taken}
+        width = self.model.guidance_embedding
         unet: list[Shapes] = [
             {
                 "sample": (b, self.model.unet_channels, *latent[1:]),
                 "timestep": (1,),
                 "encoder_hidden_states": (b, tokens.length, -1),
+                **({} if width is None else {"timestep_cond": (b, width)}),
             }
             for b in sorted(2 * count if both else count for both in guided_steps)
         ]
@@ -315,11 +330,6 @@ def _check_memory(latents: tuple[int, int, int, int], vae_scale: int) -> None:
             f"--width {width} --height {height} needs more than {megabytes(need)} for the decoder's activations alone,"
             f" and {megabytes(free)} are free: use a smaller size"
         )
-
-
-def guided(cond: Any, uncond: Any, guidance_scale: float) -> Any:
-    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) of two noise predictions, arrays or tensors."""
-    return uncond + guidance_scale * (cond - uncond)
 
 
 def _predict(unet: Component, sample: np.ndarray, timestep: int, hidden: np.ndarray) -> np.ndarray:

@@ -42,7 +42,7 @@ OUTPUTS = {
 }
 CONTRACT = {
     "text_encoder": ("input_ids",),
-    "unet": ("sample", "timestep", "encoder_hidden_states"),
+    "unet": ("sample", "timestep", "encoder_hidden_states"),  # and a latent consistency model's timestep_cond
     "vae_decoder": ("latent_sample",),
     "vae_encoder": ("sample", "diagonal_noise", "noise", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
     CHECKER: ("clip_input", "images", "adjustment"),
@@ -104,15 +104,15 @@ class Adapted:
 
     def _arrange(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The contract's arrays under Apple's names, shapes checked but for the batch."""
-        if inputs.keys() != set(CONTRACT[self.name]):
+        wanted = (*CONTRACT[self.name], *(name for name in ("timestep_cond",) if name in self.inputs))
+        if inputs.keys() != set(wanted):
             raise BundleError(
-                f"the {self.name} takes {', '.join(CONTRACT[self.name])} where {', '.join(inputs)} are given: a bundle"
-                " made for another pipeline"
+                f"the {self.name} takes {', '.join(wanted)} where {', '.join(inputs)} are given: a bundle made for"
+                " another pipeline"
             )
         if self.name == "unet":
             sample = inputs["sample"]
-            arranged = {
-                "sample": sample,
+            arranged = dict(inputs) | {
                 "timestep": np.broadcast_to(inputs["timestep"], sample.shape[:1]),
                 "encoder_hidden_states": inputs["encoder_hidden_states"].transpose(0, 2, 1)[:, :, None],
             }

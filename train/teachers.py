@@ -19,4 +19,4 @@ def find_teacher(name: str, additions: Additions = NOTHING, *, say: Callable[[st
     if name == "garden":
         need_garden("the garden's teacher")
     folder = GARDEN_TEACHER if name == "garden" else name
-    return open_checkpoint(folder, additions, say=say, inpainting=False)
+    return open_checkpoint(folder, additions, say=say, as_teacher=True)

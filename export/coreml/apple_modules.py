@@ -31,10 +31,12 @@ class AppleTextEncoder(TextEncoder):
 
 
 class AppleUNet(UNet):
-    """sample (B, C, h, w), timestep (B), text (B, D, 1, 77) -> prediction (B, C, h, w)."""
+    """sample (B, C, h, w), timestep (B), text (B, D, 1, 77) -> prediction (B, C, h, w); see UNet."""
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        return super().forward(sample, timestep, encoder_hidden_states.squeeze(2).transpose(1, 2))
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor | None = None
+    ) -> Tensor:
+        return super().forward(sample, timestep, encoder_hidden_states.squeeze(2).transpose(1, 2), timestep_cond)
 
 
 class AppleVaeDecoder(VaeDecoder):
@@ -117,18 +119,22 @@ def apple_network(part: ExportComponent, model: Model, *, unet_batch: int) -> Ap
         )
     if part.name == "unet":
         width = int(part.config.input_shapes["encoder_hidden_states"][2])
+        embedding = model.guidance_embedding
+        guidance = {} if embedding is None else {"timestep_cond": floats(unet_batch, embedding)}
         return AppleNetwork(
             AppleUNet(inner.unet),
             {
                 "sample": floats(unet_batch, model.unet_channels, *latents[1:]),
                 "timestep": floats(unet_batch),
                 "encoder_hidden_states": floats(unet_batch, width, 1, tokens),
+                **guidance,
             },
             {"noise_pred": floats(unet_batch, int(described["out_sample"][1]), *latents[1:])},
             {
                 "sample": "noisy latents, scaled as the sampler wants them",
                 "timestep": "how far the noise has come, one a sample, as a float",
                 "encoder_hidden_states": "the text encoder's last hidden state, channels first",
+                "timestep_cond": "the guidance scale's embedding",
                 "noise_pred": "the noise in the sample, as the network sees it",
             },
             "predicts the noise in latents",

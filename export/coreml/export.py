@@ -48,8 +48,10 @@ def export(request: ExportRequest, options: CoreMLOptions) -> Bundle:
     if options.swift:  # Apple's package uses what there is
         extra = (*request.extra, *optional_components(request.checkpoint))
         request = replace(request, extra=tuple(dict.fromkeys(extra)))
-        if read_model(request.checkpoint).inpainting:
-            raise InputError("--swift is for Apple's Swift package, which has no inpainting: leave it out")
+        model = read_model(request.checkpoint)
+        for has, what in ((model.inpainting, "inpainting"), (model.guidance_embedding, "guidance embedding")):
+            if has:
+                raise InputError(f"--swift is for Apple's Swift package, which has no {what}: leave it out")
     budget, recipe = _read_budget(request.format, options)
     load_coremltools("exporting to Core ML")
     refuse_foreign_folder(request.out, MANIFEST)  # before the search, which may take hours

@@ -32,7 +32,7 @@ from kdc_edge.errors import InputError
 from kdc_edge.export.calibration import Calibration
 from kdc_edge.export.coreml.palettize import MIN_WEIGHTS, folder_bytes, palettize
 from kdc_edge.files import read_json
-from kdc_edge.pipeline import guided
+from kdc_edge.guidance import guided
 from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.apple_layout import PROGRAM
 from kdc_edge.runtimes.mil.evaluator import Evaluator
@@ -85,7 +85,8 @@ class Search:
         self._package = package
         self._tell = tell
         self._inputs = _together(calibration.inputs)
-        self._guidance = calibration.info.guidance
+        both = len(calibration.inputs[0]["sample"]) > 1  # halves of classifier-free guidance
+        self._guidance = calibration.info.guidance if both else 1.0
         self._weights = {f"unet_{name.replace('.', '_')}": p for name, p in unet.named_parameters()}
         folder.mkdir(parents=True, exist_ok=True)
         self._tables = {bits: self._palettize(bits) for bits in BITS}
@@ -262,17 +263,11 @@ def apply_recipe(package: Any, recipe: Recipe) -> Any:
 
 def _together(inputs: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, torch.Tensor]]:
     """Calls of the U-Net, each (cond, uncond), in fewer and larger ones, a timestep a sample."""
-    found = []
-    for start in range(0, len(inputs), 4):
-        calls = inputs[start : start + 4]
-        found.append(
-            {
-                "sample": np.concatenate([c["sample"] for c in calls]),
-                "timestep": np.concatenate([c["timestep"].repeat(len(c["sample"])) for c in calls]),
-                "encoder_hidden_states": np.concatenate([c["encoder_hidden_states"] for c in calls]),
-            }
-        )
-    return [{name: torch.from_numpy(value) for name, value in call.items()} for call in found]
+    calls = [call | {"timestep": call["timestep"].repeat(len(call["sample"]))} for call in map(dict, inputs)]
+    return [
+        {name: torch.from_numpy(np.concatenate([call[name] for call in calls[i : i + 4]])) for name in calls[0]}
+        for i in range(0, len(calls), 4)
+    ]
 
 
 def read_recipe(path: Path) -> Recipe:

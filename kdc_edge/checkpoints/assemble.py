@@ -92,24 +92,24 @@ NOTHING = Additions()
 
 
 def open_checkpoint(
-    source: Path | str, additions: Additions = NOTHING, *, say: Say = lambda _: None, inpainting: bool = True
+    source: Path | str, additions: Additions = NOTHING, *, say: Say = lambda _: None, as_teacher: bool = False
 ) -> Path:
     """A diffusers folder of this checkpoint: a folder, a single file, or a hub id. Raises CheckpointError.
 
     A single file, and whatever has additions, is assembled once in the user's cache folder and found there again.
-    `inpainting` admits inpainting models beside text-to-image models.
+    `as_teacher` refuses what can be exported but is no teacher: see `read_model`.
     """
     path = Path(source)
     if is_single_file(path):
         original = read_single_file(path, additions.prediction_type)
         additions.check()
         vae = original.vae if additions.vae is None else read_vae_config(additions.vae)
-        check_parts(original, vae, inpainting=inpainting)
+        check_parts(original, vae, as_teacher=as_teacher)
         for note in original.notes:
             say(note)
         return _assembled(path, original, additions, say)
     path = find_checkpoint(str(source))
-    read_model(path, inpainting=inpainting)  # refuses what cannot be used, before any work
+    read_model(path, as_teacher=as_teacher)  # refuses what cannot be used, before any work
     for part in WEIGHTS:
         if line := weights_of(path / part).note:
             say(line)

@@ -44,6 +44,8 @@ OTHER_KINDS = {
     r"^control_model\.|input_hint_block|controlnet_": "a ControlNet: take a text-to-image checkpoint",
     r"^(model\.)?diffusion_model\.(blocks|layers|transformer_blocks|cap_embedder|x_embedder)\.": "a diffusion"
     " transformer, which cannot be used: take a checkpoint of Stable Diffusion 1.x or 2.x",
+    r"\.cond_proj\.": "a latent consistency model that reads the guidance scale, which cannot be used as a single file:"
+    " take its diffusers folder",
     r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|up|mid)": "a VAE: give it as --vae beside a checkpoint",
     r"^(down_blocks|mid_block|up_blocks)\.": "one network in diffusers' layout: name the checkpoint's folder, which"
     " holds model_index.json",
@@ -111,14 +113,14 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
-def check_parts(original: Original, vae: Settings | None, *, inpainting: bool) -> None:
+def check_parts(original: Original, vae: Settings | None, *, as_teacher: bool) -> None:
     """Raise CheckpointError unless the networks fit each other; `vae` is the file's own, or --vae's.
 
-    `inpainting` admits inpainting models too.
+    `as_teacher` refuses what can be exported but is no teacher.
     """
     if vae is None:
         raise CheckpointError(f"{original.path} has no VAE (first_stage_model): give one with --vae FILE")
-    for problem in obstacles(original.unet, vae, original.text_encoder, inpainting=inpainting):
+    for problem in obstacles(original.unet, vae, original.text_encoder, as_teacher=as_teacher):
         raise CheckpointError(f"{original.path} cannot be used: {problem}")
 
 

@@ -177,6 +177,10 @@ REFUSED: dict[str, tuple[State, str]] = {
     "a VAE": ({"decoder.conv_in.weight": torch.zeros(1)}, "is a VAE: give it as --vae"),
     "a ControlNet": ({"control_model.input_hint_block.0.weight": torch.zeros(1)}, "is a ControlNet"),
     "a network of diffusers": ({"down_blocks.0.x": torch.zeros(1)}, "name the checkpoint's folder"),
+    "guidance embedding": (
+        {FIRST: torch.zeros(8, 4, 3, 3), f"{D}time_embedding.cond_proj.weight": torch.zeros(8, 256)},
+        "is a latent consistency model that reads the guidance scale, which cannot be used as a single file",
+    ),
     "something else": ({"x": torch.zeros(1)}, f"it has no tensor {FIRST}"),
 }  # fmt: skip
 

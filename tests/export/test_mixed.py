@@ -28,7 +28,7 @@ from kdc_edge.export.coreml.mixed import (
 )
 from kdc_edge.export.coreml.palettize import folder_bytes, kmeans
 from kdc_edge.export.targets import CoreMLOptions, ExportRequest, export_checkpoint
-from kdc_edge.pipeline import guided
+from kdc_edge.guidance import guided
 from kdc_edge.runtimes.apple_layout import PROGRAM
 from kdc_edge.runtimes.mil.evaluator import Evaluator
 from kdc_edge.runtimes.mil.program import read_program

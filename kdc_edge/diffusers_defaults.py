@@ -122,7 +122,7 @@ _READ_AS: dict[str, dict[str, dict[object, str]]] = {
     "UniPCMultistepScheduler": {"solver_type": {"midpoint": "bh2", "heun": "bh2", "logrho": "bh2"}},
 }
 _READ_AS["DPMSolverSinglestepScheduler"] = _READ_AS["DPMSolverMultistepScheduler"]
-# In the scheduler config of a LatentConsistencyModelPipeline, which corrects nothing in it.
+# In the scheduler config of a LatentConsistencyModelPipeline, which corrects nothing in it, and takes no other class.
 AS_WRITTEN = "_as_written"
 # What a config without a class leaves to the defaults of `NoiseSchedule`, which are Stable Diffusion 1.x's.
 _NOISE = {*_BETAS, *_SPACED, "set_alpha_to_one", "clip_sample"} - {"trained_betas"}
@@ -133,7 +133,8 @@ def scheduler_settings(config: Mapping[str, object], class_name: str | None = No
 
     Keys that the class does not know are left out. As in diffusers' `from_config`, what the file lacks is the
     default of the class that reads it. As in diffusers' StableDiffusionPipeline, steps_offset is 1 and
-    clip_sample is false in the checkpoint's own scheduler, whatever the file says, unless AS_WRITTEN is set.
+    clip_sample is false in the checkpoint's own scheduler, whatever the file says, unless AS_WRITTEN says that it
+    is read as it is.
     A config that names no class is explicit: its keys as they are. Raises InputError for a class that is not of
     `SCHEDULERS`.
     """
@@ -151,7 +152,7 @@ def scheduler_settings(config: Mapping[str, object], class_name: str | None = No
     given = {key: config[key] for key in defaults if key in config}
     if own is not None:
         wanted = defaults if name == own else given
-        corrected = {} if config.get(AS_WRITTEN) else {"steps_offset": 1, "clip_sample": False}
+        corrected = {} if config.get(AS_WRITTEN) and name == own else {"steps_offset": 1, "clip_sample": False}
         given |= {key: value for key, value in corrected.items() if key in wanted}
     else:
         defaults = {key: value for key, value in defaults.items() if key not in _NOISE}

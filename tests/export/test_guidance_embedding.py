@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
 from kdc_edge import Pipeline
 from kdc_edge.diffusers_folder import LCM_PIPELINE, read_model
@@ -23,7 +23,7 @@ from kdc_edge.quiet import quiet
 from kdc_edge.request import Request, made_for, own_request
 from kdc_edge.train.teachers import find_teacher
 from tests.cli.test_commands import complaint, run
-from tests.export.editing import PROMPT, SEED
+from tests.export.editing import PROMPT, SEED, closeness_db
 from tests.export.test_coreml import start_from_packages_of
 
 # diffusers 0.42 hands torch tensors to numpy 2 in the old way.
@@ -101,6 +101,25 @@ def test_clipping_is_as_written(consistency: Path, tmp_path: Path) -> None:
     expected = by_diffusers(folder)
     assert psnr_db(ours(Pipeline.open(folder, threads=1)), expected) > 55
     assert psnr_db(by_diffusers(consistency), expected) < 45
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_another_sampler_is_that_of_stable_diffusions_pipeline(consistency: Path) -> None:
+    with quiet():
+        pipeline = StableDiffusionPipeline.from_pretrained(consistency, local_files_only=True)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    asked: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0}
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    (found,) = pipeline(PROMPT, generator=generator, output_type="np", **asked).images
+    expected = np.asarray((found * 255).round(), np.uint8)
+    assert psnr_db(ours(Pipeline.open(consistency, threads=1), scheduler="ddim", **asked), expected) > 55
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_images_are_changed_as_in_diffusers(consistency: Path, masked: bool) -> None:
+    assert closeness_db(Pipeline.open(consistency, threads=1), consistency, "lcm", masked=masked) > 60
 
 
 def test_images_of_a_batch_are_those_made_alone(consistency: Path) -> None:

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +70,8 @@ def check_parity(
         key, lambda: record(checkpoint, requests, decoder, stage)
     )  # its networks are gone by now
     candidate = open_pipeline(bundle, safety_checker=False)  # the reference has none
-    in_32_bits = cache(partial(open_pipeline, bundle, exact=True, safety_checker=False))
+    # Opened anew where it is needed: kept, its U-Net would lie in memory beside the candidate's.
+    in_32_bits = partial(open_pipeline, bundle, exact=True, safety_checker=False)
     checks: list[Check] = []
     for name in COMPONENTS:
         with stage(f"proof: {name} on recorded inputs"):

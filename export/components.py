@@ -123,7 +123,22 @@ class DummyTimestep(DummyInputGenerator):  # type: ignore[misc]  # optimum has n
         return self.random_int_tensor([1], max_value=1000, framework=framework, dtype=int_dtype)
 
 
-class DummyHiddenStates(DummyInputGenerator):  # type: ignore[misc]
+class DummyFloats(DummyInputGenerator):  # type: ignore[misc]
+    """Random numbers of a subclass's shape."""
+
+    shape: list[Any]
+
+    def generate(
+        self,
+        input_name: str,  # noqa: ARG002
+        framework: str = "pt",
+        int_dtype: str = "int64",  # noqa: ARG002
+        float_dtype: str = "fp32",
+    ) -> Any:
+        return self.random_float_tensor(self.shape, framework=framework, dtype=float_dtype)
+
+
+class DummyHiddenStates(DummyFloats):
     """Text encoder output: float (B, 77, D)."""
 
     SUPPORTED_INPUT_NAMES = ("encoder_hidden_states",)
@@ -139,17 +154,8 @@ class DummyHiddenStates(DummyInputGenerator):  # type: ignore[misc]
     ) -> None:
         self.shape = [batch_size, sequence_length, normalized_config.hidden_size]
 
-    def generate(
-        self,
-        input_name: str,  # noqa: ARG002
-        framework: str = "pt",
-        int_dtype: str = "int64",  # noqa: ARG002
-        float_dtype: str = "fp32",
-    ) -> Any:
-        return self.random_float_tensor(self.shape, framework=framework, dtype=float_dtype)
 
-
-class DummyTimestepCond(DummyInputGenerator):  # type: ignore[misc]
+class DummyTimestepCond(DummyFloats):
     """The guidance scale's embedding: float (B, W). optimum's own generator asks for a vocabulary too."""
 
     SUPPORTED_INPUT_NAMES = ("timestep_cond",)
@@ -157,32 +163,14 @@ class DummyTimestepCond(DummyInputGenerator):  # type: ignore[misc]
     def __init__(self, task: str, normalized_config: NormalizedConfig, *, batch_size: int, **_: object) -> None:  # noqa: ARG002
         self.shape = [batch_size, normalized_config.config.time_cond_proj_dim]  # may be None
 
-    def generate(
-        self,
-        input_name: str,  # noqa: ARG002
-        framework: str = "pt",
-        int_dtype: str = "int64",  # noqa: ARG002
-        float_dtype: str = "fp32",
-    ) -> Any:
-        return self.random_float_tensor(self.shape, framework=framework, dtype=float_dtype)
 
-
-class DummyClipInput(DummyInputGenerator):  # type: ignore[misc]
+class DummyClipInput(DummyFloats):
     """An image as CLIP sees it: float (B, 3, 224, 224)."""
 
     SUPPORTED_INPUT_NAMES = ("clip_input",)
 
     def __init__(self, task: str, normalized_config: NormalizedConfig, *, batch_size: int, **_: object) -> None:  # noqa: ARG002
         self.shape = [batch_size, 3, CLIP_SIDE, CLIP_SIDE]
-
-    def generate(
-        self,
-        input_name: str,  # noqa: ARG002
-        framework: str = "pt",
-        int_dtype: str = "int64",  # noqa: ARG002
-        float_dtype: str = "fp32",
-    ) -> Any:
-        return self.random_float_tensor(self.shape, framework=framework, dtype=float_dtype)
 
 
 class ComponentConfig(ExporterConfig):  # type: ignore[misc]

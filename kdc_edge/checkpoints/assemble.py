@@ -26,20 +26,14 @@ from kdc_edge.checkpoints.single_file import (
     read_single_file,
 )
 from kdc_edge.diffusers_defaults import Settings
-from kdc_edge.diffusers_folder import (
-    PICKLES,
-    SOURCES_FILE,
-    WEIGHTS,
-    hash_checkpoint,
-    read_model,
-    weights_of,
-)
+from kdc_edge.diffusers_folder import PICKLES, SOURCES_FILE, hash_checkpoint, read_model
 from kdc_edge.errors import CheckpointError, InputError, require, unknown_choice
 from kdc_edge.files import atomic_folder, exclusive, read_json, sha256, user_cache, write_atomic
 from kdc_edge.hub import find_checkpoint
 from kdc_edge.noise_schedule import PREDICTION_TYPES
 from kdc_edge.quiet import quiet
 from kdc_edge.text import megabytes
+from kdc_edge.weight_files import WEIGHTS, weights_of
 
 FORMAT = 1  # of assembled folders: raise it where the same files become other weights
 CHECKPOINTS = "checkpoints"  # their folder in the user's cache

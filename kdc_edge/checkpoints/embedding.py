@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from kdc_edge.checkpoints.single_file import refuse_pickle
-from kdc_edge.diffusers_folder import read_header
 from kdc_edge.errors import BundleError, CheckpointError
 from kdc_edge.files import read_json
 from kdc_edge.tokenizer import Tokenizer, write_vocabulary
+from kdc_edge.weight_files import read_header
 
 TABLE = "embeddings.token_embedding.weight"
 AUTOMATIC = ("emb_params", "string_to_param", "string_to_param.*", "*")  # the tensor's name in Automatic1111's layout

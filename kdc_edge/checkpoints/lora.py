@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from kdc_edge.checkpoints.single_file import original_names, refuse_pickle
-from kdc_edge.diffusers_folder import read_header
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import read_json
+from kdc_edge.weight_files import read_header
 
 PARTS = ("unet", "text_encoder")
 IN_A_FOLDER = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' and PEFT's names

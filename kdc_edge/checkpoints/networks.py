@@ -16,9 +16,10 @@ from kdc_edge.checkpoints.parts import read_config
 from kdc_edge.checkpoints.single_file import CLIP, OPEN_CLIP, VAE, Original, refuse_pickle, vae_config
 from kdc_edge.diffusers_defaults import VAE as VAE_DEFAULTS
 from kdc_edge.diffusers_defaults import Settings
-from kdc_edge.diffusers_folder import WEIGHTS, read_header, refuse_links_out, weights_of
+from kdc_edge.diffusers_folder import refuse_links_out
 from kdc_edge.errors import CheckpointError
 from kdc_edge.quiet import quiet
+from kdc_edge.weight_files import WEIGHTS, read_header, weights_of
 
 State = dict[str, Any]  # a network's tensors by name
 

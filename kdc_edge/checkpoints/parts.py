@@ -8,10 +8,11 @@ import shutil
 from pathlib import Path
 
 from kdc_edge.diffusers_defaults import Settings
-from kdc_edge.diffusers_folder import SUFFIXES, WEIGHTS, weights_of
+from kdc_edge.diffusers_folder import SUFFIXES
 from kdc_edge.errors import CheckpointError
 from kdc_edge.files import read_json, write_atomic
 from kdc_edge.tokenizer import CLIP_FOLDER, END, START
+from kdc_edge.weight_files import WEIGHTS, weights_of
 
 
 def copy_part(source: Path, target: Path, *, link: bool = False) -> None:

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdc_edge.diffusers_defaults import Settings
-from kdc_edge.diffusers_folder import PICKLES, obstacles, read_header
+from kdc_edge.diffusers_folder import PICKLES, obstacles
 from kdc_edge.errors import CheckpointError
 from kdc_edge.presets import SCHEDULER
+from kdc_edge.weight_files import read_header
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."  # of 1.x, of 2.x

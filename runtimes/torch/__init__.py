@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from kdc_edge.components import CHECKER, Component, Execution
-from kdc_edge.diffusers_folder import TINY_VAE, check_checker, check_weights, weights_of
+from kdc_edge.diffusers_folder import TINY_VAE, check_checker, check_weights
 from kdc_edge.errors import CheckpointError, InputError, require
 from kdc_edge.files import read_json
 from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device
 from kdc_edge.text import one_line
+from kdc_edge.weight_files import weights_of
 
 _torch: Any = require("torch", extra="train", purpose="running a checkpoint")
 

@@ -13,12 +13,13 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from kdc_edge.checkpoints import open_checkpoint
-from kdc_edge.diffusers_folder import count_parameters, read_model, weights_of
+from kdc_edge.diffusers_folder import read_model
 from kdc_edge.presets import find_preset
 from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.torch import load_network
 from kdc_edge.train.checkpoint import init_checkpoint
 from kdc_edge.train.teachers import GARDEN_TEACHER
+from kdc_edge.weight_files import count_parameters, weights_of
 
 UNET, TEXT = "diffusion_pytorch_model", "model"
 

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdc_edge.bundle import MANIFEST, Bundle
-from kdc_edge.diffusers_folder import check_weights, hash_checkpoint, read_model, read_shapes
+from kdc_edge.diffusers_folder import check_weights, hash_checkpoint, read_model
 from kdc_edge.errors import BundleError, CheckpointError
+from kdc_edge.weight_files import read_shapes
 
 
 def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:

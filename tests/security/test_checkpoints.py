@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kdc_edge.diffusers_folder import check_weights, count_parameters, hash_checkpoint, read_model, read_shapes
+from kdc_edge.diffusers_folder import check_weights, hash_checkpoint, read_model
 from kdc_edge.errors import BundleError, CheckpointError, InputError, KdcError
 from kdc_edge.files import read_bounded, read_json
 from kdc_edge.presets import find_preset
@@ -20,6 +20,7 @@ from kdc_edge.prompts import read_prompts
 from kdc_edge.runtimes.torch import load_network
 from kdc_edge.tokenizer import Tokenizer
 from kdc_edge.train.checkpoint import GARDEN_TEACHER, find_teacher, init_checkpoint
+from kdc_edge.weight_files import count_parameters, read_shapes
 
 UNET = "diffusion_pytorch_model.safetensors"
 

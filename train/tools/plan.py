@@ -18,13 +18,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # torch has no public name for it
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from kdc_edge.diffusers_folder import count_parameters, read_model
+from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError
 from kdc_edge.files import read_json
 from kdc_edge.presets import find_preset
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.recipes import find_recipe
 from kdc_edge.train.student import student_config
+from kdc_edge.weight_files import count_parameters
 
 GB = 1e9
 MAX_TOKENS = 77

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock, Thread
@@ -170,7 +171,7 @@ class _Beside:
 
     def begin(self, run: Path) -> None:
         assert self._child.stdin is not None
-        if self._child.poll() is None:  # else its failure is told at the end
+        with suppress(BrokenPipeError):  # it has ended: its failure is told at the end
             self._child.stdin.write(f"{run}\n")
             self._child.stdin.flush()
 
@@ -198,7 +199,8 @@ class _Beside:
             if error is not None:
                 self._child.kill()
             assert self._child.stdin is not None
-            self._child.stdin.close()
+            with suppress(BrokenPipeError):
+                self._child.stdin.close()
             try:
                 self._reader.join()
                 code = self._child.wait()

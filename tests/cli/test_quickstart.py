@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kdc_edge.cli.quickstart_training import Watch, _Beside
+from kdc_edge.errors import KdcError
 from tests.cli.test_commands import complaint, run
 
 
@@ -66,3 +68,18 @@ def test_quickstart_goes_from_teacher_to_report(tmp_path: Path) -> None:
     assert manifest["components"]["vae_decoder"]["class_name"] == "AutoencoderTiny"
 
     assert "holds other files" in complaint("quickstart", "--out", "demo", cwd=tmp_path)
+
+
+def test_a_failure_of_the_process_beside_is_told(tmp_path: Path) -> None:
+    """Whatever is begun in it after that."""
+    said: list[str] = []
+
+    def begin_twice() -> None:
+        with _Beside(Watch(said.append, said.append)) as beside:
+            beside.begin(tmp_path / "nothing")
+            beside._child.wait(60)
+            beside.begin(tmp_path / "more")
+
+    with pytest.raises(KdcError, match=r"config\.json"):
+        begin_twice()
+    assert said == []

@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def make_checkpoint(folder: Path) -> Path:
-    """A diffusers folder of the garden student's shape with random weights."""
+    """A diffusers folder in the garden's sizes with random weights; its U-Net has the student's first and last stage."""
     import torch
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTokenizer
@@ -55,11 +55,16 @@ def make_checkpoint(folder: Path) -> Path:
     disable_progress_bar()
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    stages = {
+        "block_out_channels": (32, 80),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
     StableDiffusionPipeline(
         vae=make_vae(),
         text_encoder=make_text_encoder(tokenizer),
         tokenizer=tokenizer,
-        unet=UNet2DConditionModel(**find_preset("garden-student").unet),
+        unet=UNet2DConditionModel(**{**find_preset("garden-student").unet, **stages}),
         scheduler=make_scheduler(),
         safety_checker=None,
         feature_extractor=None,

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,7 +135,7 @@ def test_compressed_weights(checkpoint: Path, coreml_bundle: Path, tmp_path: Pat
 def test_a_large_unet_lies_in_two_packages(
     checkpoint: Path, coreml_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdc_edge.export.coreml.export.CHUNK_BYTES", 3_000_000)
+    monkeypatch.setattr("kdc_edge.export.coreml.export.CHUNK_BYTES", 1_000_000)
     made = export_checkpoint(ExportRequest(checkpoint, tmp_path / "out", "coreml", "fp16", verify=False))
     files = made.manifest.components["unet"].files
     assert files[:2] == [f"unet/UnetChunk{i}.mlpackage/{PROGRAM}" for i in (1, 2)]
@@ -326,13 +325,6 @@ def test_converting_is_quiet(checkpoint: Path, capfd: pytest.CaptureFixture[str]
     part = load_component(checkpoint, "text_encoder")
     convert(apple_network(part, read_model(checkpoint), unet_batch=2), half=True, target="iOS17")
     assert capfd.readouterr() == ("", "")
-
-
-def test_loading_coremltools_is_quiet() -> None:
-    """In a process of its own: it warns when it is first imported."""
-    code = "from kdc_edge.runtimes.coreml_tools import load_coremltools; load_coremltools('a test')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
 
 
 @pytest.mark.full

@@ -46,8 +46,8 @@ def consistency(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     shutil.rmtree(folder / "unet")
     torch.manual_seed(4)
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, mid_block_type=None, cross_attention_dim=128,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        sample_size=16, block_out_channels=(32,), layers_per_block=1, mid_block_type=None, cross_attention_dim=128,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
         attention_head_dim=4, norm_num_groups=16, time_cond_proj_dim=WIDTH,
     )  # fmt: skip
     unet.time_embedding.cond_proj.weight.data *= 5  # so that the guidance scale shows

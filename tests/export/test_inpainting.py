@@ -40,9 +40,9 @@ def inpainting(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     shutil.rmtree(folder / "unet")
     torch.manual_seed(3)
     unet = UNet2DConditionModel(
-        sample_size=16, in_channels=9, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        mid_block_type=None, cross_attention_dim=128, attention_head_dim=[4, 8], norm_num_groups=16,
+        sample_size=16, in_channels=9, out_channels=4, block_out_channels=(32,), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        mid_block_type=None, cross_attention_dim=128, attention_head_dim=[4], norm_num_groups=16,
         use_linear_projection=True,
     )  # fmt: skip
     unet.conv_in.weight.data[:, 4:] *= 20  # so that the mask and the image show

@@ -94,7 +94,7 @@ def test_the_encoder_is_kept_in_8_bits_and_proved(bundles: dict[str, Path], chec
 
 def test_the_timesteps_matrices_are_in_8_bits(bundles: dict[str, Path]) -> None:
     found = {precision: operations(bundles[precision] / "unet" / "model.onnx") for precision in ("fp16", "w8", "w4")}
-    assert found["w4"]["Gemm"] == found["fp16"]["Gemm"] > 10
+    assert found["w4"]["Gemm"] == found["fp16"]["Gemm"] > 5
     assert found["w4"]["DequantizeLinear"] == found["w4"]["Conv"] + found["w4"]["Gemm"]
     assert found["w4"]["Cast"] < found["fp16"]["Cast"]
 

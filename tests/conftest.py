@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def make_checkpoint(folder: Path) -> Path:
-    """A diffusers folder in the garden's sizes with random weights; its U-Net has the student's first and last stage."""
+    """A diffusers folder in the garden's sizes with random weights; its U-Net has two of the student's stages."""
     import torch
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTokenizer

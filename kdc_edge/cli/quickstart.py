@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
     from kdc_edge.bench.case import Case
     from kdc_edge.bench.runner import Measured
-    from kdc_edge.bundle import Bundle
     from kdc_edge.request import Request
 
 SHOWN = 4  # images of each task on the page
 
 
-@flags(TrainConfig, "steps", "batch_size", "samples", "eval_images", "seed", steps=250, samples=1200, eval_images=48)
+@flags(
+    TrainConfig, "steps", "batch_size", "samples", "eval_images", "eval_steps", "seed",
+    steps=250, samples=1200, eval_images=48,
+)  # fmt: skip
 def quickstart(
     given: Given[TrainConfig],
     out: Annotated[Path, Option(help="A new folder for runs, bundles and report.html.")] = Path("quickstart"),
@@ -52,19 +54,23 @@ def _make(config: TrainConfig, work: Path, out: Path, repeats: int | None) -> No
     """Everything, in `work`, which becomes `out`."""
     from kdc_edge.bench.case import Case
     from kdc_edge.bench.record import Report, here, to_json
+    from kdc_edge.bundle import Bundle
     from kdc_edge.cli.quickstart_report import Story, write_report
-    from kdc_edge.cli.quickstart_training import train
+    from kdc_edge.cli.quickstart_training import export, train
     from kdc_edge.files import write_atomic
     from kdc_edge.image import grid, save_png
-    from kdc_edge.train.quality.evaluate import EVALUATION
+    from kdc_edge.train.quality.evaluate import evaluation_request
 
-    trained = train(config, work / "runs")
-    student = trained.kept.checkpoint
-    bundle = _export(student, work / "bundles" / "onnx-fp16")
-    small = _export(trained.few_steps.checkpoint, work / "bundles" / "few-steps", trained.decoder)
+    bundles = work / "bundles"
+    trained = train(config, work / "runs", bundles / "onnx-fp16")
+    student, bundle = trained.kept.checkpoint, Bundle.open(bundles / "onnx-fp16")
+    say("exporting few-steps and proving it")
+    small = export(trained.few_steps.checkpoint, bundles / "few-steps", command_line(), trained.decoder)
 
     shown, others = _prompts(config)
-    requests = [replace(EVALUATION, prompt=prompt, seed=config.seed + i) for i, prompt in enumerate(shown)]
+    requests = [
+        replace(evaluation_request(config), prompt=prompt, seed=config.seed + i) for i, prompt in enumerate(shown)
+    ]
     folders = {"teacher": config.teacher, "student": student, "student without replay": trained.bare.checkpoint}
     images = {name: _generate(name, folder, requests) for name, folder in folders.items()}
     guided = Case(bundle.root, replace(requests[0], steps=20), repeats, prompts=(*shown, *others))
@@ -87,17 +93,6 @@ def _make(config: TrainConfig, work: Path, out: Path, repeats: int | None) -> No
         few_images=few_images, bundles=[bundle, small], bench=report,
     )  # fmt: skip
     write_report(work / "report.html", story)
-
-
-def _export(checkpoint: Path, out: Path, decoder: Path | None = None) -> Bundle:
-    """An ONNX bundle in 16 bits, proved and verified."""
-    from kdc_edge.export.targets import ExportRequest, export_checkpoint
-
-    say(f"exporting {out.name} and proving it")
-    request = ExportRequest(checkpoint, out, "onnx", "fp16", decoder=decoder, command=command_line())
-    bundle = export_checkpoint(request)
-    bundle.verify()
-    return bundle
 
 
 def _generate(name: str, folder: Path, requests: Sequence[Request]) -> list[np.ndarray]:

@@ -1,6 +1,6 @@
 """The quickstart's trainings, two at a time: in this process, and in one beside it, each with half of the cores.
 
-    trained = train(config, Path("quickstart/runs"))
+    trained = train(config, Path("quickstart/runs"), Path("quickstart/bundles/onnx-fp16"))
 
 A training on all cores waits at every layer for the slowest of them: on a busy machine it loses most of its speed. Two
 processes and not two threads, because diffusers changes torch for all threads while it opens a network.
@@ -21,6 +21,7 @@ from threading import Lock, Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from kdc_edge.cli.project import command_line
 from kdc_edge.errors import KdcError, explain
 from kdc_edge.files import read_json, write_atomic
 from kdc_edge.processes import python_module
@@ -28,6 +29,7 @@ from kdc_edge.settings import arguments
 from kdc_edge.train.config import FEW_STEP_STAGE, DecoderConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from kdc_edge.bundle import Bundle
     from kdc_edge.train.loop import Trainer
     from kdc_edge.train.networks import RunView
     from kdc_edge.train.runs.states import Position
@@ -64,10 +66,11 @@ class Trained:
     teacher: Mapping[str, float]
 
 
-def train(config: TrainConfig, folder: Path) -> Trained:
+def train(config: TrainConfig, folder: Path, bundle: Path) -> Trained:
     """The student with replay and its few steps here; the small decoder and the student without replay beside.
 
-    The first task is the same with and without replay, so it is trained once and the runs part after it.
+    The first task is the same with and without replay, so it is trained once and the runs part after it. While the
+    few-step stage is trained, the student with replay becomes the ONNX bundle.
     """
     from kdc_edge.cli.progress import ProgressBar
     from kdc_edge.train.loop import Trainer
@@ -89,11 +92,12 @@ def train(config: TrainConfig, folder: Path) -> Trained:
     with ProgressBar(3 * config.steps + 2 * stage.steps + decoding.steps) as progress:
         watch = Watch(lambda text: progress.step(progress.done + 1, text), progress.say)
         with _Beside(watch) as beside:
-            beside.begin(folder / DECODER)
+            beside.train(folder / DECODER)
             watch.run(kept, "student", until_task=1)
             branch_run(kept.run_folder, folder / WITHOUT, replace(config, replay=0))
-            beside.begin(folder / WITHOUT)
+            beside.train(folder / WITHOUT)
             watch.run(kept, "with replay", until_task=2)
+            beside.export(kept.run_folder / "checkpoint", bundle)
             begin_stage(kept.run_folder, folder / "few-steps", stage)
             shutil.copytree(cache, folder / "few-steps" / "cache")
             few_steps = Trainer(stage, folder / "few-steps", resume=True)
@@ -102,6 +106,16 @@ def train(config: TrainConfig, folder: Path) -> Trained:
         _finished(kept.run_folder), _finished(folder / WITHOUT), _finished(few_steps.run_folder), kept.view,
         folder / DECODER / "decoder", read_json(folder / DECODER / "results.json", KdcError), beside.teacher,
     )  # fmt: skip
+
+
+def export(checkpoint: Path, out: Path, command: str, decoder: Path | None = None) -> Bundle:
+    """An ONNX bundle in 16 bits, proved and verified; `command` is for its record."""
+    from kdc_edge.export.targets import ExportRequest, export_checkpoint
+
+    request = ExportRequest(checkpoint, out, "onnx", "fp16", decoder=decoder, command=command)
+    bundle = export_checkpoint(request)
+    bundle.verify()
+    return bundle
 
 
 def _finished(run: Path) -> Run:
@@ -151,7 +165,7 @@ def _accuracy(found: Mapping[str, float]) -> str:
 
 
 class _Beside:
-    """The other process: it trains what stands in the folders that it is given, and ends with the block."""
+    """The other process: it does what it is given, one after the other, and ends with the block."""
 
     def __init__(self, watch: Watch) -> None:
         import torch
@@ -169,10 +183,17 @@ class _Beside:
         self._reader = Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def begin(self, run: Path) -> None:
+    def train(self, run: Path) -> None:
+        """What was begun in this folder."""
+        self._ask(train=str(run))
+
+    def export(self, checkpoint: Path, out: Path) -> None:
+        self._ask(checkpoint=str(checkpoint), out=str(out), command=command_line())
+
+    def _ask(self, **work: str) -> None:
         assert self._child.stdin is not None
         with suppress(BrokenPipeError):  # it has ended: its failure is told at the end
-            self._child.stdin.write(f"{run}\n")
+            self._child.stdin.write(f"{json.dumps(work)}\n")
             self._child.stdin.flush()
 
     def _read(self) -> None:
@@ -217,25 +238,36 @@ def _tell(**message: object) -> None:
 
 
 def main() -> None:
-    """In the other process: each line of stdin is the folder of a training that was begun."""
+    """In the other process: each line of stdin is a training that was begun, or an export."""
     import torch
-
-    from kdc_edge.train.loop import Trainer
-    from kdc_edge.train.tools.decoder import DecoderTrainer
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends this process
     sys.stdout = sys.stderr  # no library's words among the messages
     torch.set_num_threads(int(sys.argv[1]))
     watch = Watch(lambda text: _tell(step=text), lambda text: _tell(say=text))
     for line in sys.stdin:
-        run = Path(line.rstrip("\n"))
-        if run.name == DECODER:
-            watch.decoder(DecoderTrainer(DecoderConfig.load(run), run, resume=True))
-            continue
-        trainer = Trainer(TrainConfig.load(run), run, resume=True)
-        found = {task: score.quality for task, score in trainer.evaluate(teacher=True).items()}
-        _tell(teacher=found, say=f"teacher: {_accuracy(found)}")
-        watch.run(trainer, "without replay", until_task=len(trainer.config.tasks))
+        work = json.loads(line)
+        if "train" in work:
+            _train(Path(work["train"]), watch)
+        else:
+            _tell(say=f"exporting {Path(work['out']).name} and proving it")
+            export(Path(work["checkpoint"]), Path(work["out"]), work["command"])
+
+
+def _train(run: Path, watch: Watch) -> None:
+    if run.name == DECODER:
+        decoding = DecoderConfig.load(run)
+        from kdc_edge.train.tools.decoder import DecoderTrainer
+
+        watch.decoder(DecoderTrainer(decoding, run, resume=True))
+        return
+    config = TrainConfig.load(run)  # before the import, which takes seconds
+    from kdc_edge.train.loop import Trainer
+
+    trainer = Trainer(config, run, resume=True)
+    found = {task: score.quality for task, score in trainer.evaluate(teacher=True).items()}
+    _tell(teacher=found, say=f"teacher: {_accuracy(found)}")
+    watch.run(trainer, "without replay", until_task=len(config.tasks))
 
 
 if __name__ == "__main__":

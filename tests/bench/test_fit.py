@@ -292,7 +292,7 @@ def test_budgets_that_cannot_be_read_or_met_by_nothing(checkpoint: Path, tmp_pat
     assert "onnx-int3" in complaint("fit", checkpoint, "--formats", "onnx-int3", cwd=tmp_path, code=2)
     assert ".html" in complaint("fit", checkpoint, "--out", "fit.doc", cwd=tmp_path)
     assert "nothing to measure" in complaint("fit", checkpoint, "--no-export", cwd=tmp_path)
-    assert "nothing to measure" in complaint("fit", checkpoint, "--max-size", "1MB", cwd=tmp_path)
+    assert "nothing to measure" in complaint("fit", checkpoint, "--max-size", "0.1MB", cwd=tmp_path)
 
 
 def test_ctrl_c_keeps_the_rows_so_far_and_says_that_more_was_to_come(
@@ -303,13 +303,13 @@ def test_ctrl_c_keeps_the_rows_so_far_and_says_that_more_was_to_come(
         shutil.copytree(root, tmp_path / "bundles" / root.name)
     program = "from kdc_edge.cli import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", program, "fit", "--steps", "1", "--scheduler", "ddim", "--json"],
+        [sys.executable, "-c", program, "fit", "--steps", "1", "--repeats", "3", "--scheduler", "ddim", "--json"],
         cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # background jobs ignore it
     )  # fmt: skip
     assert process.stderr is not None
     first = lines_until(process.stderr, "onnx-fp16: ")[0]  # the smaller one; the other is being measured now
-    assert first == "0/12 measurement 1 of 2, bundles/onnx-fp16: starting\n"
+    assert first == "0/8 measurement 1 of 2, bundles/onnx-fp16: starting\n"
     process.send_signal(signal.SIGINT)
     found, said = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -12,6 +12,7 @@ import pytest
 from kdc_edge.cli.quickstart_training import Watch, _Beside
 from kdc_edge.errors import KdcError
 from tests.cli.test_commands import complaint, run
+from tests.traced_module import FOLDER, python_module_with_traces
 
 
 class Text(HTMLParser):
@@ -35,10 +36,14 @@ class Text(HTMLParser):
 
 
 @pytest.mark.usefixtures("traced_once")
-def test_quickstart_goes_from_teacher_to_report(tmp_path: Path) -> None:
+def test_quickstart_goes_from_teacher_to_report(
+    tmp_path: Path, traced_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER, str(traced_folder))
+    monkeypatch.setattr("kdc_edge.cli.quickstart_training.python_module", python_module_with_traces)
     done = run(
         "quickstart", "--out", "demo", "--steps", 2, "--batch-size", 2, "--samples", 8, "--eval-images", 2,
-        "--repeats", 1, cwd=tmp_path,
+        "--eval-steps", 2, "--repeats", 1, cwd=tmp_path,
     )  # fmt: skip
     assert done.stdout.strip() == "demo/report.html"
     page = (tmp_path / "demo" / "report.html").read_text("utf-8")
@@ -76,9 +81,9 @@ def test_a_failure_of_the_process_beside_is_told(tmp_path: Path) -> None:
 
     def begin_twice() -> None:
         with _Beside(Watch(said.append, said.append)) as beside:
-            beside.begin(tmp_path / "nothing")
+            beside.train(tmp_path / "nothing")
             beside._child.wait(60)
-            beside.begin(tmp_path / "more")
+            beside.train(tmp_path / "more")
 
     with pytest.raises(KdcError, match=r"config\.json"):
         begin_twice()

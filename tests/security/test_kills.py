@@ -27,6 +27,7 @@ from kdc_edge.bundle import MANIFEST, Bundle
 from kdc_edge.diffusers_folder import check_weights
 from kdc_edge.files import TEMPORARY, sha256
 from kdc_edge.train.runs.states import list_states, load_state
+from tests.traced_module import FOLDER
 
 ROOT = Path(__file__).parents[2]
 SEED = int(os.environ.get("KDC_EDGE_FUZZ_SEED", "16"))
@@ -40,10 +41,12 @@ import kdc_edge.export.onnx.export as onnx, kdc_edge.runtimes.onnxruntime, kdc_e
 import kdc_edge.train.checkpoint, kdc_edge.train.loop, kdc_edge.processes as processes
 from kdc_edge.cli import main
 from tests.conftest import cached_trace
+from tests.traced_module import FOLDER, python_module_with_traces
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
-onnx.trace = cached_trace(Path(os.environ["KDC_EDGE_TEST_TRACED"]))  # a trace takes longer than all else
+onnx.trace = cached_trace(Path(os.environ[FOLDER]))  # a trace takes longer than all else
 module = processes.python_module
-processes.python_module = lambda name: module("tests.security.traced_command" if name == "kdc_edge" else name)
+exporting = ("kdc_edge", "kdc_edge.cli.quickstart_training")
+processes.python_module = lambda name: (python_module_with_traces if name in exporting else module)(name)
 for line in sys.stdin:
     process = os.fork()
     if not process:
@@ -69,7 +72,7 @@ class Server:
         self.temporary.mkdir()
         environment = os.environ | {
             "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary),
-            "KDC_EDGE_TEST_TRACED": str(traced),
+            FOLDER: str(traced),
         }  # fmt: skip
         self.log = (cwd / "log.txt").open("wb")
         self.process = subprocess.Popen(

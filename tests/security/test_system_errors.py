@@ -18,6 +18,7 @@ import pytest
 from kdc_edge.errors import BundleError, KdcError, explain
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from tests.cli.test_commands import complaint, run
+from tests.forks import Fork
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -64,13 +65,14 @@ def test_a_full_disk_is_not_a_damaged_bundle(
 ) -> None:
     if left:
         shutil.copytree(bundle, tmp_path / "bundle")
-    command = [sys.executable, "-c", FULL_AT.format(300_000), *map(str, arguments)]
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    last = done.stderr.splitlines()[-1]
-    assert (done.returncode, last.startswith("kdc-edge: ")) == (1, True)
+    child = Fork(FULL_AT.format(300_000), *arguments, cwd=tmp_path, output=tmp_path / "said")
+    assert child.wait() == 1
+    last = child.err.splitlines()[-1]
+    assert last.startswith("kdc-edge: ")
     assert "make room on" in last
-    assert "Traceback" not in done.stderr
-    assert [p.name for p in tmp_path.iterdir() if p.name != "x" or any(p.iterdir())] == left
+    assert "Traceback" not in child.err
+    found = [p.name for p in tmp_path.iterdir() if not p.name.startswith("said.")]
+    assert [name for name in found if name != "x" or any((tmp_path / name).iterdir())] == left
 
 
 @pytest.mark.parametrize(

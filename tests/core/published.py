@@ -1,7 +1,7 @@
 """Configurations of published checkpoints, key by key, and small networks of them.
 
-U-Nets: the files of the repositories; Stable Diffusion 2.1 has the keys of 2.1-base, other values. BK-SDM-Small's U-Net
-is that of its authors' code, the rest what diffusers 0.15 and transformers 4.27 write. A value that gives the size is
+As in copies of their repositories; Stable Diffusion 2.1 has the keys of 2.1-base. BK-SDM-Small's U-Net is that of its
+authors' code, its other parts are what diffusers 0.15 and transformers 4.27 write. A value that gives the size is
 reduced in `REDUCED`; all others, and which keys there are, are as published.
 """
 

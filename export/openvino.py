@@ -11,6 +11,7 @@ memory is the largest one's.
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,7 +142,23 @@ def write_tokenizer(bundle: Path) -> None:
     from openvino_tokenizers import convert_tokenizer
     from transformers import CLIPTokenizer
 
+    class WithSuffixes(CLIPTokenizer):  # type: ignore[misc]
+        """Writes the tokenizer.json that openvino_tokenizers reads with added tokens that end in "</w>".
+
+        Its BPETokenizer puts that end to every word before it looks for added tokens, so that it would find
+        "<x>" in "<x></w>" and go on with the letters of "</w>".
+        """
+
+        def save_pretrained(self, save_directory: str, **options: Any) -> Any:
+            found = super().save_pretrained(save_directory, **options)
+            path = Path(save_directory) / "tokenizer.json"
+            whole = json.loads(path.read_text("utf-8"))
+            for token in whole["added_tokens"]:
+                token["content"] += "" if token["special"] else whole["model"]["end_of_word_suffix"]
+            path.write_text(json.dumps(whole), "utf-8")
+            return found
+
     with quiet(progress=True):
-        found = convert_tokenizer(CLIPTokenizer.from_pretrained(folder), with_detokenizer=True)
+        found = convert_tokenizer(WithSuffixes.from_pretrained(folder), with_detokenizer=True)
     for name, model in zip(("openvino_tokenizer.xml", "openvino_detokenizer.xml"), found, strict=True):
         _ov.save_model(model, folder / name, compress_to_fp16=False)

@@ -119,6 +119,10 @@ _READ_AS: dict[str, dict[str, dict[object, str]]] = {
         "algorithm_type": {"deis": "dpmsolver++"},
         "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
     },
+    "DEISMultistepScheduler": {
+        "algorithm_type": {"dpmsolver": "deis", "dpmsolver++": "deis"},
+        "solver_type": {"midpoint": "logrho", "heun": "logrho", "bh1": "logrho", "bh2": "logrho"},
+    },
     "UniPCMultistepScheduler": {"solver_type": {"midpoint": "bh2", "heun": "bh2", "logrho": "bh2"}},
 }
 _READ_AS["DPMSolverSinglestepScheduler"] = _READ_AS["DPMSolverMultistepScheduler"]

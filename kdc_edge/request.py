@@ -13,6 +13,7 @@ import numpy as np
 
 from kdc_edge.bundle import Model
 from kdc_edge.editing import Edit
+from kdc_edge.errors import InputError
 from kdc_edge.samplers import DEFAULT_SAMPLER, SAMPLERS, sampler_for
 
 GuidanceMode = Literal["batched", "sequential"]
@@ -89,6 +90,15 @@ def own_request(
         request = replace(request, negative_prompt="")
     given = {"sampler": sampler, "steps": steps, "guidance": guidance}
     return replace(request, **{name: value for name, value in given.items() if value is not None}), note  # type: ignore[arg-type]
+
+
+def refuse_inpainting(model: Model, command: str) -> None:
+    """Raise InputError for a model that needs an image and a mask, where a command has none to give it."""
+    if model.inpainting:
+        raise InputError(
+            f"this is an inpainting model, and {command} has no image for it to repaint: try it with kdc-edge generate"
+            " --image FILE --mask FILE"
+        )
 
 
 def made_for(model: Model, request: Request) -> Request:

@@ -46,6 +46,9 @@ class Tokenizer:
         self.end_id = end_id
         self.pad_id = pad_id
         self.max_length = max_length
+        size = words.get_vocab_size(with_added_tokens=False)
+        # Tokens beside vocab.json, such as those of textual inversion.
+        self.added = tuple(t.content for i, t in sorted(words.get_added_tokens_decoder().items()) if i >= size)
         self._several = _several(words)
 
     @classmethod

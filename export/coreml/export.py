@@ -37,6 +37,7 @@ from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.apple_layout import CHUNKS, PACKAGES, PROGRAM
 from kdc_edge.runtimes.coreml_tools import load_coremltools
 from kdc_edge.text import megabytes, one_line
+from kdc_edge.tokenizer import Tokenizer
 
 CHUNK_BYTES = 1_000_000_000  # iPhones do not load more in one piece
 PALETTE_BITS = {"palette8": 8, "palette6": 6, "palette4": 4, "mixed": 8}  # mixed: all but the U-Net
@@ -52,6 +53,11 @@ def export(request: ExportRequest, options: CoreMLOptions) -> Bundle:
         for has, what in ((model.inpainting, "inpainting"), (model.guidance_embedding, "guidance embedding")):
             if has:
                 raise InputError(f"--swift is for Apple's Swift package, which has no {what}: leave it out")
+        if added := Tokenizer.from_folder(request.checkpoint / "tokenizer").added:
+            request.tell(
+                "Apple's Swift package reads vocab.json and merges.txt alone and splits added tokens into letters:"
+                f" {', '.join(added)}"
+            )
     budget, recipe = _read_budget(request.format, options)
     load_coremltools("exporting to Core ML")
     refuse_foreign_folder(request.out, MANIFEST)  # before the search, which may take hours

@@ -22,7 +22,7 @@ from kdc_edge.errors import InputError, KdcError
 from kdc_edge.formats import find_format
 from kdc_edge.hardware import check_threads
 from kdc_edge.hub import label, local
-from kdc_edge.request import GuidanceMode, Request, own_request
+from kdc_edge.request import GuidanceMode, Request, own_request, refuse_inpainting
 
 TORCH = "torch:"  # in front of a checkpoint's folder
 MIN_IMAGES = 5  # that count, where `repeats` is None
@@ -209,6 +209,7 @@ def _with_folder(row: Row, folder: Path) -> Row:
         model = read_model(folder)
         size_bytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         row = replace(row, engine=row.engine or "torch", size_bytes=size_bytes)
+    refuse_inpainting(model, "a benchmark")
     size = model.image_size
     return replace(
         row, unet_parameters=model.unet_parameters, random_weights=model.random_weights, width=row.width or size,

@@ -173,7 +173,7 @@ def _assemble(out: Path, path: Path, parts: Parts, original: Original | None, ad
         say(fuse(lora, {part: parts.state(part) for part in ("unet", "text_encoder")}).line(lora))
     with atomic_folder(out, marker=MODEL_INDEX) as folder:
         if original is not None:
-            write_small_parts(folder, original.scheduler, pad_token=original.pad_token)
+            write_small_parts(folder, original.scheduler, pad_token=original.pad_token, pipeline=original.pipeline)
         else:
             _copy(path, folder, [part for part in WEIGHTS if part not in parts.states])
             if additions.prediction_type is not None:

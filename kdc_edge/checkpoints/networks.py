@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kdc_edge.checkpoints.parts import read_config
-from kdc_edge.checkpoints.single_file import CLIP, OPEN_CLIP, VAE, Original, refuse_pickle, vae_config
+from kdc_edge.checkpoints.single_file import CLIP, GUIDANCE, OPEN_CLIP, UNET, VAE, Original, refuse_pickle, vae_config
 from kdc_edge.diffusers_defaults import VAE as VAE_DEFAULTS
 from kdc_edge.diffusers_defaults import Settings
 from kdc_edge.diffusers_folder import refuse_links_out
@@ -58,7 +58,10 @@ def convert(original: Original) -> Parts:
     whole = load_tensors([original.path])
     parts = Parts()
     parts.configs = {"unet": original.unet, "text_encoder": original.text_encoder}
+    guidance = [whole.pop(UNET + name) for name in GUIDANCE if UNET + name in whole]
     parts.states["unet"] = diffusers.convert_ldm_unet_checkpoint(whole, original.unet)
+    if guidance:
+        parts.states["unet"][GUIDANCE[0]] = guidance[0]
     if original.vae is not None:
         parts.configs["vae"] = original.vae
         parts.states["vae"] = diffusers.convert_ldm_vae_checkpoint(_under(VAE, whole), original.vae)

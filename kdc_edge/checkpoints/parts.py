@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from kdc_edge.diffusers_defaults import Settings
-from kdc_edge.diffusers_folder import SUFFIXES
+from kdc_edge.diffusers_folder import PIPELINES, SUFFIXES
 from kdc_edge.errors import CheckpointError
 from kdc_edge.files import read_json, write_atomic
 from kdc_edge.tokenizer import CLIP_FOLDER, END, START
@@ -45,7 +45,7 @@ def _place(source: Path, target: Path, *, link: bool) -> None:
     shutil.copy2(source, target)
 
 
-def write_small_parts(folder: Path, scheduler: Settings, *, pad_token: str = END) -> None:
+def write_small_parts(folder: Path, scheduler: Settings, *, pad_token: str = END, pipeline: str = PIPELINES[0]) -> None:
     """Tokenizer, scheduler and index of a Stable Diffusion 1.x or 2.x pipeline, as diffusers writes them."""
     shutil.copytree(CLIP_FOLDER, folder / "tokenizer", dirs_exist_ok=True)
     config = {
@@ -59,7 +59,7 @@ def write_small_parts(folder: Path, scheduler: Settings, *, pad_token: str = END
     write_atomic(folder / "tokenizer" / "tokenizer_config.json", json.dumps(config, indent=2))
     write_atomic(folder / "scheduler" / "scheduler_config.json", json.dumps(scheduler, indent=2))
     index = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": pipeline,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdc_edge.diffusers_defaults import Settings
-from kdc_edge.diffusers_folder import PICKLES, obstacles
+from kdc_edge.diffusers_folder import LCM_PIPELINE, PICKLES, PIPELINES, obstacles
 from kdc_edge.errors import CheckpointError
 from kdc_edge.presets import SCHEDULER
 from kdc_edge.weight_files import read_header
@@ -23,14 +23,19 @@ from kdc_edge.weight_files import read_header
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."  # of 1.x, of 2.x
 EMA = "model_ema."
+# The projection of the guidance scale's embedding, under UNET: diffusers' script to the original layout leaves its own
+# name, which other programs translate.
+GUIDANCE = ("time_embedding.cond_proj.weight", "time_embed.cond_proj.weight")
 HEAD_WIDTH = 64  # channels a head: of the text encoders, and of the U-Net of Stable Diffusion 2.x
 UNET_HEADS = 8  # of Stable Diffusion 1.x, whatever the channels
 GROUPS = 32  # of every group norm
-BASE_SIZE, LARGE_SIZE = 64, 96  # latents a side: 512 pixels, and 768 of Stable Diffusion 2.x with v-prediction
+# Latents a side: 512 pixels, and 768 of Stable Diffusion 2.x with v-prediction and of LCM_Dreamshaper_v7.
+BASE_SIZE, LARGE_SIZE = 64, 96
 
 # The scheduler configurations of the published Stable Diffusion 1.5 and 2.1.
 PNDM: Settings = {"_class_name": "PNDMScheduler", **SCHEDULER, "skip_prk_steps": True}
 DDIM: Settings = {"_class_name": "DDIMScheduler", **SCHEDULER}
+LCM: Settings = {"_class_name": "LCMScheduler"}  # LCM_Dreamshaper_v7's settings are the class's defaults
 ZERO_SNR: Settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 Shapes = Mapping[str, Sequence[int]]
@@ -45,8 +50,6 @@ OTHER_KINDS = {
     r"^control_model\.|input_hint_block|controlnet_": "a ControlNet: take a text-to-image checkpoint",
     r"^(model\.)?diffusion_model\.(blocks|layers|transformer_blocks|cap_embedder|x_embedder)\.": "a diffusion"
     " transformer, which cannot be used: take a checkpoint of Stable Diffusion 1.x or 2.x",
-    r"\.cond_proj\.": "a latent consistency model that reads the guidance scale, which cannot be used as a single file:"
-    " take its diffusers folder",
     r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|up|mid)": "a VAE: give it as --vae beside a checkpoint",
     r"^(down_blocks|mid_block|up_blocks)\.": "one network in diffusers' layout: name the checkpoint's folder, which"
     " holds model_index.json",
@@ -66,6 +69,11 @@ class Original:
     scheduler: Settings
     pad_token: str
     notes: tuple[str, ...] = field(default=())  # a line for each thing that was decided
+
+    @property
+    def pipeline(self) -> str:
+        """diffusers' class."""
+        return PIPELINES[0] if self.unet["time_cond_proj_dim"] is None else LCM_PIPELINE
 
 
 def read_single_file(path: Path, prediction_type: str | None = None) -> Original:
@@ -89,15 +97,19 @@ def read_single_file(path: Path, prediction_type: str | None = None) -> Original
     text = _text_config(path, shapes)
     version = 2 if unet["use_linear_projection"] else 1
     prediction, source = _prediction_type(version, prediction_type, shapes, metadata)
-    large = version == 2 and prediction == "v_prediction"
+    consistency = unet["time_cond_proj_dim"] is not None
+    large = consistency or (version == 2 and prediction == "v_prediction")
     unet["sample_size"] = LARGE_SIZE if large else BASE_SIZE
-    scheduler = {**(PNDM if (version, prediction) == (1, "epsilon") else DDIM), "prediction_type": prediction}
+    usual = LCM if consistency else PNDM if (version, prediction) == (1, "epsilon") else DDIM
+    scheduler = {**usual, "prediction_type": prediction}
     if "ztsnr" in shapes:
         scheduler |= ZERO_SNR
     notes = [
         f"{path.name}: Stable Diffusion {version}.x in its original layout, {8 * int(str(unet['sample_size']))} pixels,"
         f" prediction {prediction} ({source})"
     ]
+    if consistency:
+        notes.append(f"{path.name} is a latent consistency model that reads the guidance scale: LCMScheduler is taken")
     if sum(name.startswith(EMA) for name in shapes) > 100:
         notes.append(f"{path.name} has EMA weights too: the others are taken, as diffusers does")
     return Original(path, version, unet, vae, text, scheduler, "!" if version == 2 else "<|endoftext|>", tuple(notes))
@@ -154,6 +166,7 @@ def _unet_config(path: Path, shapes: Shapes) -> Settings:
     second = len(linear[0]) == 2
     down = ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in crossed]
     classes = shapes.get("label_emb.weight")
+    guidance = next((shapes[name] for name in GUIDANCE if name in shapes), None)
     return {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
@@ -173,6 +186,7 @@ def _unet_config(path: Path, shapes: Shapes) -> Settings:
         "norm_num_groups": GROUPS,
         "num_class_embeds": classes[0] if classes else None,
         "out_channels": shapes["out.2.weight"][0],
+        "time_cond_proj_dim": guidance[-1] if guidance else None,
         "up_block_types": ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(crossed)],
         "use_linear_projection": second,
     }

@@ -60,7 +60,8 @@ def evaluate(
     del config
     need_training("kdc-edge eval")
     from kdc_edge.checkpoints import Additions, open_checkpoint
-    from kdc_edge.diffusers_folder import hash_checkpoint
+    from kdc_edge.diffusers_folder import hash_checkpoint, read_model
+    from kdc_edge.request import refuse_inpainting
     from kdc_edge.train.quality.evaluate import evaluate_tasks, open_generator
     from kdc_edge.train.quality.metrics import ImageMetrics
     from kdc_edge.train.quality.precisions import refuse_strangers
@@ -70,6 +71,7 @@ def evaluate(
         raise InputError(f"--images {images} is too few: use 2 or more")
     checkpoint, run = _find(what)
     checkpoint = open_checkpoint(checkpoint, Additions.parse(vae, lora, embedding, prediction_type), say=say)
+    refuse_inpainting(read_model(checkpoint), "kdc-edge eval")
     folders = [folder for given in bundles or () for folder in bundles_in(given)]
     if folders:
         refuse_strangers(folders, hash_checkpoint(checkpoint))

@@ -175,7 +175,10 @@ def _bundles(
     from kdc_edge.bench.tables import time_text
     from kdc_edge.bundle import Bundle
     from kdc_edge.diffusers_folder import hash_checkpoint, read_model
+    from kdc_edge.request import refuse_inpainting
 
+    if checkpoint is not None:
+        refuse_inpainting(read_model(checkpoint), "kdc-edge fit")
     sha256 = None if checkpoint is None else hash_checkpoint(checkpoint)
     bundles = matching_bundles(folder, wanted, sha256, tell=say)
     there = {bundle.manifest.name for bundle in bundles}

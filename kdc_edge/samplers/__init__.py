@@ -26,7 +26,7 @@ from kdc_edge.noise import Noise, NormalStream
 from kdc_edge.noise_schedule import NoiseSchedule, is_integer
 from kdc_edge.samplers.base import Sampler
 from kdc_edge.samplers.ddim import DDIM, LCM, PNDM
-from kdc_edge.samplers.dpm import DPMSolver, UniPC
+from kdc_edge.samplers.dpm import DEIS, DPMSolver, UniPC
 from kdc_edge.samplers.euler import Euler, EulerAncestral, Heun
 
 __all__ = ["DEFAULT_SAMPLER", "SAMPLERS", "NoiseSchedule", "Sampler", "SamplerKind", "make_sampler", "sampler_for"]
@@ -101,6 +101,7 @@ def _kinds(
 _MULTI, _SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
 _ODE = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
 _SDE = {**_ODE, "algorithm_type": "sde-dpmsolver++"}
+_DEIS = {"algorithm_type": "deis", "solver_order": 2, "solver_type": "logrho"}
 _single = partial(DPMSolver, single=True)
 
 SAMPLERS: dict[str, SamplerKind] = {
@@ -113,6 +114,7 @@ SAMPLERS: dict[str, SamplerKind] = {
     **_kinds("dpm++2m-sde", "DPM++ 2M SDE", _MULTI, DPMSolver, _SDE, draws=True, karras=True),
     **_kinds("dpm++2s", "DPM++ 2S", _SINGLE, _single, _ODE, karras=True),
     **_kinds("dpm++sde", "DPM++ SDE", _SINGLE, _single, _SDE, draws=True, karras=True),
+    **_kinds("deis", "DEIS", "DEISMultistepScheduler", DEIS, _DEIS),
     **_kinds("unipc", "UniPC", "UniPCMultistepScheduler", UniPC, karras=True),
     **_kinds("lcm", "LCM", "LCMScheduler", LCM, draws=True),
 }

@@ -1,4 +1,4 @@
-"""Samplers in steps of log(sqrt(a) / sqrt(1 - a)) = -log(sigma): DPM-Solver++, its stochastic forms, UniPC."""
+"""Samplers in steps of log(sqrt(a) / sqrt(1 - a)) = -log(sigma): DPM-Solver++, its stochastic forms, DEIS, UniPC."""
 
 from __future__ import annotations
 
@@ -98,6 +98,31 @@ class DPMSolver(_LogSampler):
         fresh = self.sigmas[j] * math.sqrt(a_next * (1 - decay**2)) * draw_fresh(self.noise, sample.shape)
         mean = decay**2 * math.sqrt(a_next / a) * sample + math.sqrt(a_next) * (1 - decay**2) * target
         return mean + fresh
+
+
+class DEIS(_LogSampler):
+    """Zhang and Chen 2022, DEIS (arXiv 2204.13902), in log(sigma), second order; it ends at the noise of timestep 0.
+
+    As in diffusers the last step is of first order where there are fewer than 15.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, steps: int) -> None:
+        super().__init__(schedule, steps, karras=False)
+        self.sigmas[-1] = float(schedule.sigmas[0])
+        self.last_noise: Latents
+
+    def step(self, noise_pred: Latents, i: int, sample: Latents) -> Latents:
+        a, a_next = self.signal(i), self.signal(i + 1)
+        noise = (sample - math.sqrt(a) * self.image(noise_pred, i, sample)) / math.sqrt(1 - a)
+        sigma, following = self.sigmas[i], self.sigmas[i + 1]
+        change = (following - sigma) * noise
+        last = i == len(self.timesteps) - 1
+        if i > self.first and not (last and len(self.timesteps) < 15):
+            # the integral of log(s / sigma) over s, by which the noise goes on along its change in log(sigma)
+            along = following * (math.log(following / sigma) - 1) + sigma
+            change = change + along / math.log(sigma / self.sigmas[i - 1]) * (noise - self.last_noise)
+        self.last_noise = noise
+        return math.sqrt(a_next) * (sample / math.sqrt(a) + change)
 
 
 class UniPC(_LogSampler):

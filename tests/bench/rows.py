@@ -130,7 +130,9 @@ def lines_until(stream: IO[str], start: str) -> list[str]:
     raise AssertionError(lines)
 
 
-def make_bundle(folder: Path, checks: Sequence[Check] = (), model: Model = MODEL) -> Path:
+def make_bundle(
+    folder: Path, checks: Sequence[Check] = (), model: Model = MODEL, checkpoint_sha256: str = "0" * 64
+) -> Path:
     folder.mkdir(parents=True)
     (folder / "weights").write_bytes(b"x" * 1000)
     tensor = Tensor(dtype="float32", shape=[1])
@@ -142,7 +144,7 @@ def make_bundle(folder: Path, checks: Sequence[Check] = (), model: Model = MODEL
         components={"unet": info},
         files=list_files(folder),
         parity=Parity(reference="PyTorch", conditions="a test", checks=list(checks)),
-        provenance=Provenance(checkpoint="c", checkpoint_sha256="0" * 64, packages={}, created="today"),
+        provenance=Provenance(checkpoint="c", checkpoint_sha256=checkpoint_sha256, packages={}, created="today"),
     )
     write_manifest(folder, manifest)
     return folder

@@ -57,6 +57,20 @@ def make_pipeline(version: int, prediction: str = "epsilon") -> Any:
     )  # fmt: skip
 
 
+def small_networks(**settings: Any) -> dict[str, Any]:
+    """A U-Net and a VAE of two stages, for the text encoder of `make_pipeline`; settings of the U-Net beside that."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=64, **settings,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    return {"unet": unet, "vae": vae}
+
+
 def original_state(pipeline: Any, *, ema: bool = False) -> State:
     """The whole model under its original names."""
     state = {f"model.diffusion_model.{_unet(n, pipeline.unet)}": t for n, t in pipeline.unet.state_dict().items()}

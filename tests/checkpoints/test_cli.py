@@ -7,17 +7,26 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from kdc_edge.checkpoints.assemble import read_sources
+from kdc_edge.bench.case import Case, describe
+from kdc_edge.bench.runner import Measured
+from kdc_edge.checkpoints.assemble import open_checkpoint, read_sources
+from kdc_edge.diffusers_folder import hash_checkpoint
 from kdc_edge.errors import CheckpointError
 from kdc_edge.export.targets import ExportRequest, export_checkpoint
 from kdc_edge.train.teachers import GARDEN_TEACHER
+from kdc_edge.weight_files import WEIGHTS
+from tests.bench.rows import make_bundle, make_row
 from tests.checkpoints.conftest import Model
+from tests.checkpoints.original import original_state, save, small_networks
 from tests.cli.test_commands import run
 
 KINDS = {
@@ -99,6 +108,65 @@ def test_a_single_file_goes_through_the_commands(sd1: Model, tmp_path: Path) -> 
     assert (tmp_path / "x.png").is_file()
     done = run("init", "--preset", "kdc-482m", "--from", sd1.file, "--out", "s", cwd=tmp_path, code=1)
     assert "320/640/1280/1280 channels and the teacher's 32/64/128/128" in done.stderr
+
+
+@pytest.fixture
+def small_file(sd1: Model, tmp_path: Path) -> Path:
+    """A single file of two stages: images of 128 pixels."""
+    pipeline = SimpleNamespace(**small_networks(), text_encoder=sd1.pipeline.text_encoder)
+    return save(original_state(pipeline), tmp_path / "small.safetensors")
+
+
+def measured_at_once(case: Case, **_: object) -> Measured:
+    """Without a child process."""
+    pixels = np.zeros((1, 8, 8, 3), np.uint8)
+    row = replace(describe(case), timings=make_row().timings, peak_rss_bytes=1, width=8, height=8)
+    return Measured(row, pixels)
+
+
+def test_bench_fit_info_and_eval_take_a_single_file(
+    small_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdc_edge.bench.runner.measure_in_fresh_process", measured_at_once)
+    folder = open_checkpoint(small_file)
+    facts = json.loads(run("info", small_file, "--json", cwd=tmp_path).stdout)
+    assert (facts["kind"], facts["latent_size"], facts["vae_scale"]) == ("checkpoint", 64, 2)
+    made = make_bundle(tmp_path / "bundles" / "onnx-fp16", checkpoint_sha256=hash_checkpoint(folder))
+    quick = ("--steps", 1, "--repeats", 1, "--warmup", 0)
+    done = run("bench", made, "--reference", small_file, *quick, "--format", "json", cwd=tmp_path)
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["psnr"]["reference"] == str(folder)
+    document = json.loads(run("fit", small_file, "--no-export", *quick, "--json", cwd=tmp_path).stdout)
+    assert [r["name"] for r in document["report"]["rows"]] == [folder.name, "onnx-fp16"]
+    assert document["choice"] == "onnx-fp16"
+    asked = ("--task", "flowers=garden:flowers", "--images", 2, "--steps", 1, "--json")
+    document = json.loads(run("eval", small_file, *asked, cwd=tmp_path).stdout)
+    assert document["checkpoint"] == str(folder)
+    assert document["scores"]["flowers"]
+
+
+def test_eval_measures_what_is_put_to_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    name = "down_blocks.0.attentions.0.proj_in"
+    width = load_file(checkpoint / "unet" / WEIGHTS["unet"])[f"{name}.weight"].shape[0]
+    save_file(
+        {f"unet.{name}.lora_A.weight": torch.randn(1, width), f"unet.{name}.lora_B.weight": torch.randn(width, 1)},
+        tmp_path / "lora.safetensors",
+    )
+    save_file({"<x>": torch.randn(128)}, tmp_path / "token.safetensors")
+    vae = load_file(checkpoint / "vae" / WEIGHTS["vae"])
+    shutil.copytree(checkpoint / "vae", tmp_path / "vae")
+    save_file({n: t * 1.1 for n, t in vae.items()}, tmp_path / "vae" / WEIGHTS["vae"])
+    asked = ("eval", checkpoint, "--task", "flowers=garden:flowers", "--images", 2, "--steps", 1, "--json")
+    more = ("--lora", "lora.safetensors:0.5", "--vae", "vae", "--embedding", "token.safetensors")
+    plain = json.loads(run(*asked, cwd=tmp_path).stdout)
+    done = run(*asked, *more, cwd=tmp_path)
+    assert "lora.safetensors: fused into 1 layers, weight 0.5" in done.stderr
+    assert "token.safetensors: <x> in a prompt is 1 token" in done.stderr
+    changed = json.loads(done.stdout)
+    roles = [source.role for source in read_sources(Path(changed["checkpoint"]))]
+    assert roles == ["checkpoint", "vae", "lora", "embedding"]
+    assert changed["scores"] != plain["scores"]
 
 
 def test_additions_are_named_in_the_student(tmp_path: Path) -> None:

@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 from safetensors.torch import load_file
 from torch import Tensor
 
 from kdc_edge.checkpoints import Additions, open_checkpoint
-from kdc_edge.checkpoints.single_file import read_single_file
+from kdc_edge.checkpoints.single_file import GUIDANCE, read_single_file
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.samplers import sampler_for
 from tests.checkpoints.conftest import Model
-from tests.checkpoints.original import State, make_pipeline, original_state, original_vae, save
+from tests.checkpoints.original import State, make_pipeline, original_state, original_vae, save, small_networks
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 EQUAL_DB = 55  # rounding to 8 bits alone leaves 59
@@ -177,10 +178,6 @@ REFUSED: dict[str, tuple[State, str]] = {
     "a VAE": ({"decoder.conv_in.weight": torch.zeros(1)}, "is a VAE: give it as --vae"),
     "a ControlNet": ({"control_model.input_hint_block.0.weight": torch.zeros(1)}, "is a ControlNet"),
     "a network of diffusers": ({"down_blocks.0.x": torch.zeros(1)}, "name the checkpoint's folder"),
-    "guidance embedding": (
-        {FIRST: torch.zeros(8, 4, 3, 3), f"{D}time_embedding.cond_proj.weight": torch.zeros(8, 256)},
-        "is a latent consistency model that reads the guidance scale, which cannot be used as a single file",
-    ),
     "something else": ({"x": torch.zeros(1)}, f"it has no tensor {FIRST}"),
 }  # fmt: skip
 
@@ -194,6 +191,27 @@ def test_other_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
         open_checkpoint(path)
     assert time.perf_counter() - started < 2
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_a_latent_consistency_models_file_gives_the_image_of_diffusers(sd1: Model, tmp_path: Path, name: str) -> None:
+    """Of LatentConsistencyModelPipeline, whose U-Net reads the guidance scale; under either name of the projection."""
+    networks = small_networks(time_cond_proj_dim=256)
+    networks["unet"].time_embedding.cond_proj.weight.data *= 5  # so that the guidance scale shows
+    parts = sd1.pipeline.components | networks | {"scheduler": LCMScheduler()}
+    del parts["image_encoder"]
+    theirs = LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+    state = original_state(theirs)
+    state[f"{D}{name}"] = state.pop(f"{D}{GUIDANCE[0]}")
+    said: list[str] = []
+    folder = open_checkpoint(save(state, tmp_path / "lcm.safetensors"), say=said.append)
+    assert "768 pixels" in said[0]
+    assert "is a latent consistency model that reads the guidance scale: LCMScheduler is taken" in said[1]
+    assert (read_model(folder).guidance_embedding, read_model(folder).latent_size) == (256, 96)
+    assert distance(folder, theirs) > EQUAL_DB
+    with pytest.raises(CheckpointError, match="time_cond_proj_dim = 256: a latent consistency model that reads"):
+        open_checkpoint(tmp_path / "lcm.safetensors", as_teacher=True)
 
 
 def test_an_inpainting_models_file_is_one(sd1: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

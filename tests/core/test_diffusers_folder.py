@@ -29,10 +29,12 @@ from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.torch import quiet
 from kdc_edge.samplers import sampler_for
 from kdc_edge.train.checkpoint import GARDEN_TEACHER, find_teacher
+from tests.core.published import PUBLISHED, make_published
 
 # diffusers 0.42 hands torch tensors to numpy 2 in the old way, and says what its pipeline corrects in a config.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 PROMPT = "a purple flower with five petals and a yellow center on a sky background"
@@ -96,16 +98,16 @@ def open_diffusers(folder: Path, **parts: Any) -> Any:
     return pipe
 
 
-def psnr(ours: Pipeline, theirs: Any, steps: int) -> float:
+def psnr(ours: Pipeline, theirs: Any, steps: int, side: int | None = None) -> float:
     """Of our image to that of diffusers' pipeline, dB: both by the checkpoint's own scheduler."""
     sampler, note = sampler_for(ours.model.scheduler)
     assert note == ""
-    side = ours.model.image_size
+    side = side or ours.model.image_size
     image = theirs(
         PROMPT, guidance_scale=4.0, num_inference_steps=steps, generator=torch.Generator("cpu").manual_seed(1),
         output_type="np", width=side, height=side,
     ).images[0]  # fmt: skip
-    found = ours.generate(Request(PROMPT, steps=steps, guidance=4.0, seed=1, sampler=sampler))
+    found = ours.generate(Request(PROMPT, steps=steps, guidance=4.0, seed=1, sampler=sampler, width=side, height=side))
     error = np.mean((found - np.asarray(image) * 255.0) ** 2)
     return float(10 * np.log10(255**2 / error))
 
@@ -164,22 +166,15 @@ def test_the_checkpoints_own_scheduler_gives_the_image_of_diffusers(
     assert psnr(ours, open_diffusers(teacher, **parts), 6) > EQUAL_DB
 
 
-def test_the_networks_keys_of_stable_diffusion_1_5_are_enough(teacher: Path) -> None:
-    """The keys of its published configs, of diffusers 0.6 (its text encoder's are transformers 4.22's)."""
-    keep = {
-        "unet": "act_fn attention_head_dim block_out_channels center_input_sample cross_attention_dim"
-        " down_block_types downsample_padding flip_sin_to_cos freq_shift in_channels layers_per_block"
-        " mid_block_scale_factor norm_eps norm_num_groups out_channels sample_size up_block_types",
-        "vae": "act_fn block_out_channels down_block_types in_channels latent_channels layers_per_block"
-        " norm_num_groups out_channels sample_size up_block_types",
-    }
-    edit(teacher / "vae" / "config.json", scaling_factor=0.18215)
-    for network, keys in keep.items():
-        path = teacher / network / "config.json"
-        edit(path, drop=tuple(set(json.loads(path.read_text("utf-8"))) - {"_class_name", *keys.split()}))
-    model = read_model(teacher)
-    assert (model.scaling_factor, model.preset) == (0.18215, "garden-teacher")
-    assert psnr(open_pipeline(teacher), open_diffusers(teacher), 2) > EQUAL_DB
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_keys_of_published_checkpoints_are_enough(tmp_path: Path, name: str) -> None:
+    """At 64 pixels a side, whatever the configuration says."""
+    folder = make_published(name, GARDEN_TEACHER, tmp_path / "published")
+    model = read_model(folder)
+    assert (model.scaling_factor, model.latent_size) == (0.18215, PUBLISHED[name]["unet"]["sample_size"])
+    ours, theirs = open_pipeline(folder), open_diffusers(folder)
+    assert psnr(ours, theirs, 6, side=64) > EQUAL_DB
+    find_teacher(str(folder))
 
 
 @pytest.mark.parametrize(

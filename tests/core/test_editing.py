@@ -27,7 +27,10 @@ from tests.bench.rows import MODEL
 from tests.core.test_pipeline import Unet, decode, encode
 from tests.core.test_samplers import SD_CONFIG, SEED, SHAPE, denoiser, reference
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
 
 
 @pytest.fixture

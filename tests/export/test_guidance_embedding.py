@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
 from kdc_edge import Pipeline
+from kdc_edge.bundle import Bundle
 from kdc_edge.diffusers_folder import LCM_PIPELINE, read_model
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.export.calibration import calibrate
@@ -24,7 +26,6 @@ from kdc_edge.request import Request, made_for, own_request
 from kdc_edge.train.teachers import find_teacher
 from tests.cli.test_commands import complaint, run
 from tests.export.editing import PROMPT, SEED, closeness_db
-from tests.export.test_coreml import start_from_packages_of
 
 # diffusers 0.42 hands torch tensors to numpy 2 in the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -130,14 +131,10 @@ def test_images_of_a_batch_are_those_made_alone(consistency: Path) -> None:
         assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
 
 
-@pytest.mark.usefixtures("traced_once")
-@pytest.mark.parametrize("target", ["onnx", "openvino", "coreml"])
 def test_every_target_makes_the_images_of_diffusers(
-    consistency: Path, coreml_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+    consistency: Path, target: str, export_fp16: Callable[..., Bundle]
 ) -> None:
-    if target == "coreml":
-        start_from_packages_of(coreml_bundle, monkeypatch, anew="AppleUNet")
-    made = export_checkpoint(ExportRequest(consistency, tmp_path / "out", target, "fp16", prompts=[PROMPT]))
+    made = export_fp16(consistency, "AppleUNet")
     batch = 1 if target == "coreml" else "batch_size"
     assert made.manifest.components["unet"].inputs["timestep_cond"].shape == [batch, WIDTH]
     assert made.manifest.model.guidance_embedding == WIDTH

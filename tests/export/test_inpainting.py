@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,22 @@ import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
 from PIL import Image
+from starlette.testclient import TestClient
 
 from kdc_edge import Pipeline
+from kdc_edge.bundle import Bundle
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.export.calibration import calibrate
 from kdc_edge.export.targets import CoreMLOptions, ExportRequest, export_checkpoint
 from kdc_edge.image import psnr_db
 from kdc_edge.quiet import quiet
+from kdc_edge.serve.app import make_app
+from kdc_edge.serve.worker import Worker
 from kdc_edge.train.teachers import find_teacher
 from tests.cli.test_commands import complaint, run
 from tests.export.editing import PROMPT, SCHEDULERS, SEED, mask, photo
-from tests.export.test_coreml import start_from_packages_of
+from tests.serve.test_app import base64_of, message, pixels
 
 # diffusers 0.42 hands torch tensors to numpy 2 in the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -96,14 +101,8 @@ def test_images_of_a_batch_are_those_made_alone(inpainting: Path) -> None:
         assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
 
 
-@pytest.mark.usefixtures("traced_once")
-@pytest.mark.parametrize("target", ["onnx", "openvino", "coreml"])
-def test_every_target_repaints_as_diffusers_does(
-    inpainting: Path, coreml_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
-) -> None:
-    if target == "coreml":
-        start_from_packages_of(coreml_bundle, monkeypatch, anew="AppleUNet")
-    made = export_checkpoint(ExportRequest(inpainting, tmp_path / "out", target, "fp16", prompts=[PROMPT]))
+def test_every_target_repaints_as_diffusers_does(inpainting: Path, export_fp16: Callable[..., Bundle]) -> None:
+    made = export_fp16(inpainting, "AppleUNet")
     info = made.manifest.components["unet"].inputs["sample"]
     assert info.shape[1] == 9
     assert made.manifest.model.inpainting
@@ -135,6 +134,37 @@ def test_what_is_missing_is_said_in_a_line(inpainting: Path, tmp_path: Path) -> 
     options = ("--image", "photo.png", "--mask", "mask.png", "--steps", 1, "--out", "x.png")
     run("generate", "a", "--bundle", inpainting, *options, cwd=tmp_path)
     assert (tmp_path / "x.png").is_file()
+
+
+def test_commands_without_an_image_refuse_it_in_a_line(inpainting: Path, tmp_path: Path) -> None:
+    said = "this is an inpainting model, and {} has no image for it to repaint: try it with kdc-edge generate --image"
+    task = ("--task", "flowers=garden:flowers")
+    assert said.format("kdc-edge eval") in complaint("eval", inpainting, *task, cwd=tmp_path)
+    assert said.format("kdc-edge fit") in complaint("fit", inpainting, cwd=tmp_path)
+    done = run("bench", inpainting, "--format", "json", cwd=tmp_path, code=1)
+    (row,) = json.loads(done.stdout)["rows"]
+    assert said.format("a benchmark") in row["failure"]
+    assert row["timings"] is None
+
+
+def test_it_is_served(inpainting: Path) -> None:
+    """POST /v1/images/edits repaints as the pipeline does; without a mask, the answer says what is missing."""
+    pipeline = Pipeline.open(inpainting, threads=1)
+    worker = Worker(pipeline, name="inpainting")
+    asked: dict[str, Any] = {
+        "prompt": PROMPT, "num_inference_steps": 2, "seed": SEED, "guidance_scale": 3.0, "scheduler": "ddim",
+        "image": base64_of(photo()),
+    }  # fmt: skip
+    with TestClient(make_app(worker)) as client:
+        done = client.post("/v1/images/edits", json=asked | {"mask": base64_of(mask())})
+        without = client.post("/v1/images/edits", json=asked)
+        from_noise = client.post("/v1/images/generations", json={"prompt": PROMPT})
+    worker.close()
+    assert done.status_code == 200, done.text
+    assert np.array_equal(pixels(done.json()["data"][0]), ours(pipeline, 2, 1.0))
+    for answer in (without, from_noise):
+        assert answer.status_code == 422
+        assert "this is an inpainting model" in message(answer)
 
 
 def test_it_is_no_teacher_and_apples_package_has_no_inpainting(inpainting: Path, tmp_path: Path) -> None:

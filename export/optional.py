@@ -19,7 +19,7 @@ from kdc_edge.components import CHECKER, CLIP_SIDE, Component
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.editing import draw_latents
 from kdc_edge.export.examples import smooth
-from kdc_edge.export.parity import check_component
+from kdc_edge.export.parity import component_subject, prove
 from kdc_edge.formats import Format
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.base import LoadOptions, get_runtime
@@ -60,4 +60,4 @@ def _prove(
     reference = seen(get_runtime("torch").load(checkpoint, name, LoadOptions(device="CPU")))
 
     calls = [(inputs, reference(**inputs))]
-    return check_component(name, calls, open_pipeline(bundle), partial(open_pipeline, bundle, exact=True), row, seen)
+    return prove([component_subject(name, calls, row, seen)], partial(open_pipeline, bundle), row)

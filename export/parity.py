@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -69,17 +69,11 @@ def check_parity(
     reference = kept_reference(
         key, lambda: record(checkpoint, requests, decoder, stage)
     )  # its networks are gone by now
-    candidate = open_pipeline(bundle, safety_checker=False)  # the reference has none
-    # Opened anew where it is needed: kept, its U-Net would lie in memory beside the candidate's.
-    in_32_bits = partial(open_pipeline, bundle, exact=True, safety_checker=False)
-    checks: list[Check] = []
-    for name in COMPONENTS:
-        with stage(f"proof: {name} on recorded inputs"):
-            checks += check_component(name, reference.calls[name], candidate, in_32_bits, row)
-    with stage("proof: whole images"):
-        checks += check_images(reference.images, candidate, in_32_bits, requests, row)
+    subjects = [component_subject(name, reference.calls[name], row) for name in COMPONENTS]
+    subjects.append(image_subject(reference.images, requests, row))
+    checks = prove(subjects, partial(open_pipeline, bundle, safety_checker=False), row, stage)  # as the reference is
     torch_version, engine = get_runtime("torch").version, get_runtime(preferred_engine(row).name)
-    size = candidate.model.image_size
+    size = model.image_size
     return Parity(
         reference=f"{reference.made_by}, on the checkpoint{' with the small decoder' if decoder else ''} in PyTorch"
         f" {torch_version}, fp32, on the CPU",
@@ -103,57 +97,76 @@ def compare(what: str, calls: Sequence[Call], component: Component, threshold_db
     return _worst(what, found, threshold_db)
 
 
-def check_component(
+@dataclass(frozen=True)
+class Subject:
+    """A part of the proof."""
+
+    what: str
+    measure: Callable[[Pipeline], Check]
+    lower_db: float  # enough in the engine's own arithmetic, where 32 bits reach the aim
+    stage: str  # what is said while it is measured
+
+
+def component_subject(
     name: str,
     calls: Sequence[Call],
-    candidate: Pipeline,
-    in_32_bits: Callable[[], Pipeline],
     row: Format,
     seen: Callable[[Component], Component] = lambda component: component,
-) -> list[Check]:
-    """One component; in 32 bits as well where it misses its aim and the engine computes in fewer, as the images.
+) -> Subject:
+    """One component on recorded calls; `seen` gives what is compared of it."""
+    aim = row.min_component_psnr_db
 
-    `seen` gives what is compared of it.
-    """
-    found = compare(name, calls, seen(candidate.components[name]), row.min_component_psnr_db)
-    if found.passed or not preferred_engine(row).reduces_precision:
-        return [found]
-    exact = compare(name, calls, seen(in_32_bits().components[name]), row.min_component_psnr_db)
-    lower = min(COMPONENT_DB, row.min_component_psnr_db)
-    return [
-        exact.model_copy(update={"what": f"{name}{IN_32_BITS}"}),
-        found.model_copy(update={"threshold_db": lower}),
-    ]
+    def measure(pipeline: Pipeline) -> Check:
+        return compare(name, calls, seen(pipeline.components[name]), aim)
+
+    return Subject(name, measure, min(COMPONENT_DB, aim), f"proof: {name} on recorded inputs")
 
 
-def check_images(
-    expected: Sequence[np.ndarray],
-    candidate: Pipeline,
-    in_32_bits: Callable[[], Pipeline],
-    requests: Sequence[Request],
+def image_subject(expected: Sequence[np.ndarray], requests: Sequence[Request], row: Format) -> Subject:
+    """The whole images of the requests."""
+    aim = row.min_image_psnr_db
+
+    def measure(pipeline: Pipeline) -> Check:
+        try:
+            images = [pipeline.generate(request) for request in requests]
+        except KdcError:  # values that are no numbers reached the end
+            return _worst("image", [(-math.inf, math.inf)], aim)
+        return _worst("image", [_distance(i, e, peak=255) for i, e in zip(images, expected, strict=True)], aim)
+
+    return Subject("image", measure, min(RECOGNIZABLE_DB, aim), "proof: whole images")
+
+
+def prove(
+    subjects: Sequence[Subject],
+    open_bundle: Callable[..., Pipeline],
     row: Format,
+    stage: Stage = lambda _: nullcontext(),
 ) -> list[Check]:
-    """The whole images; in 32 bits as well where they miss their aim and the engine computes in fewer."""
-    found = _compare_images(expected, candidate, requests, row.min_image_psnr_db)
-    if found.passed or not preferred_engine(row).reduces_precision:
-        return [found]
-    exact = _compare_images(expected, in_32_bits(), requests, row.min_image_psnr_db)
-    lower = min(RECOGNIZABLE_DB, row.min_image_psnr_db)
-    return [
-        exact.model_copy(update={"what": f"image{IN_32_BITS}"}),
-        found.model_copy(update={"threshold_db": lower}),
-    ]
+    """A check of each; in 32 bits as well where it misses its aim and the engine computes in fewer.
 
+    The bundle is open in one arithmetic at a time: both U-Nets in memory would be the peak of an export.
+    """
 
-def _compare_images(
-    expected: Sequence[np.ndarray], pipeline: Pipeline, requests: Sequence[Request], threshold_db: float
-) -> Check:
-    try:
-        images = [pipeline.generate(request) for request in requests]
-    except KdcError:  # values that are no numbers reached the end
-        return _worst("image", [(-math.inf, math.inf)], threshold_db)
-    found = [_distance(p, e, peak=255) for p, e in zip(images, expected, strict=True)]
-    return _worst("image", found, threshold_db)
+    def measured(asked: Sequence[Subject], in_words: str, pipeline: Pipeline) -> dict[str, Check]:
+        found = {}
+        for subject in asked:
+            with stage(f"{subject.stage}{in_words}"):
+                found[subject.what] = subject.measure(pipeline)
+        return found
+
+    found = measured(subjects, "", open_bundle())
+    missed = [subject for subject in subjects if not found[subject.what].passed]
+    if not missed or not preferred_engine(row).reduces_precision:
+        return list(found.values())
+    exact = measured(missed, IN_32_BITS, open_bundle(exact=True))
+    checks = []
+    for subject in subjects:
+        check = found[subject.what]
+        if subject.what in exact:
+            checks.append(exact[subject.what].model_copy(update={"what": f"{subject.what}{IN_32_BITS}"}))
+            check = check.model_copy(update={"threshold_db": subject.lower_db})
+        checks.append(check)
+    return checks
 
 
 def _distance(found: np.ndarray, expected: np.ndarray, peak: float | None = None) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from kdc_edge.bundle import Bundle, Check, Model
 from kdc_edge.errors import CheckpointError, ParityError
-from kdc_edge.export.parity import check_component, check_images, check_parity, compare
+from kdc_edge.export.parity import check_parity, compare, component_subject, image_subject, prove
 from kdc_edge.export.reference import Call, record
 from kdc_edge.export.targets import ExportRequest, export_checkpoint
 from kdc_edge.formats import find_format
@@ -137,9 +138,11 @@ def test_arithmetic_in_fewer_bits_is_not_held_against_the_artifact(
     detail: int, detail_in_32_bits: int, passed: list[bool]
 ) -> None:
     def check(name: str) -> list[Check]:
-        candidate, exact = (Painter(detail=d) for d in (detail, detail_in_32_bits))
-        expected = [Painter(detail=0).pixels]
-        return check_images(expected, candidate, lambda: exact, [Request("a flower")], find_format(name, "fp16"))
+        def painter(*, exact: bool = False) -> Pipeline:
+            return Painter(detail=detail_in_32_bits if exact else detail)
+
+        row = find_format(name, "fp16")
+        return prove([image_subject([Painter(detail=0).pixels], [Request("a flower")], row)], painter, row)
 
     found = check("openvino")
     assert [c.passed for c in found] == passed
@@ -158,13 +161,14 @@ def test_a_component_in_fewer_bits_is_proved_in_32_too(
     """34 dB is enough where 32 bits reach the aim, 20 dB is not; and 32 bits have to reach it."""
 
     def check(name: str) -> list[Check]:
-        candidate, exact = (Pipeline.__new__(Pipeline) for _ in range(2))
-        candidate.components = {"unet": lambda **inputs: inputs["sample"] + np.float32(error)}
-        exact.components = {"unet": lambda **inputs: inputs["sample"] + np.float32(error_in_32_bits)}
-        sample = np.linspace(-1, 1, 64, dtype=np.float32)
-        return check_component(
-            "unet", [({"sample": sample}, sample)], candidate, lambda: exact, find_format(name, "fp16")
-        )
+        def with_error(*, exact: bool = False) -> Pipeline:
+            found = np.float32(error_in_32_bits if exact else error)
+            pipeline = Pipeline.__new__(Pipeline)
+            pipeline.components = {"unet": lambda **inputs: inputs["sample"] + found}
+            return pipeline
+
+        sample, row = np.linspace(-1, 1, 64, dtype=np.float32), find_format(name, "fp16")
+        return prove([component_subject("unet", [({"sample": sample}, sample)], row)], with_error, row)
 
     found = check("openvino")
     assert [c.passed for c in found] == passed
@@ -229,3 +233,18 @@ def test_a_checkpoint_of_no_numbers_is_told_apart(own_checkpoint: Path, tmp_path
     with pytest.raises(CheckpointError, match="makes no image in PyTorch either"):
         export_checkpoint(ExportRequest(own_checkpoint, tmp_path / "out", "onnx", "fp32"))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_bundle_is_open_in_one_arithmetic_at_a_time() -> None:
+    """Two U-Nets in memory would be the peak of an export."""
+    alive: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+
+    def painter(*, exact: bool = False) -> Pipeline:
+        assert not alive
+        made = Painter(detail=0 if exact else 60)
+        alive.add(made)
+        return made
+
+    row = find_format("openvino", "fp16")
+    subject = image_subject([Painter(detail=0).pixels], [Request("a flower")], row)
+    assert [c.what for c in prove([subject], painter, row)] == ["image in 32 bits", "image"]

@@ -36,22 +36,15 @@ def finish(trainer: Trainer) -> list[StepDone]:
     return [event for event in trainer.run() if isinstance(event, StepDone)]
 
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of one task."""
-    run = tmp_path_factory.mktemp("runs") / "first"
-    finish(Trainer(config(tasks=TASKS[:1]), run))
-    return run
-
-
-def test_a_continued_run_is_the_run_that_had_all_tasks_from_the_start(first: Path, tmp_path: Path) -> None:
-    joined = continue_run(first, tmp_path / "then", config(tasks=TASKS[1:]))
+def test_a_continued_run_is_the_run_that_had_all_tasks_from_the_start(
+    one_task: Path, two_tasks: Path, tmp_path: Path
+) -> None:
+    joined = continue_run(one_task, tmp_path / "then", config(tasks=TASKS[1:]))
     assert [t.name for t in joined.tasks] == ["flowers", "butterflies"]
     trainer = Trainer(joined, tmp_path / "then", resume=True)
     assert set(trainer.replay.tasks) == {"flowers"}
     finish(trainer)
-    finish(Trainer(config(), tmp_path / "whole"))
-    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "then")
+    expected, found = weights(two_tasks), weights(tmp_path / "then")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     results = json.loads((tmp_path / "then" / "results.json").read_text("utf-8"))
     assert [len(row) for row in results["prompt_accuracy"]] == [1, 2]
@@ -83,15 +76,16 @@ def test_more_steps_end_with_the_weights_of_a_run_that_asked_for_them(tmp_path: 
     assert "goes on to step 4 by the learning rates" in _said_of_more(config(steps=4))
 
 
-def test_a_checkpoint_of_every_task_and_of_a_run_that_goes_on(first: Path, tmp_path: Path) -> None:
-    joined = continue_run(first, tmp_path / "run", config(tasks=TASKS[1:]))
+def test_a_checkpoint_of_every_task_and_of_a_run_that_goes_on(one_task: Path, tmp_path: Path) -> None:
+    joined = continue_run(one_task, tmp_path / "run", config(tasks=TASKS[1:]))
     trainer = Trainer(joined, tmp_path / "run", resume=True)
     events = trainer.run()
     next(events)
     kept = find_checkpoint(tmp_path / "run", "flowers")
     assert kept == tmp_path / "run" / "checkpoints" / "flowers"
     assert run_of(kept) == tmp_path / "run"
-    assert all(torch.equal(weights(first)[name], t) for name, t in load_file(kept / UNET).items())
+    expected = weights(one_task)
+    assert all(torch.equal(expected[name], t) for name, t in load_file(kept / UNET).items())
     with pytest.raises(InputError, match="no checkpoint of --task butterflies: it has flowers"):
         find_checkpoint(tmp_path / "run", "butterflies")
     next(events)
@@ -103,13 +97,13 @@ def test_a_checkpoint_of_every_task_and_of_a_run_that_goes_on(first: Path, tmp_p
     assert read_model(found).preset == "garden-student"
 
 
-def test_what_cannot_be_continued_is_named(first: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_continued_is_named(one_task: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is no run with saved states"):
         continue_run(tmp_path, tmp_path / "then", config())
     with pytest.raises(InputError, match="is not the run's garden-student"):
-        continue_run(first, tmp_path / "then", config(student="garden-teacher"))
+        continue_run(one_task, tmp_path / "then", config(student="garden-teacher"))
     with pytest.raises(InputError, match="same name"):
-        continue_run(first, tmp_path / "then", config(tasks=TASKS[:1]))
+        continue_run(one_task, tmp_path / "then", config(tasks=TASKS[:1]))
     half = Trainer(config(tasks=TASKS[:1]), tmp_path / "half")
     next(iter(half.run()))
     half.save()
@@ -118,7 +112,7 @@ def test_what_cannot_be_continued_is_named(first: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "then").exists()
 
 
-def test_replayed_samples_are_distilled_from_the_student_from_the_previous_task(first: Path, tmp_path: Path) -> None:
+def test_replayed_samples_are_distilled_from_the_student_from_the_previous_task(one_task: Path, tmp_path: Path) -> None:
     """With itself as the previous student, the student's output loss is nothing on replayed samples alone."""
     trainer = Trainer(config(tasks=TASKS[:1]), tmp_path / "run")
     student = trainer.student.network.eval()
@@ -138,19 +132,21 @@ def test_replayed_samples_are_distilled_from_the_student_from_the_previous_task(
     torch.testing.assert_close(found[~mixed.replayed], from_teacher[~mixed.replayed], rtol=1e-3, atol=1e-6)
     assert set(trainer.watch.seconds) == {"teacher", "student"}
 
-    joined = continue_run(first, tmp_path / "then", config(tasks=TASKS[1:], replay_teacher="student"))
+    joined = continue_run(one_task, tmp_path / "then", config(tasks=TASKS[1:], replay_teacher="student"))
     student_taught = Trainer(joined, tmp_path / "then", resume=True)
-    finish(student_taught)
+    next(student_taught.run())
+    student_taught.save()
     remembered = student_taught.objective.previous_student
     assert remembered is not None
     again = Trainer(joined, tmp_path / "then", resume=True).objective.previous_student
     assert again is not None
-    assert all(torch.equal(t, again.state_dict()[n]) for n, t in remembered.state_dict().items())
+    kept = again.state_dict()
+    assert all(torch.equal(t, kept[n]) for n, t in remembered.state_dict().items())
 
 
-def test_a_state_with_unknown_parts_is_refused(first: Path, tmp_path: Path) -> None:
+def test_a_state_with_unknown_parts_is_refused(one_task: Path, tmp_path: Path) -> None:
     """One of an older version, say, whose parts would else be left out without a word."""
-    shutil.copytree(first, tmp_path / "run")
+    shutil.copytree(one_task, tmp_path / "run")
     path = list_states(tmp_path / "run")[0] / "tensors.safetensors"
     save_file(load_file(path) | {"earlier/conv_in.bias": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="holds earlier, which this version does not know"):

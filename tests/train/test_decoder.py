@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from kdc_edge.train.config import DecoderConfig, learning_rate
 from kdc_edge.train.data.cache import encode_images
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.garden.judge import load_judge
+from kdc_edge.train.tools import decoder as decoder_module
 from kdc_edge.train.tools.decoder import DecoderTrainer
 from tests.cli.test_commands import complaint, run
 
@@ -37,6 +40,13 @@ def config(cache: Path, **changes: object) -> DecoderConfig:
     return replace(small, **changes)  # type: ignore[arg-type]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_evaluation_steps() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder_module, "EVALUATION", replace(decoder_module.EVALUATION, steps=2))
+        yield
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
@@ -44,9 +54,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """A training without an interruption."""
+    """A training without an interruption; beside it its folders as a kill would have left them."""
     out = tmp_path_factory.mktemp("decoders") / "whole"
-    assert [done.step for done in DecoderTrainer(config(cache), out).run()] == [1, 2, 3, 4, 5]
+    steps = []
+    for done in DecoderTrainer(config(cache), out).run():
+        steps.append(done.step)
+        shutil.copytree(out, out.with_name(f"killed-{done.step}"))
+    assert steps == [1, 2, 3, 4, 5]
     return out
 
 
@@ -108,9 +122,7 @@ def test_resumed_trainings_end_with_the_same_weights_to_the_last_bit(
     trained: Path, cache: Path, tmp_path: Path, stop_after: int
 ) -> None:
     """Stopped without a word before the first saved state, between two, and at one."""
-    for done in DecoderTrainer(config(cache), tmp_path / "cut").run():
-        if done.step == stop_after:
-            break
+    shutil.copytree(trained.with_name(f"killed-{stop_after}"), tmp_path / "cut")
     again = DecoderTrainer(config(cache), tmp_path / "cut", resume=True)
     assert again.step == (stop_after - 1) // 2 * 2  # the generator was left before the state of its last step
     for _ in again.run():
@@ -135,7 +147,8 @@ def test_resume_takes_the_settings_that_the_training_was_started_with(
 
 
 def test_the_decoder_learns(cache: Path, tmp_path: Path) -> None:
-    found = [s.losses for s in DecoderTrainer(config(cache, steps=25, save_every=100), tmp_path / "out").run()]
+    steps = DecoderTrainer(config(cache, steps=20, save_every=100), tmp_path / "out").run()
+    found = [step.losses for step in islice(steps, 20)]
     assert {*found[0]} == {"l1", "mse", "features", "total"}
     assert found[-1]["total"] < 0.6 * found[0]["total"]
     assert found[-1]["features"] < found[0]["features"]

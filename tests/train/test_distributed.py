@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from kdc_edge.errors import InputError
+from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.loop import Trainer
 from tests.forks import Fork
 from tests.train.test_loop import TASKS, config
 
-ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 WEIGHTS = "checkpoint/unet/diffusion_pytorch_model.safetensors"
 # What the processes run: the same configuration as `settings` below.
@@ -34,6 +31,16 @@ trainer = Trainer(settings(), run)
 run.with_name(f"scores-{trainer.accelerator.process_index}").write_text(scores(trainer))
 for _ in trainer.run():
     pass
+"""
+
+# The launcher starts these, which tell what it sets; forks that have PyTorch in memory compute in their place.
+LAUNCHED = """
+import json, os, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+(folder / os.environ["RANK"]).write_text(json.dumps(dict(os.environ)) + "\\n")
+while not (folder / "done").exists():
+    time.sleep(0.02)
 """
 
 # accelerate shards on GPUs only, torch on CPUs as well: told that this launch is sharded, it prepares one.
@@ -104,13 +111,8 @@ Path(sys.argv[1]).with_name(f"said-{os.environ['RANK']}").write_text(said.getval
 """
 
 
-def settings(**changes: object):  # type: ignore[no-untyped-def]
-    return config(
-        **(
-            {"tasks": TASKS[:1], "steps": 3, "eval_steps": 3, "batch_size": 4, "save_every": 2, "device": "cpu"}
-            | changes
-        )
-    )
+def settings(**changes: object) -> TrainConfig:
+    return config(**{"tasks": TASKS[:1], "save_every": 2} | changes)
 
 
 def scores(trainer: Trainer) -> str:
@@ -124,30 +126,37 @@ def losses(run: Path) -> torch.Tensor:
     return torch.tensor([list(r["losses"].values()) for r in records])
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("alone") / "run"
-    for _ in Trainer(settings(), run).run():
-        pass
-    return run
-
-
-def test_two_gloo_processes_have_the_curve_and_the_scores_of_one(alone: Path, tmp_path: Path) -> None:
-    launch_two_processes(PROGRAM, tmp_path / "run")
+def test_two_gloo_processes_have_the_curve_and_the_scores_of_one(one_task: Path, tmp_path: Path) -> None:
+    """Started by PyTorch's launcher, as a user does."""
+    launched = tmp_path / "launched"
+    launched.mkdir()
+    (tmp_path / "launched.py").write_text(LAUNCHED)
+    flags = "--standalone", "--nproc_per_node", 2, tmp_path / "launched.py", launched
+    launcher = Fork(
+        "import sys; from torch.distributed.run import main; main(sys.argv[1:])", *flags,
+        cwd=tmp_path, output=tmp_path / "launcher", environment=ENVIRONMENT,
+    )  # fmt: skip
+    for rank in ("0", "1"):
+        launcher.wait_for(launched / rank, lines=1)
+    run_in_two_processes(
+        PROGRAM, tmp_path / "run", [json.loads((launched / rank).read_text("utf-8")) for rank in ("0", "1")]
+    )
+    (launched / "done").touch()
+    assert launcher.wait() == 0, launcher.err[-2000:]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     expected = scores(Trainer(settings(), tmp_path / "alone"))
     torch.set_num_threads(threads)
     assert [(tmp_path / f"scores-{rank}").read_text("utf-8") for rank in (0, 1)] == [expected] * 2
-    torch.testing.assert_close(losses(tmp_path / "run"), losses(alone), rtol=1e-4, atol=1e-6)
-    assert distance(tmp_path / "run", alone) < 1e-4
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(one_task), rtol=1e-4, atol=1e-6)
+    assert distance(tmp_path / "run", one_task) < 1e-4
 
 
-def test_two_processes_that_share_the_weights_out_have_it_too(alone: Path, tmp_path: Path) -> None:
+def test_two_processes_that_share_the_weights_out_have_it_too(one_task: Path, tmp_path: Path) -> None:
     """FSDP: the curve, the checkpoint, and the same weights to the last bit after a resume."""
     run_in_two_processes(SHARDED, tmp_path / "run")
-    torch.testing.assert_close(losses(tmp_path / "run"), losses(alone), rtol=1e-4, atol=1e-6)
-    assert distance(tmp_path / "run", alone) < 1e-4
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(one_task), rtol=1e-4, atol=1e-6)
+    assert distance(tmp_path / "run", one_task) < 1e-4
     ours, expected = load_file(tmp_path / "run" / WEIGHTS), load_file(tmp_path / "run" / "expected.safetensors")
     assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
 
@@ -169,40 +178,29 @@ def test_two_processes_are_measured_together(tmp_path: Path) -> None:
     assert other == ""
 
 
-def test_two_processes_continue_one_run(alone: Path, tmp_path: Path) -> None:
+def test_two_processes_continue_one_run(one_task: Path, tmp_path: Path) -> None:
     """One of them prepares the folder."""
-    shutil.copytree(alone, tmp_path / "first")
+    shutil.copytree(one_task, tmp_path / "first")
     run_in_two_processes(CONTINUED, tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text("utf-8"))
     assert [len(row) for row in results["prompt_accuracy"]] == [1, 2]
 
 
-def launch_two_processes(program: str, folder: Path) -> None:
-    """As a user does, with PyTorch's launcher."""
-    path = folder.with_suffix(".py")
-    path.write_text(program)
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(path), str(folder)], capture_output=True, text=True, env=environment, cwd=path.parent, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def run_in_two_processes(program: str, folder: Path) -> None:
-    """With what the launcher sets."""
+def what_a_launcher_sets() -> list[dict[str, str]]:
+    """The environments of two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     shared |= {"LOCAL_WORLD_SIZE": "2"}
+    return [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+
+
+def run_in_two_processes(program: str, folder: Path, environments: list[dict[str, str]] | None = None) -> None:
     processes = [
-        Fork(
-            program, folder, cwd=folder.parent, output=folder.with_name(f"rank-{rank}"),
-            environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+        Fork(program, folder, cwd=folder.parent, output=folder.with_name(f"rank-{rank}"), environment=environment)
+        for rank, environment in enumerate(environments or what_a_launcher_sets())
+    ]
     assert [process.wait() for process in processes] == [0, 0], [process.err[-2000:] for process in processes]
 
 
@@ -213,10 +211,10 @@ def distance(run: Path, other: Path) -> float:
     return float(apart / torch.cat([t.flatten() for t in theirs.values()]).norm())
 
 
-def test_accumulated_parts_have_the_curve_of_the_whole_batch(alone: Path, tmp_path: Path) -> None:
+def test_accumulated_parts_have_the_curve_of_the_whole_batch(one_task: Path, tmp_path: Path) -> None:
     for _ in Trainer(settings(accumulate=2), tmp_path / "run").run():
         pass
-    torch.testing.assert_close(losses(tmp_path / "run"), losses(alone), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(one_task), rtol=1e-4, atol=1e-6)
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,20 @@ from kdc_edge.train.tools.experiments import GRIDS, Cell, Size, cells, check_siz
 
 
 def test_two_cells_run_share_their_first_task_and_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--steps", "1", "--batch-size", "2", "--samples", "4", "--images", "2", "--seeds", "1"]
+    small = [
+        "--steps",
+        "1",
+        "--batch-size",
+        "2",
+        "--samples",
+        "4",
+        "--images",
+        "2",
+        "--eval-steps",
+        "1",
+        "--seeds",
+        "1",
+    ]
     command = ["--out", str(tmp_path), "--grid", "replay", "--condition", "no replay", "replay 20 %", *small]
     main(command)
     first = capsys.readouterr().out
@@ -52,8 +65,15 @@ def test_the_whole_grid_is_every_condition_of_every_seed() -> None:
 def test_cells_of_another_size_are_not_mixed(tmp_path: Path) -> None:
     check_size(tmp_path, Size(steps=2))
     check_size(tmp_path, Size(steps=2, seeds=9))
-    with pytest.raises(InputError, match="cells of another size"):
-        check_size(tmp_path, Size(steps=3))
+    for other in (Size(steps=3), Size(steps=2, eval_steps=1)):
+        with pytest.raises(InputError, match="cells of another size"):
+            check_size(tmp_path, other)
+
+
+def test_cells_of_an_earlier_version_had_the_usual_evaluation_steps(tmp_path: Path) -> None:
+    (tmp_path / "size.json").write_text('{"steps": 2, "batch_size": 16, "samples": 1200, "images": 48}')
+    check_size(tmp_path, Size(steps=2))
+    assert json.loads((tmp_path / "size.json").read_text("utf-8"))["eval_steps"] == 12
 
 
 def result(condition: str, seed: int, matrix: list[list[float]]) -> dict[str, object]:
@@ -68,7 +88,7 @@ def test_the_page_says_what_was_found_whether_expected_or_not(tmp_path: Path, ke
     found = [result("no replay", s, [[0.9, 0, 0], [0.5, 0.9, 0], [0.4, 0.5, 0.9]]) for s in (0, 1)]
     found += [result("replay 5 %", s, [[0.9, 0, 0], [kept, 0.9, 0], [kept, kept, 0.9]]) for s in (0, 1)]
     found += [result("all data jointly", 0, [[0.9, 0.9, 0.9]])]
-    write_report(tmp_path, found, GRIDS, {"steps": 1, "batch_size": 1, "samples": 1, "images": 2})
+    write_report(tmp_path, found, GRIDS, {"steps": 1, "batch_size": 1, "samples": 1, "images": 2, "eval_steps": 2})
     page = (tmp_path / "experiments.md").read_text("utf-8")
     assert page.count(verdict) == 2
     assert "| no replay | 0.400 ± 0.000 (2) |" in page
@@ -83,7 +103,7 @@ def test_strategies_are_shown_against_what_they_remember(tmp_path: Path) -> None
         | {"grid": "strategies", "remembered_bytes": size, "training_seconds": 60.0}
         for condition, quality, size in (("sequential", 0.5, 0), ("replay of latents", 0.9, 740_000))
     ]
-    write_report(tmp_path, found, GRIDS, {"steps": 1, "batch_size": 1, "samples": 1, "images": 2})
+    write_report(tmp_path, found, GRIDS, {"steps": 1, "batch_size": 1, "samples": 1, "images": 2, "eval_steps": 2})
     page = (tmp_path / "experiments.md").read_text("utf-8")
     assert "| | flowers | butterflies | fish | average | forgetting | MB remembered | seconds |" in page
     row = "| 0.900 (1) | 0.900 (1) | 0.900 (1) | 0.900 (1) | 0.000 (1) | 0.740 (1) | 60 (1) |"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import sys
 import types
 from dataclasses import replace
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
+from kdc_edge.runtimes.torch import load_network
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import Quality, TrainConfig, learning_rate
 from kdc_edge.train.data.tasks import Task, parse_task
@@ -34,6 +36,7 @@ from kdc_edge.train.quality.matrix import (
 )
 from kdc_edge.train.runs.continuing import branch_run, continue_run
 from kdc_edge.train.stepping import StepDone
+from tests.train.conftest import KILLED_AFTER
 
 TASKS = (Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies"))
 
@@ -41,8 +44,8 @@ TASKS = (Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterfl
 def config(**changes: object) -> TrainConfig:
     small = TrainConfig(
         teacher=GARDEN_TEACHER, student="garden-student", tasks=TASKS, steps=3, batch_size=4, samples=12,
-        replay=6, eval_images=2, eval_steps=2, save_every=100, log_with="none", caption_dropout=0.0,
-        baselines=False,
+        replay=6, eval_images=2, eval_steps=1, save_every=100, log_with="none", caption_dropout=0.0,
+        baselines=False, device="cpu",
     )  # fmt: skip
     return replace(small, **changes)  # type: ignore[arg-type]
 
@@ -57,47 +60,34 @@ def logged(run: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in r.items() if name != "samples_per_sec"} for r in records]
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tasks, uninterrupted."""
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    for _ in Trainer(config(save_every=1), run).run():
-        pass
-    return run
-
-
-def test_a_run_leaves_a_checkpoint_scores_and_a_log(whole_run: Path) -> None:
-    assert read_model(whole_run / "checkpoint").preset == "garden-student"
-    results = json.loads((whole_run / "results.json").read_text("utf-8"))
+def test_a_run_leaves_a_checkpoint_scores_and_a_log(two_tasks: Path) -> None:
+    assert read_model(two_tasks / "checkpoint").preset == "garden-student"
+    results = json.loads((two_tasks / "results.json").read_text("utf-8"))
     assert np.shape(results["prompt_accuracy"]) == (2, 2)
     assert list(results["matrices"]) == ["prompt_accuracy", "exact", "-judge_frechet", "-judge_kernel"]
     assert results["matrices"]["prompt_accuracy"] == results["prompt_accuracy"]
-    records = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    records = [json.loads(line) for line in (two_tasks / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert [r["total"] for r in records] == [1, 2, 3, 4, 5, 6]
     assert set(records[0]["losses"]) == {"task", "output", "soft", "feature", "total"}
     assert [r["replayed"] for r in records] == [0, 0, 0, 0.5, 0.5, 0.5]
     assert records[0]["replay_mb"] == 0
     assert records[-1]["replay_mb"] == pytest.approx(6 * 2 * 2 * 4 * 16 * 16 / 1e6, rel=0.1)  # latents
-    prompts = (whole_run / "checkpoint" / "prompts.txt").read_text("utf-8").splitlines()
+    prompts = (two_tasks / "checkpoint" / "prompts.txt").read_text("utf-8").splitlines()
     assert len(prompts) == len(set(prompts)) > 2
     assert any("flower" in p for p in prompts)
     assert any("butterfly" in p for p in prompts)
 
 
-@pytest.mark.parametrize("stop_after", [2, 3, 4])
-def test_resumed_runs_end_with_the_same_weights_to_the_last_bit(
-    whole_run: Path, tmp_path: Path, stop_after: int
-) -> None:
+@pytest.mark.parametrize("steps", KILLED_AFTER)
+def test_resumed_runs_end_with_the_same_weights_to_the_last_bit(two_tasks: Path, tmp_path: Path, steps: int) -> None:
     """Stopped without a word after some steps, in the first task, at its end, or in the second."""
-    for event in Trainer(config(save_every=1), tmp_path / "cut").run():
-        if isinstance(event, StepDone) and event.total == stop_after:
-            break
-    for _ in Trainer(config(save_every=1), tmp_path / "cut", resume=True).run():
-        pass
-    expected, found = weights(whole_run), weights(tmp_path / "cut")
+    cut = Path(shutil.copytree(two_tasks.with_name(f"killed-{steps}"), tmp_path / "cut"))
+    assert len(logged(cut)) == steps
+    assert isinstance(list(Trainer(config(save_every=1), cut, resume=True).run())[-1], TaskDone)
+    expected, found = weights(two_tasks), weights(cut)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert logged(tmp_path / "cut") == logged(whole_run)
-    results = [json.loads((run / "results.json").read_text("utf-8")) for run in (tmp_path / "cut", whole_run)]
+    assert logged(cut) == logged(two_tasks)
+    results = [json.loads((run / "results.json").read_text("utf-8")) for run in (cut, two_tasks)]
     assert results[0] == results[1]
 
 
@@ -131,22 +121,24 @@ def test_eight_bit_adam_resumes_with_the_same_weights_to_the_last_bit(
     expected = trainer.unet().state_dict()
     resumed = Trainer(eight_bit, tmp_path / "cut", resume=True)
     assert {state["count"] for state in resumed.student.optimizer.state.values()} == {2}
-    for _ in resumed.run():
-        pass
-    found = weights(tmp_path / "cut")
+    next(resumed.run())
+    found = resumed.unet().state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_the_second_task_replays_the_first_and_the_branch_without_replay_does_not(tmp_path: Path) -> None:
-    trainer = Trainer(config(), tmp_path / "kept")
-    events = trainer.run()
-    assert any(isinstance(event, TaskDone) for event in events)
+def test_the_second_task_replays_the_first_and_the_branch_without_replay_does_not(
+    two_tasks: Path, tmp_path: Path
+) -> None:
+    done = two_tasks.with_name("killed-4")  # its newest state is that of the first task's end
+    shutil.copytree(done, tmp_path / "kept")
+    trainer = Trainer(config(save_every=1), tmp_path / "kept", resume=True)
+    assert trainer.position.task == 1
     assert len(trainer.replay) == 6
     assert set(trainer.replay.tasks) == {"flowers"}
     captions = trainer.draw_batch(trainer.teacher.latents(TASKS[1])).captions
     assert sorted("flower" in c for c in captions) == [False, False, True, True]
 
-    branch_run(tmp_path / "kept", tmp_path / "bare", config(replay=0))
+    branch_run(done, tmp_path / "bare", config(replay=0))
     bare = Trainer(config(replay=0), tmp_path / "bare", resume=True)
     assert bare.position.task == 1
     captions = bare.draw_batch(bare.teacher.latents(TASKS[1])).captions
@@ -155,7 +147,7 @@ def test_the_second_task_replays_the_first_and_the_branch_without_replay_does_no
 
 def test_the_teacher_and_step_0_are_measured_beside_r(tmp_path: Path) -> None:
     """With counts and standard errors; a constant rate of almost nothing leaves the student at step 0."""
-    small = config(steps=1, schedule="constant", warmup=1, learning_rate=1e-12, baselines=True, eval_steps=8)
+    small = config(steps=1, schedule="constant", warmup=1, learning_rate=1e-12, baselines=True)
     for _ in Trainer(small, tmp_path / "run").run():
         pass
     results = json.loads((tmp_path / "run" / "results.json").read_text("utf-8"))
@@ -182,22 +174,20 @@ def test_the_teacher_and_step_0_are_measured_beside_r(tmp_path: Path) -> None:
 
 
 def test_the_student_learns(tmp_path: Path) -> None:
-    """Fifteen steps bring the student's prediction nearer to the teacher's."""
-    trainer = Trainer(config(steps=15, batch_size=8, tasks=TASKS[:1], save_every=100), tmp_path / "run")
-    seen = [event.losses["output"] for event in trainer.run() if isinstance(event, StepDone)]
+    """Ten steps bring the student's prediction nearer to the teacher's."""
+    trainer = Trainer(config(steps=10, tasks=TASKS[:1]), tmp_path / "run")
+    seen = [event.losses["output"] for event in itertools.islice(trainer.run(), 10) if isinstance(event, StepDone)]
     assert np.mean(seen[-4:]) < 0.8 * np.mean(seen[:4])
 
 
-def test_the_teacher_never_changes(tmp_path: Path) -> None:
-    trainer = Trainer(config(tasks=TASKS[:1]), tmp_path / "run")
-    before = {n: p.clone() for n, p in trainer.teacher.unet.state_dict().items()}
-    list(trainer.run())
-    assert all(torch.equal(p, before[n]) for n, p in trainer.teacher.unet.state_dict().items())
+def test_the_teacher_never_changes(two_tasks_trainer: Trainer) -> None:
+    before = load_network(GARDEN_TEACHER, "unet").state_dict()
+    assert all(torch.equal(p, before[n]) for n, p in two_tasks_trainer.teacher.unet.state_dict().items())
 
 
-def test_resuming_with_other_settings_is_refused(whole_run: Path) -> None:
+def test_resuming_with_other_settings_is_refused(two_tasks: Path) -> None:
     with pytest.raises(InputError, match="--batch-size is 5 and the run was started with 4"):
-        Trainer(config(batch_size=5), whole_run, resume=True)
+        Trainer(config(batch_size=5), two_tasks, resume=True)
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:

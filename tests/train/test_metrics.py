@@ -144,6 +144,10 @@ def test_lpips_is_zero_for_the_same_image_and_grows(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), np.uint8)
     assert metrics.lpips(images, images) == pytest.approx(0, abs=1e-6)
     assert metrics.lpips(images, 255 - images) > metrics.lpips(images, np.clip(images + 3, 0, 255)) > 0
+    pair = torch.rand(2, 3, 64, 64, requires_grad=True)
+    metrics.lpips_network(pair[:1], pair[1:]).sum().backward()  # the network that has measured can be trained with
+    assert pair.grad is not None
+    assert pair.grad.abs().sum() > 0
 
 
 def test_garden_images_are_scored_however_they_were_made() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,29 +87,22 @@ def few_steps(**changes: object) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two tasks."""
-    run = tmp_path_factory.mktemp("runs") / "first"
-    for _ in Trainer(config(), run).run():
-        pass
-    return run
-
-
-@pytest.fixture(scope="module")
-def stage(first: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The few-step stage after it."""
+def stage(two_tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The few-step stage after a run of two tasks; beside it, `killed`: its folder as a kill would have left it."""
     run = tmp_path_factory.mktemp("runs") / "stage"
-    settings = begin_stage(first, run, few_steps())
-    for _ in Trainer(settings, run, resume=True).run():
-        pass
+    trainer = Trainer(begin_stage(two_tasks, run, few_steps(steps=2)), run, resume=True)
+    for event in trainer.run():
+        if isinstance(event, StepDone) and event.total == 3:
+            trainer.save()
+            shutil.copytree(run, run.with_name("killed"))
     return run
 
 
-def test_a_stage_begins_with_the_runs_average_and_memory(first: Path, tmp_path: Path) -> None:
-    settings = begin_stage(first, tmp_path / "stage", few_steps())
+def test_a_stage_begins_with_the_runs_average_and_memory(two_tasks: Path, tmp_path: Path) -> None:
+    settings = begin_stage(two_tasks, tmp_path / "stage", few_steps())
     assert [t.name for t in settings.tasks] == ["flowers", "butterflies"]
     trainer = Trainer(settings, tmp_path / "stage", resume=True)
-    expected = weights(first)
+    expected = weights(two_tasks)
     assert all(torch.equal(t, expected[n]) for n, t in trainer.student.network.state_dict().items())
     assert set(trainer.replay.tasks) == {"flowers", "butterflies"}
     event = next(iter(trainer.run()))
@@ -135,23 +129,18 @@ def test_the_checkpoint_says_how_it_is_sampled_and_diffusers_makes_its_images(st
         assert psnr_db(image, (theirs * 255).round().astype(np.uint8)) > 50
 
 
-def test_an_interrupted_stage_ends_with_the_same_weights(first: Path, stage: Path, tmp_path: Path) -> None:
-    settings = begin_stage(first, tmp_path / "again", few_steps())
-    trainer = Trainer(settings, tmp_path / "again", resume=True)
-    for event in trainer.run():
-        if isinstance(event, StepDone) and event.total == 4:
-            trainer.save()
-            break
-    for _ in Trainer(settings, tmp_path / "again", resume=True).run():
+def test_an_interrupted_stage_ends_with_the_same_weights(stage: Path) -> None:
+    cut = stage.with_name("killed")
+    for _ in Trainer(TrainConfig.load(cut), cut, resume=True).run():
         pass
     expected = weights(stage)
-    assert all(torch.equal(t, expected[n]) for n, t in weights(tmp_path / "again").items())
+    assert all(torch.equal(t, expected[n]) for n, t in weights(cut).items())
 
 
 def test_gradients_reach_the_student_alone_and_a_previous_student_teaches_what_is_replayed(
-    first: Path, tmp_path: Path
+    two_tasks: Path, tmp_path: Path
 ) -> None:
-    settings = begin_stage(first, tmp_path / "stage", few_steps())
+    settings = begin_stage(two_tasks, tmp_path / "stage", few_steps())
     trainer = Trainer(settings, tmp_path / "stage", resume=True)
     objective, network = trainer.objective, trainer.student.network
     assert isinstance(objective, Phased)
@@ -170,15 +159,16 @@ def test_gradients_reach_the_student_alone_and_a_previous_student_teaches_what_i
 
 
 def test_fewer_phases_continue_from_more(stage: Path, tmp_path: Path) -> None:
-    settings = begin_stage(stage, tmp_path / "one", replace(few_steps(), few_steps=FewSteps(phases=1, grid_points=2)))
+    fewer = replace(few_steps(steps=1), few_steps=FewSteps(phases=1, grid_points=2))
+    settings = begin_stage(stage, tmp_path / "one", fewer)
     for _ in Trainer(settings, tmp_path / "one", resume=True).run():
         pass
     assert made_for(read_model(tmp_path / "one" / "checkpoint"), Request("")).steps == 1
 
 
-def test_a_run_may_start_from_a_checkpoint_of_its_own_shape(first: Path, tmp_path: Path) -> None:
-    trainer = Trainer(few_steps(start=first / "checkpoint"), tmp_path / "started")
-    expected = weights(first)
+def test_a_run_may_start_from_a_checkpoint_of_its_own_shape(two_tasks: Path, tmp_path: Path) -> None:
+    trainer = Trainer(few_steps(start=two_tasks / "checkpoint"), tmp_path / "started")
+    expected = weights(two_tasks)
     assert all(torch.equal(t, expected[n]) for n, t in trainer.student.network.state_dict().items())
     with pytest.raises(InputError, match="has a U-Net of another shape than --student"):
         Trainer(few_steps(start=GARDEN_TEACHER), tmp_path / "other")

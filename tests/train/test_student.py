@@ -25,10 +25,10 @@ def test_every_preset_has_exactly_its_parameters() -> None:
 
 def test_the_482m_student_takes_the_published_layers() -> None:
     teacher, student = on_meta(find_preset("sd1-teacher")), on_meta(find_preset("kdc-482m"))
-    moved = {}
-    for name in student.state_dict():
+    moved, theirs = {}, teacher.state_dict()
+    for name, weight in student.state_dict().items():
         source = source_name(name, teacher, student)
-        assert teacher.state_dict()[source].shape == student.state_dict()[name].shape
+        assert theirs[source].shape == weight.shape
         if source != name:
             moved[".".join(name.split(".")[:4])] = ".".join(source.split(".")[:4])
     expected = {f"up_blocks.{b}.resnets.1": f"up_blocks.{b}.resnets.2" for b in range(4)}

@@ -30,6 +30,7 @@ from kdc_edge.bundle import Model
 from kdc_edge.errors import InputError
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.batch import Batch
+from kdc_edge.train.distributed import under
 from kdc_edge.train.objective import Setup
 from kdc_edge.train.objectives.phased import Phased, phase_ends
 
@@ -148,8 +149,9 @@ class Distribution(Phased):
             return
         self.generator.set_state(tensors[GENERATOR].cpu())
         score, optimizer = self._score_network()
-        score.load_state_dict({n.removeprefix(SCORE): t for n, t in tensors.items() if n.startswith(SCORE)})
-        for name, parameter in score.named_parameters():
-            prefix = f"{OPTIMIZER}{name}/"
-            moments = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            optimizer.state[parameter] = {n: t if n == "step" else t.to(parameter.device) for n, t in moments.items()}
+        score.load_state_dict(under(SCORE, tensors))
+        parameters = dict(score.named_parameters())
+        for name, tensor in under(OPTIMIZER, tensors).items():
+            weight, moment = name.split("/")
+            parameter = parameters[weight]
+            optimizer.state[parameter][moment] = tensor if moment == "step" else tensor.to(parameter.device)

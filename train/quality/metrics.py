@@ -208,11 +208,12 @@ class ImageMetrics:
         found: np.ndarray = (100 * torch.cat(cosines).clamp(min=0)).cpu().numpy()
         return found
 
-    @property
+    @cached_property
     def lpips_network(self) -> Any:
         """Image pairs (N, 3, H, W) in [-1, 1] -> LPIPS (N, 1, 1, 1), with a gradient; its weights are frozen."""
         lpips = require("torchmetrics.functional.image.lpips", extra="eval", purpose="LPIPS")
-        return _alexnet_lpips(lpips, self._find(ALEXNET)).requires_grad_(False)
+        with torch.inference_mode(False):  # a gradient may be asked for later
+            return _alexnet_lpips(lpips, self._find(ALEXNET)).requires_grad_(False).to(self.device)
 
     def lpips(self, images: np.ndarray, others: np.ndarray) -> float:
         """The mean of `lpips_distances`."""
@@ -226,7 +227,8 @@ class ImageMetrics:
             torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (images, others)
         )
         pairs = zip(torch.split(a, 16), torch.split(b, 16), strict=True)
-        found: np.ndarray = torch.cat([network(x, y).flatten() for x, y in pairs]).numpy()
+        distances = [network(x.to(self.device), y.to(self.device)).flatten() for x, y in pairs]
+        found: np.ndarray = torch.cat(distances).cpu().numpy()
         return found
 
 

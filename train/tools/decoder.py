@@ -20,8 +20,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,7 @@ class DecoderTrainer:
                 pixels[task.name] = round(psnr_db(small, big), 2)
                 rows += [*_cells(big), *_cells(small)]
             if asked.scenes:
-                by_big, by_small = (generate(asked.prompts, seed=7) for generate in self._generators())
+                by_big, by_small = self._generate_both(asked.prompts)
                 accuracy[task.name] = {
                     "vae": score_images(by_big, asked, None).values["prompt_accuracy"],
                     "small": score_images(by_small, asked, None).values["prompt_accuracy"],
@@ -237,15 +238,24 @@ class DecoderTrainer:
             save_png(self.out / "sheet.png", grid(rows, SHEET_IMAGES))
         return {"psnr_db": pixels, "prompt_accuracy": accuracy}
 
-    def _generators(self) -> tuple[Generator, Generator]:
-        """The checkpoint as it is, and with the small decoder."""
-        own = open_generator(self.config.checkpoint, steps=EVALUATION.steps, guidance=EVALUATION.guidance)
-        own = replace(own, request=made_for(self.model, own.request))
+    def _generate_both(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The VAE's images and the small decoder's of the same generated latents, uint8 (N, H, W, 3)."""
         small = TorchComponent("vae_decoder", SmallDecoder(self.network, self.model.scaling_factor))
-        path = own.pipeline
-        components = {**path.components, "vae_decoder": small}
+        path, images = self._own.pipeline, []
+
+        def decode(**latents: np.ndarray) -> np.ndarray:
+            images.append(to_pixels(small(**latents)))
+            return path.components["vae_decoder"](**latents)
+
+        components = {**path.components, "vae_decoder": decode}
         pipeline = Pipeline(path.model, path.tokenizer, components, decoder_batch=path.decoder_batch)
-        return own, replace(own, pipeline=pipeline)
+        return replace(self._own, pipeline=pipeline)(prompts, seed=7), np.concatenate(images)
+
+    @cached_property
+    def _own(self) -> Generator:
+        """The checkpoint as it is."""
+        own = open_generator(self.config.checkpoint, steps=EVALUATION.steps, guidance=EVALUATION.guidance)
+        return replace(own, request=made_for(self.model, own.request))
 
     @torch.inference_mode()
     def both(self, scaled: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ def write_report(folder: Path, results: Sequence[Result], grids: Mapping[str, Se
         f"Every cell: {size['steps']} steps of {size['batch_size']} samples a task, {size['samples']} images a task,"
         f" student `garden-student` under the garden's teacher, AdamW with a cosine from 1e-3, averaged weights;"
         f" {size['images']} images a task in each evaluation, half of them of combinations held out of training,"
-        f" {EVALUATION.conditions}. Prompt accuracy is the share of asked attributes that the judge"
-        f" reads. Mean ± standard deviation over seeds, the number of seeds behind it. {len(results)} cells took"
-        f" {minutes:.0f} minutes together.",
+        f" {replace(EVALUATION, steps=size['eval_steps']).conditions}. Prompt accuracy is the share of asked attributes"
+        f" that the judge reads. Mean ± standard deviation over seeds, the number of seeds behind it."
+        f" {len(results)} cells took {minutes:.0f} minutes together.",
     ]
     for grid, conditions in grids.items():
         found = [r for r in results if r["grid"] == grid]

@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import LossWeights, TrainConfig
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.loop import Trainer
+from kdc_edge.train.quality.evaluate import EVALUATION
 from kdc_edge.train.runs.continuing import branch_run
 from kdc_edge.train.tools.experiment_report import write_report
 
@@ -66,6 +67,7 @@ class Size:
     batch_size: int = 16
     samples: int = 1200  # images of a task
     images: int = 48  # of a task, in each evaluation
+    eval_steps: int = EVALUATION.steps  # of the sampler, for these images
     seeds: int = 3
 
 
@@ -102,8 +104,8 @@ def run_cell(cell: Cell, out: Path, size: Size) -> dict[str, object]:
     started = time.perf_counter()
     config = TrainConfig(
         teacher=GARDEN_TEACHER, student="garden-student", tasks=TASKS, steps=size.steps, batch_size=size.batch_size,
-        samples=size.samples, eval_images=size.images, seed=cell.seed, save_every=50, keep=1, log_with="none",
-        cache=out / "cache", replay=0, baselines=False,
+        samples=size.samples, eval_images=size.images, eval_steps=size.eval_steps, seed=cell.seed, save_every=50,
+        keep=1, log_with="none", cache=out / "cache", replay=0, baselines=False,
     )  # fmt: skip
     trainer = {"replay": _replay, "strategies": _strategies, "losses": _losses, "inheritance": _inheritance}[cell.grid](
         cell, out, config
@@ -226,8 +228,8 @@ def run(
 def check_size(out: Path, size: Size) -> None:
     """Cells of one folder are of one size: refuse to mix; more seeds may be added."""
     path = out / "size.json"
-    now = {"steps": size.steps, "batch_size": size.batch_size, "samples": size.samples, "images": size.images}
-    if path.is_file() and read_json(path, InputError) != now:
+    now = {name: value for name, value in asdict(size).items() if name != "seeds"}
+    if path.is_file() and {"eval_steps": EVALUATION.steps} | read_json(path, InputError) != now:  # not always written
         raise InputError(f"{out} holds cells of another size, {path.read_text()}: choose another folder")
     write_atomic(path, json.dumps(now))
 
@@ -243,9 +245,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=Size.batch_size)
     parser.add_argument("--samples", type=int, default=Size.samples, help="images of a task")
     parser.add_argument("--images", type=int, default=Size.images, help="of a task, in each evaluation")
+    parser.add_argument("--eval-steps", type=int, default=Size.eval_steps, help="of the sampler, for these images")
     parser.add_argument("--minutes", type=float, help="start no cell after so many")
     args = parser.parse_args(arguments)
-    size = Size(args.steps, args.batch_size, args.samples, args.images, args.seeds)
+    size = Size(args.steps, args.batch_size, args.samples, args.images, args.eval_steps, args.seeds)
     run(
         args.out,
         size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +12,6 @@ if TYPE_CHECKING:
     from kdc_edge.train.loop import Trainer
 
 KILLED_AFTER = (2, 3, 4)  # steps: in the first task, at its end, in the second
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _skip_old_objects() -> None:
-    """Leave the objects from before a file's tests out of garbage collection: the libraries have half a million."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")

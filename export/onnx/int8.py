@@ -145,7 +145,9 @@ class _Quantizer:
 def uint8_scale(low: float, high: float) -> tuple[float, int]:
     """Scale and zero point of a range; zero is always one of the 256 values."""
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = float(np.float32((high - low) / 255)) or 1.0
+    scale = float(np.float32((high - low) / 255))
+    if scale < np.finfo(np.float32).tiny:  # nothing, or less than has all its bits
+        scale = 1.0
     return scale, int(np.clip(np.rint(-low / scale), 0, 255))
 
 

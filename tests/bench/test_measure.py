@@ -292,10 +292,12 @@ def test_peak_memory_is_what_the_kernel_gives_the_parent(tmp_path: Path, opener:
 
 def test_a_row_that_is_ended_says_what_memory_was_seen(tmp_path: Path, opener: Opener) -> None:
     opener("open_large_and_endless")
-    found = measure_in_fresh_process(
-        Case(make_bundle(tmp_path / "b"), Request("a"), repeats=1, warmup=0), timeout_sec=6
-    )
-    assert found.row.failure == "not done after 6 seconds"
+    case = Case(make_bundle(tmp_path / "b"), Request("a"), repeats=1, warmup=0)
+    for sec in (3, 30):  # the second where the machine is so busy that the process has hardly begun
+        found = measure_in_fresh_process(case, timeout_sec=sec)
+        assert found.row.failure == f"not done after {sec} seconds"
+        if (found.row.peak_pss_bytes or 0) > 200 * 2**20:
+            break
     if sys.platform == "linux":
         assert found.row.peak_rss_bytes is not None
         assert found.row.peak_pss_bytes is not None

@@ -175,7 +175,7 @@ def test_a_single_pickle_is_refused(tmp_path: Path) -> None:
 def test_a_model_is_read_without_its_weights(checkpoint: Path, own_checkpoint: Path) -> None:
     model = read_model(checkpoint)
     assert (model.latent_size, model.latent_channels, model.vae_scale) == (16, 4, 4)
-    assert model.unet_parameters > 1_000_000
+    assert model.unet_parameters > 500_000
     assert hash_checkpoint(checkpoint) == hash_checkpoint(own_checkpoint)
     weights = own_checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(b"\xff" * 100)

@@ -9,7 +9,8 @@
     ├── HubError            a repository of the Hugging Face hub cannot be had, or written to
     └── MissingPackageError an optional package is needed: names the extra to install
 
-A message says what was wrong, why, and what to do, in one line.
+A message says what was wrong, why, and what to do, in one line. KdcWarning is no error: Python's warning about an
+image that is made in another way than was asked.
 """
 
 from __future__ import annotations
@@ -75,6 +76,10 @@ class HubError(KdcError):
 
 class MissingPackageError(KdcError):
     """An optional package is needed."""
+
+
+class KdcWarning(UserWarning):
+    """A request is made in another way than was asked, or a better value is known; the message says which."""
 
 
 def unknown_choice(option: str, value: object, choices: Iterable[str], words: str | None = None) -> UsageError:

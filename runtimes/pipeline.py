@@ -12,6 +12,7 @@ call keeps its state to itself.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from kdc_edge.checkpoints.assemble import is_single_file, open_checkpoint
 from kdc_edge.components import CHECKER, COMPONENTS, OPTIONAL
 from kdc_edge.diffusers_folder import optional_components, read_model
 from kdc_edge.editing import Edit
-from kdc_edge.errors import InputError
+from kdc_edge.errors import InputError, KdcWarning
 from kdc_edge.formats import find_format
 from kdc_edge.hardware import check_threads
 from kdc_edge.hub import local
@@ -156,7 +157,8 @@ class Pipeline(path.Pipeline):
         height: int | None = None,
         plain_prompt: bool = False,
     ) -> Images:
-        """Make images, in batches where memory allows. Raises InputError for what cannot be made.
+        """Make images, in batches where memory allows. Raises InputError for what cannot be made, warns (KdcWarning)
+        where something else is taken than was asked.
 
         Steps, guidance and scheduler are the model's own where None: a few-step student's, or the checkpoint's
         scheduler with 20 steps and guidance 7.5. Image i, counted over all prompts, has the seed `seed` + i; or give a
@@ -169,8 +171,8 @@ class Pipeline(path.Pipeline):
             raise InputError(f"num_images_per_prompt is {num_images_per_prompt}: use 1 or more")
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         seeds = spread_seeds(seed, len(prompts))
-        request, _ = own_request(
-            self.model, Request("", negative_prompt, width=width, height=height, weighted=not plain_prompt),
+        request = self._own(
+            Request("", negative_prompt, width=width, height=height, weighted=not plain_prompt),
             sampler=scheduler, steps=num_inference_steps, guidance=guidance_scale,
         )  # fmt: skip
         request = replace(request, edit=self._edit(request, image, strength, mask_image))
@@ -196,14 +198,20 @@ class Pipeline(path.Pipeline):
         plain_prompt: bool = False,
     ) -> Iterator[Step]:
         """Make one image, yielding after each step; the last one has the image. Stop by closing the generator."""
-        request, _ = own_request(
-            self.model,
+        request = self._own(
             Request(prompt, negative_prompt, seed=seed, width=width, height=height, weighted=not plain_prompt),
             sampler=scheduler, steps=num_inference_steps, guidance=guidance_scale,
         )  # fmt: skip
         request = replace(request, edit=self._edit(request, image, strength, mask_image))
         self.check(request)
         return self._stream(request)
+
+    def _own(self, request: Request, *, sampler: str | None, steps: int | None, guidance: float | None) -> Request:
+        """The request with the model's own values where None; what there is to say of them is warned of."""
+        request, note = own_request(self.model, request, sampler=sampler, steps=steps, guidance=guidance)
+        if note:
+            warnings.warn(note, KdcWarning, stacklevel=3)  # at the line that called the pipeline
+        return request
 
     def _edit(
         self, request: Request, image: ImageLike | None, strength: float | None, mask: ImageLike | None

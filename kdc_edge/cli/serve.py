@@ -42,6 +42,7 @@ def serve(
     del config
     from kdc_edge.errors import InputError, require
     from kdc_edge.hub import label, local
+    from kdc_edge.request import Request, own_request
     from kdc_edge.runtimes import open_pipeline
 
     uvicorn = require("uvicorn", extra="serve", purpose="kdc-edge serve")
@@ -56,6 +57,9 @@ def serve(
     if bundle is None:
         bundle = best_bundle()
     pipeline = open_pipeline(bundle, engine=engine, device=device, threads=threads, low_memory=low_memory, exact=exact)
+    _, note = own_request(pipeline.model, Request(""), sampler=None, steps=None, guidance=None)
+    if note:
+        say(note)
     worker = Worker(pipeline, name=label(bundle), waiting=waiting)
     names = frozenset(allow_host or ()) | ({"*"} if host == "0.0.0.0" and token else frozenset({host}))
     app = make_app(worker, limits=Limits(images=max_images, steps=max_steps), token=token, hosts=names)

@@ -36,7 +36,7 @@ from kdc_edge.report.charts import (
 LOG_FROM = 4  # largest / smallest
 FLOOR = 330  # of the plot; taller than other charts: names need room
 DOT, RING = 5.5, 9.5  # radii
-LONGEST = 26  # letters of a name
+CRAMPED = 26  # letters of a name where there is no room for all of it
 AIR = 34  # between the chart's left end and the first tick: a short name
 LETTER = {"wide": (7.8, 16), "narrow": (10.4, 21)}  # width of a letter and height of a line, in the chart's units
 
@@ -125,17 +125,19 @@ def _names(
     radii = [RING if p.chosen else DOT for p in points]
     taken = [(x - r - 1, y - r - 1, x + r + 1, y + r + 1) for (x, y), r in zip(places, radii, strict=True)]
     # The chosen first, then crowded points: the others have more room to choose from.
-    shown = [shorten(p.name, LONGEST) for p in points]
     order = sorted(range(len(points)), key=lambda i: (not points[i].chosen, -_neighbours(places, i)))
     for i in order:
-        (x, y), width = places[i], len(shown[i]) * letter
-        found = next(
+        x, y = places[i]
+        whole, cut = shorten(points[i].name), shorten(points[i].name, CRAMPED)
+        beside = (x - len(cut) * letter - DOT - 4, y - height / 2, x - DOT - 4, y + height / 2)
+        shown, found = next(
             (
-                box
-                for box in _around(x, y, width, height, radii[i])
+                (name, box)
+                for name in (whole, cut)
+                for box in _around(x, y, len(name) * letter, height, radii[i])
                 if _inside(box) and not any(_meet(box, t) for t in taken)
             ),
-            (x - width - DOT - 4, y - height / 2, x - DOT - 4, y + height / 2),
+            (cut, beside),
         )
         taken.append(found)
         left, top, right, bottom = found
@@ -146,7 +148,7 @@ def _names(
         at = "end" if right < x else "mid" if left < x < right else ""
         start = {"end": right, "mid": (left + right) / 2, "": left}[at]
         middle = (top + bottom) / 2
-        names.append(element("text", shown[i], class_=f"point {kind}{mark} {at}", x=start, y=middle, dy=".35em"))
+        names.append(element("text", shown, class_=f"point {kind}{mark} {at}", x=start, y=middle, dy=".35em"))
     return lines + names
 
 

@@ -47,6 +47,7 @@ BODY_SEC = 10.0  # that a client has to send its body
 RETRY_SEC = 5
 MAX_PENDING_STEPS = 4  # events of steps that wait for a slow client; older ones are worth nothing
 Handler = Callable[[Request], Awaitable[Response]]
+Asked = tuple[Body, list[ImageRequest], str]  # with a note for the client, "" where there is nothing to say
 
 
 def make_app(
@@ -150,29 +151,29 @@ class _Server:
         return PlainTextResponse("\n".join(lines) + "\n")
 
     async def generate(self, request: Request) -> Response:
-        async def read() -> tuple[Body, list[ImageRequest]]:
+        async def read() -> Asked:
             body = Body.model_validate_json(await _read(request, MAX_BODY_BYTES))
-            return body, body.requests(self.worker.pipeline.model, self.limits)
+            return body, *body.requests(self.worker.pipeline.model, self.limits)
 
         return await self._answer(request, read())
 
     async def edit(self, request: Request) -> Response:
-        async def read() -> tuple[Body, list[ImageRequest]]:
+        async def read() -> Asked:
             if self._edits >= MAX_EDITS:
                 raise Busy("too many images are being read: try again later")
             self._edits += 1
             try:
                 raw = await _read(request, MAX_EDIT_BYTES)
                 body = await asyncio.to_thread(EditBody.model_validate_json, raw)
-                return body, await asyncio.to_thread(body.edited, self.worker.pipeline, self.limits)
+                return body, *await asyncio.to_thread(body.edited, self.worker.pipeline, self.limits)
             finally:
                 self._edits -= 1
 
         return await self._answer(request, read())
 
-    async def _answer(self, request: Request, read: Awaitable[tuple[Body, list[ImageRequest]]]) -> Response:
+    async def _answer(self, request: Request, read: Awaitable[Asked]) -> Response:
         try:
-            body, requests = await read
+            body, requests, note = await read
             events = _Events()
             job = self.worker.submit(requests, events.emit)
         except ValidationError as error:
@@ -181,19 +182,20 @@ class _Server:
             raise HTTPException(422, str(error)) from None
         except Busy as error:
             raise HTTPException(503, str(error), headers={"Retry-After": str(RETRY_SEC)}) from None
+        remarks = body.remarks(note)
         if body.stream:
-            return StreamingResponse(self._stream(events, job, body.revised), media_type="text/event-stream")
-        return await _collect(request, events, job, body.revised)
+            return StreamingResponse(self._stream(events, job, remarks), media_type="text/event-stream")
+        return await _collect(request, events, job, remarks)
 
-    async def _stream(self, events: _Events, job: Job, revised: dict[str, str]) -> AsyncIterator[str]:
+    async def _stream(self, events: _Events, job: Job, remarks: dict[str, str]) -> AsyncIterator[str]:
         """Server-Sent Events until the job ends; a client that goes away cancels it."""
         try:
             async for event in events:
-                yield self._as_text(event, revised)
+                yield self._as_text(event, remarks)
         finally:
             job.cancel()
 
-    def _as_text(self, event: Event, revised: dict[str, str]) -> str:
+    def _as_text(self, event: Event, remarks: dict[str, str]) -> str:
         if isinstance(event, Step):
             model = self.worker.pipeline.model
             small = preview(event.latents / model.scaling_factor, model.vae_scale)[0]
@@ -201,7 +203,7 @@ class _Server:
                 "step", image=event.image, step=event.step, steps=event.steps, preview=_base64(encode_png(small))
             )
         if isinstance(event, Done):
-            return _sse("image", image=event.image, seconds=event.seconds, **_as_item(event), **revised)
+            return _sse("image", image=event.image, seconds=event.seconds, **_as_item(event), **remarks)
         return _sse("error", message=event.message) if isinstance(event, Failed) else _sse("done")
 
 
@@ -226,14 +228,14 @@ class _Events:
                 return
 
 
-async def _collect(request: Request, events: _Events, job: Job, revised: dict[str, str]) -> Response:
+async def _collect(request: Request, events: _Events, job: Job, remarks: dict[str, str]) -> Response:
     """All images in one answer; a client that goes away cancels the job."""
     images: list[dict[str, object]] = []
 
     async def gather() -> str | None:
         async for event in events:
             if isinstance(event, Done):
-                images.append(_as_item(event) | revised)
+                images.append(_as_item(event) | remarks)
             elif isinstance(event, Failed):
                 return event.message
         return None

@@ -1,7 +1,7 @@
 """Requests as they come over HTTP: OpenAI's and diffusers' names, checked against the server's limits.
 
 body = Body.model_validate_json(raw)                 # pydantic's ValidationError for a wrong type
-requests = body.requests(pipeline.model, Limits())   # one an image; InputError beyond the limits
+requests, note = body.requests(pipeline.model, Limits())   # one an image; InputError beyond the limits
 """
 
 from __future__ import annotations
@@ -52,13 +52,14 @@ class Body(BaseModel):
     scheduler: str | None = None
     plain_prompt: bool = False  # brackets are text
 
-    @property
-    def revised(self) -> dict[str, str]:
-        """What OpenAI's interface names beside an image whose prompt is not the client's: it was too long."""
-        return {"revised_prompt": self.prompt[:MAX_PROMPT_CHARS]} if len(self.prompt) > MAX_PROMPT_CHARS else {}
+    def remarks(self, note: str) -> dict[str, str]:
+        """What an answer has beside every image: OpenAI's `revised_prompt` where it was too long, and the note."""
+        revised = {"revised_prompt": self.prompt[:MAX_PROMPT_CHARS]} if len(self.prompt) > MAX_PROMPT_CHARS else {}
+        return revised | ({"note": note} if note else {})
 
-    def requests(self, model: Model, limits: Limits) -> list[Request]:
-        """One request an image, with seeds that count up. Raises InputError beyond the limits."""
+    def requests(self, model: Model, limits: Limits) -> tuple[list[Request], str]:
+        """One request an image, with seeds that count up, and `own_request`'s note. Raises InputError beyond the
+        limits."""
         if self.n > limits.images:
             raise InputError(f"n is {self.n}: this server makes at most {limits.images} images a request")
         if (steps := self.num_inference_steps or 0) > limits.steps:
@@ -69,7 +70,7 @@ class Body(BaseModel):
         seed = secrets.randbelow(2**32) if self.seed is None else self.seed
         if self.scheduler is not None and self.scheduler not in SAMPLERS:
             raise InputError(f"scheduler is {self.scheduler!r:.40}: choose from {', '.join(SAMPLERS)}")
-        request, _ = own_request(
+        request, note = own_request(
             model,
             Request(
                 self.prompt[:MAX_PROMPT_CHARS], self.negative_prompt[:MAX_PROMPT_CHARS], width=width, height=height,
@@ -77,7 +78,7 @@ class Body(BaseModel):
             ),
             sampler=self.scheduler, steps=self.num_inference_steps, guidance=self.guidance_scale,
         )  # fmt: skip
-        return [replace(request, seed=(seed + i) % 2**64) for i in range(self.n)]
+        return [replace(request, seed=(seed + i) % 2**64) for i in range(self.n)], note
 
 
 class EditBody(Body):
@@ -87,14 +88,14 @@ class EditBody(Body):
     mask: str | None = None  # transparent pixels are repainted, as OpenAI says; without any, white ones
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
 
-    def edited(self, pipeline: Pipeline, limits: Limits) -> list[Request]:
+    def edited(self, pipeline: Pipeline, limits: Limits) -> tuple[list[Request], str]:
         """As `requests`, with the image. Raises InputError for what is no image too."""
-        requests = self.requests(pipeline.model, limits)
+        requests, note = self.requests(pipeline.model, limits)
         edit = pipeline.read_edit(
             requests[0], _decoded(self.image, "image"), strength=self.strength, transparent_is_masked=True,
             mask=None if self.mask is None else _decoded(self.mask, "mask"), max_pixels=limits.input_pixels,
         )  # fmt: skip
-        return [replace(request, edit=edit) for request in requests]
+        return [replace(request, edit=edit) for request in requests], note
 
 
 def _decoded(text: str, what: str) -> bytes:

@@ -178,6 +178,18 @@ def test_greater_values_lie_to_the_right_and_above_also_on_a_logarithmic_axis() 
             assert (across[1] - across[0]) > 0.05 * (across[2] - across[0])
 
 
+def test_names_are_whole_where_there_is_room_and_cut_where_there_is_none() -> None:
+    name = "captions, the teacher's images, twice"
+
+    def drawn(count: int) -> list[str | None]:
+        points = [Point(name, x % 5, x // 5) for x in range(count)]
+        figure = ET.fromstring(scatter_chart(points, title="T", x=Axis("x"), y=Axis("y")))
+        return [e.text for e in figure.iter("text") if "wide" in (e.get("class") or "").split()]
+
+    assert drawn(3) == [name] * 3
+    assert {text if text == name else str(text)[-1] for text in drawn(60)} == {name, "…"}
+
+
 def test_a_value_that_is_none_cannot_be_drawn() -> None:
     with pytest.raises(ValueError, match="not finite"):
         scatter_chart([Point("a", float("nan"), 1.0)], title="T", x=Axis("x"), y=Axis("y"))

@@ -14,7 +14,7 @@ import pytest
 
 import kdc_edge
 from kdc_edge import Pipeline, Request
-from kdc_edge.errors import InputError
+from kdc_edge.errors import InputError, KdcWarning
 from kdc_edge.image import preview
 from kdc_edge.pipeline import Progress
 
@@ -75,6 +75,20 @@ def test_the_defaults_are_the_checkpoints_scheduler_and_the_requests_steps(
     monkeypatch.setattr(pipeline, "run", make)
     pipeline("a red flower")
     assert asked == [Request("a red flower", sampler="ddim", weighted=True)]
+
+
+def test_what_is_taken_instead_is_a_warning_at_the_line_that_called(pipeline: Pipeline) -> None:
+    unknown = pipeline.model.model_copy(
+        update={"scheduler": {**pipeline.model.scheduler, "_class_name": "KDPM2DiscreteScheduler"}}
+    )
+    other = Pipeline(unknown, pipeline.tokenizer, pipeline.components)
+    words = "the checkpoint's scheduler is KDPM2DiscreteScheduler; .*: dpm\\+\\+2m is taken"
+    with pytest.warns(KdcWarning, match=words) as called:
+        other("a", num_inference_steps=1)
+    with pytest.warns(KdcWarning, match=words) as streamed:
+        other.stream("a", num_inference_steps=1)
+    assert {warning.filename for warning in [*called, *streamed]} == {__file__}
+    other("a", num_inference_steps=1, scheduler="ddim")  # no warning, which would be an error here
 
 
 def test_seeds_are_one_an_image(pipeline: Pipeline) -> None:

@@ -22,6 +22,7 @@ import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
+from kdc_edge.bundle import Sampling
 from kdc_edge.image import read_parameters
 from kdc_edge.pipeline import Pipeline
 from kdc_edge.request import Request
@@ -111,6 +112,18 @@ def test_a_prompt_of_any_length_is_cut_and_the_answer_says_so(client: TestClient
         item = events(answer.text)[-2][1] if stream else answer.json()["data"][0]
         assert item["revised_prompt"] == text[:2000]
     assert "revised_prompt" not in ask(client, prompt="x" * 2000).json()["data"][0]
+
+
+def test_an_answer_says_what_was_done_in_another_way_than_asked(pipeline: Pipeline) -> None:
+    few_steps = pipeline.model.model_copy(update={"sampling": Sampling(scheduler="ddim", steps=1, guidance=1.0)})
+    worker = Worker(Pipeline(few_steps, pipeline.tokenizer, pipeline.components), name="few steps")
+    with TestClient(make_app(worker)) as client:
+        for stream in (False, True):
+            answer = ask(client, guidance_scale=3, stream=stream)
+            item = events(answer.text)[-2][1] if stream else answer.json()["data"][0]
+            assert item["note"].startswith("guidance 3 is given to a student that was trained without")
+        assert "note" not in ask(client).json()["data"][0]
+    worker.close()
 
 
 def test_a_stream_has_every_step_with_a_preview_then_the_image(client: TestClient, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kdc_edge.bundle import Sampling
 from kdc_edge.pipeline import Pipeline
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.serve.worker import Worker
@@ -23,11 +24,12 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture(scope="module")
 def page(bundle: Path) -> Iterator[str]:
-    """The address of a server whose safety checker flags every second image."""
+    """The address of a server of a few-step student, whose safety checker flags every second image."""
     opened = open_pipeline(bundle, threads=1)
     scores = itertools.cycle([np.full((1, 17), -1.0), np.full((1, 17), 0.1)])
     checked = {**opened.components, "safety_checker": lambda **_: next(scores)}
-    worker = Worker(Pipeline(opened.model, opened.tokenizer, checked), name="garden")
+    model = opened.model.model_copy(update={"sampling": Sampling(scheduler="ddim", steps=2, guidance=1.0)})
+    worker = Worker(Pipeline(model, opened.tokenizer, checked), name="garden")
     with listening(worker) as address:
         yield address
     worker.close()
@@ -70,4 +72,9 @@ def test_what_is_typed_is_drawn_and_what_is_blanked_is_said(browser: Browser, pa
     wait_for(browser, "at('status').textContent.includes('1 steps, blanked by the safety checker')")
     browser.evaluate("document.querySelector('#history button:last-child').click(); 0")  # the first one again
     assert browser.evaluate("at('prompt').value") == "a red flower"
+    browser.evaluate("at('guidance').value = 3; at('draw').click(); 0")
+    wait_for(
+        browser,
+        "at('status').textContent.includes('1 steps. guidance 3 is given to a student that was trained without')",
+    )
     assert browser.complaints == []

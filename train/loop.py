@@ -214,7 +214,7 @@ class Trainer:
         with self.watch("data"):
             batch = self.draw_batch(latents)
         name = f"step {self.position.step + 1} of {task.name}"
-        losses, by_timestep = self.stepper(batch, rate=rate, name=name, hold_back=self.strategy.hold_back)
+        losses, by_timestep = self.stepper(batch, rate=rate, name=name, add_penalty=self.strategy.add_penalty)
         self.position.step += 1
         self.position.total += 1
         self.position.drawn += self.strategy.new_samples(batch)
@@ -236,7 +236,7 @@ class Trainer:
             self.config, latents, self.replay, timesteps=timesteps, generator=self.generator,
             drawn=self.position.drawn, own=self.stepper.own_samples(),
         )  # fmt: skip
-        return self.strategy.mark(batch, self.generator)
+        return self.strategy.mark_replayed(batch, self.generator)
 
     def any_process(self, flag: bool) -> bool:
         """Is the flag up in any process? All must ask together."""

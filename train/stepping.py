@@ -49,11 +49,11 @@ class Stepper:
     watch: Stopwatch
 
     def __call__(
-        self, batch: Batch, *, rate: float, name: str, hold_back: Callable[[], dict[str, float]] = dict
+        self, batch: Batch, *, rate: float, name: str, add_penalty: Callable[[], dict[str, float]] = dict
     ) -> tuple[dict[str, float], list[float | None]]:
         """Every loss term of the whole batch, and the objective's binned term by timestep bin.
 
-        `hold_back` changes the gradients before the optimizer's step and gives terms of its own.
+        `add_penalty` changes the gradients before the optimizer's step and gives terms of its own.
         Raises KdcError, which names the step, where the loss is no number.
         """
         accelerator, config, objective = self.accelerator, self.config, self.objective
@@ -83,7 +83,7 @@ class Stepper:
                 raise KdcError(
                     f"the loss is no number at {name}: lower --learning-rate, then --resume from the last saved state"
                 )
-            losses |= hold_back()
+            losses |= add_penalty()
             self.student.end_step()
             total, count = accelerator.reduce(by_bin, "sum").tolist()
         return losses, [t / n if n else None for t, n in zip(total, count, strict=True)]

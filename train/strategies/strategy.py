@@ -49,7 +49,7 @@ class Strategy:
         if number and self.config.replay_teacher == "student":
             self._teach_by_student()
 
-    def mark(self, batch: Batch, generator: torch.Generator) -> Batch:
+    def mark_replayed(self, batch: Batch, generator: torch.Generator) -> Batch:
         """The batch with `replayed` at every sample that counts as one of earlier tasks."""
         del generator
         return batch
@@ -58,7 +58,7 @@ class Strategy:
         """How many samples of a batch were drawn from the task itself."""
         return int((~batch.replayed).sum())
 
-    def hold_back(self) -> dict[str, float]:
+    def add_penalty(self) -> dict[str, float]:
         """Change the gradients before the optimizer's step; loss terms for the log."""
         return {}
 

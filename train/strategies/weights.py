@@ -39,7 +39,7 @@ class ElasticWeights(Strategy):
         self.fisher: dict[str, Tensor] = {}  # of the student's weights, sharded as they are
         self.anchor: dict[str, Tensor] = {}
 
-    def hold_back(self) -> dict[str, float]:
+    def add_penalty(self) -> dict[str, float]:
         if not self.fisher:
             return {}
         weight, scale = self.config.ewc_weight, self._loss_scale()
@@ -109,7 +109,7 @@ class WithoutForgetting(Strategy):
         if number:
             self._teach_by_student()
 
-    def mark(self, batch: Batch, generator: torch.Generator) -> Batch:
+    def mark_replayed(self, batch: Batch, generator: torch.Generator) -> Batch:
         from kdc_edge.train.data.batch import replayed_count
 
         if self.objective.previous_student is None:

@@ -176,19 +176,19 @@ def test_init_makes_a_checkpoint_that_trains_on(tmp_path: Path) -> None:
 
 def test_a_run_that_was_killed_and_then_stopped_goes_on(tmp_path: Path) -> None:
     (tmp_path / "kdc-edge.toml").write_text(
-        "[train]\ntask = ['fish=garden:fish']\nsteps = 30\nsave-every = 3\nbatch-size = 2\nsamples = 8\n"
+        "[train]\ntask = ['fish=garden:fish']\nsteps = 18\nsave-every = 3\nbatch-size = 2\nsamples = 8\n"
         "eval-images = 2\neval-steps = 2\n"
     )
     run_folder = tmp_path / "runs" / "001"
-    _stop(tmp_path, signal.SIGKILL, after_step=5)
+    _stop(tmp_path, signal.SIGKILL, after_step=4)
     assert not (run_folder / "checkpoint").exists()
-    code, said = _stop(tmp_path, signal.SIGTERM, "--resume", after_step=12)
+    code, said = _stop(tmp_path, signal.SIGTERM, "--resume", after_step=8)
     assert code == 143
     assert "kdc-edge train --resume" in said
     assert not (run_folder / "checkpoint").exists()
     assert "going on after step" in run("train", "--resume", cwd=tmp_path).stderr
     log = (run_folder / "metrics.jsonl").read_text("utf-8")
-    assert [json.loads(line)["total"] for line in log.splitlines()] == list(range(1, 31))
+    assert [json.loads(line)["total"] for line in log.splitlines()] == list(range(1, 19))
     assert (run_folder / "checkpoint" / "model_index.json").is_file()
 
 

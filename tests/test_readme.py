@@ -29,7 +29,7 @@ steps = 2
 batch-size = 2
 samples = 8
 eval-images = 2
-eval-steps = 2
+eval-steps = 1
 replay = 4
 [eval]
 images = 2

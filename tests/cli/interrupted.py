@@ -22,7 +22,7 @@ from kdc_edge.train.loop import Trainer
 
 CONFIG = TrainConfig(
     teacher=GARDEN_TEACHER, student="garden-student", steps=2, batch_size=2, samples=8, replay=4, eval_images=2,
-    eval_steps=2, save_every=1, log_with="none", replay_teacher="student", replay_policy="balanced", baselines=False,
+    eval_steps=1, save_every=1, log_with="none", replay_teacher="student", replay_policy="balanced", baselines=False,
     tasks=(Task("flowers", "garden:flowers"), Task("fish", "garden:fish")),
 )  # fmt: skip
 

@@ -43,7 +43,7 @@ def test_quickstart_goes_from_teacher_to_report(
     monkeypatch.setattr("kdc_edge.cli.quickstart_training.python_module", python_module_with_traces)
     done = run(
         "quickstart", "--out", "demo", "--steps", 2, "--batch-size", 2, "--samples", 8, "--eval-images", 2,
-        "--eval-steps", 2, "--repeats", 1, cwd=tmp_path,
+        "--eval-steps", 1, "--repeats", 1, cwd=tmp_path,
     )  # fmt: skip
     assert done.stdout.strip() == "demo/report.html"
     page = (tmp_path / "demo" / "report.html").read_text("utf-8")

@@ -165,7 +165,7 @@ def _accuracy(found: Mapping[str, float]) -> str:
 
 
 class _Beside:
-    """The other process: it does what it is given, one after the other, and ends with the block."""
+    """The other process: it runs trainings and an export one after the other, and ends with the block."""
 
     def __init__(self, watch: Watch) -> None:
         import torch
@@ -184,10 +184,11 @@ class _Beside:
         self._reader.start()
 
     def train(self, run: Path) -> None:
-        """What was begun in this folder."""
+        """Train the run that was begun in this folder, after what was asked before."""
         self._ask(train=str(run))
 
     def export(self, checkpoint: Path, out: Path) -> None:
+        """Export the checkpoint, after what was asked before."""
         self._ask(checkpoint=str(checkpoint), out=str(out), command=command_line())
 
     def _ask(self, **work: str) -> None:

@@ -47,9 +47,9 @@ class Tokenizer:
         self.pad_id = pad_id
         self.max_length = max_length
         size = words.get_vocab_size(with_added_tokens=False)
-        # Tokens beside vocab.json, such as those of textual inversion.
-        self.added = tuple(t.content for i, t in sorted(words.get_added_tokens_decoder().items()) if i >= size)
-        self._several = _several(words)
+        # Tokens beside vocab.json, such as those of textual inversion, with their ids.
+        self.added = {t.content: i for i, t in sorted(words.get_added_tokens_decoder().items()) if i >= size}
+        self.several = _several(words)
 
     @classmethod
     def clip(cls) -> Tokenizer:
@@ -166,10 +166,10 @@ class Tokenizer:
 
     def _spread(self, text: str) -> str:
         """Tokens of several vectors written out, as diffusers' maybe_convert_prompt does: <x> to <x> <x>_1 <x>_2."""
-        if not self._several:
+        if not self.several:
             return text
         there = set(self._words.encode(text, add_special_tokens=False).tokens)
-        for token, all_of_it in self._several.items():
+        for token, all_of_it in self.several.items():
             if token in there:
                 text = text.replace(token, all_of_it)
         return text
@@ -208,7 +208,10 @@ def write_vocabulary(folder: Path) -> None:
     """vocab.json and merges.txt where only tokenizer.json is: Apple's and older programs read those."""
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return
-    vocab, merges = read_vocabulary(folder)
+    save_vocabulary(folder, *read_vocabulary(folder))
+
+
+def save_vocabulary(folder: Path, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
     write_atomic(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
     write_atomic(folder / "merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
 

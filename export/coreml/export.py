@@ -29,6 +29,7 @@ from kdc_edge.export.coreml.apple_modules import AppleNetwork, apple_network
 from kdc_edge.export.coreml.mixed import Budget, Search, Tell, apply_recipe, read_recipe
 from kdc_edge.export.coreml.palettize import MIN_WEIGHTS, folder_bytes, palettize
 from kdc_edge.export.coreml.swift import lay_out_resources
+from kdc_edge.export.coreml.swift_tokens import read_swift_vocabulary
 from kdc_edge.export.rewrites.attention import set_attention
 from kdc_edge.export.targets import CoreMLOptions, ExportRequest
 from kdc_edge.files import parse_size, refuse_foreign_folder
@@ -37,7 +38,6 @@ from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.apple_layout import CHUNKS, PACKAGES, PROGRAM
 from kdc_edge.runtimes.coreml_tools import load_coremltools
 from kdc_edge.text import megabytes, one_line
-from kdc_edge.tokenizer import Tokenizer
 
 CHUNK_BYTES = 1_000_000_000  # iPhones do not load more in one piece
 PALETTE_BITS = {"palette8": 8, "palette6": 6, "palette4": 4, "mixed": 8}  # mixed: all but the U-Net
@@ -53,11 +53,8 @@ def export(request: ExportRequest, options: CoreMLOptions) -> Bundle:
         for has, what in ((model.inpainting, "inpainting"), (model.guidance_embedding, "guidance embedding")):
             if has:
                 raise InputError(f"--swift is for Apple's Swift package, which has no {what}: leave it out")
-        if added := Tokenizer.from_folder(request.checkpoint / "tokenizer").added:
-            request.tell(
-                "Apple's Swift package reads vocab.json and merges.txt alone and splits added tokens into letters:"
-                f" {', '.join(added)}"
-            )
+        for line in read_swift_vocabulary(request.checkpoint / "tokenizer").notes():
+            request.tell(line)
     budget, recipe = _read_budget(request.format, options)
     load_coremltools("exporting to Core ML")
     refuse_foreign_folder(request.out, MANIFEST)  # before the search, which may take hours

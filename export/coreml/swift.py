@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from kdc_edge.errors import InputError
+from kdc_edge.export.coreml.swift_tokens import read_swift_vocabulary
 from kdc_edge.text import last_line
+from kdc_edge.tokenizer import save_vocabulary
 
 VOCABULARY = ("vocab.json", "merges.txt")
 COMPILER = ("xcrun", "coremlcompiler", "compile")
@@ -22,8 +23,8 @@ def lay_out_resources(folder: Path) -> None:
     """
     resources = folder / "Resources"
     resources.mkdir()
-    for name in VOCABULARY:
-        shutil.copyfile(folder / "tokenizer" / name, resources / name)
+    words = read_swift_vocabulary(folder / "tokenizer")
+    save_vocabulary(resources, words.vocab, words.merges)
     packages = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.mlpackage"))
     if sys.platform == "darwin":
         for package in packages:

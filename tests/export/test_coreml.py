@@ -250,10 +250,9 @@ def test_on_a_mac_resources_are_compiled(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(swift, "sys", SimpleNamespace(platform="darwin"))
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    for part in ("tokenizer", "unet/Unet.mlpackage", "bin"):
+    for part in ("unet/Unet.mlpackage", "bin"):
         (tmp_path / part).mkdir(parents=True)
-    for name in swift.VOCABULARY:
-        (tmp_path / "tokenizer" / name).write_text("{}")
+    shutil.copytree(GARDEN_TEACHER / "tokenizer", tmp_path / "tokenizer")
     with pytest.raises(InputError, match="xcrun, which comes with Xcode"):
         swift.lay_out_resources(tmp_path)
     for script, code in (("echo 'bad model' >&2; exit 1", 1), ('mkdir "$4/$(basename "$3" .mlpackage).mlmodelc"', 0)):

@@ -1,4 +1,4 @@
-"""LoRAs of every format, against the formula written anew; diffusers' names are the reference for kohya's."""
+"""LoRAs of every format, against the formula written anew and diffusers' own fusion; kohya's names as diffusers has them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_conversion_utils import (
     _convert_non_diffusers_lora_to_diffusers,
     _maybe_map_sgm_blocks_to_diffusers,
@@ -21,8 +22,10 @@ from kdc_edge.checkpoints import Additions, Lora, open_checkpoint
 from kdc_edge.checkpoints.single_file import UNET as UNET_PREFIX
 from kdc_edge.checkpoints.single_file import original_names
 from kdc_edge.errors import CheckpointError, InputError
+from kdc_edge.quiet import quiet
 from kdc_edge.train.teachers import GARDEN_TEACHER
 from tests.checkpoints.conftest import Model
+from tests.checkpoints.test_single_file import EQUAL_DB, distance
 
 State = dict[str, Tensor]
 UNET = "diffusion_pytorch_model.safetensors"
@@ -144,6 +147,38 @@ def test_a_lora_is_added_by_its_formula(
         torch.testing.assert_close(after[name], fused(before[name], up, down, 0.8 * scale), rtol=1e-5, atol=1e-5)
     sources = json.loads((folder / "sources.json").read_text())["sources"]
     assert [(s["role"], s["name"], s["weight"]) for s in sources[1:]] == [("lora", "x.safetensors", 0.8)]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["kohya", "peft"])
+def test_a_fused_lora_equals_diffusers_fused_pipeline(before: State, tmp_path: Path, kind: str) -> None:
+    """Every linear and convolutional layer of U-Net and text encoder, tensor by tensor, and an image of both."""
+    torch.manual_seed(2)
+    pairs = {}
+    for name, tensor in before.items():
+        if tensor.ndim > 1 and "embeddings" not in name:
+            up = 0.1 * torch.randn(tensor.shape[0], 2, *[1] * (tensor.ndim - 2))
+            pairs[name.removesuffix(".weight")] = (up, 0.1 * torch.randn(2, *tensor.shape[1:]))
+    state = kohya(pairs, 3.0) if kind == "kohya" else dotted(pairs, ".lora_B.weight", ".lora_A.weight")
+    path = write(state, tmp_path / "x.safetensors")
+    with quiet():
+        theirs = StableDiffusionPipeline.from_pretrained(GARDEN_TEACHER, torch_dtype=torch.float32)
+        assert distance(GARDEN_TEACHER, theirs) > EQUAL_DB
+        theirs.load_lora_weights(path)
+        theirs.fuse_lora(lora_scale=0.7)
+        theirs.unload_lora_weights()
+    wanted = {f"text.{name.removeprefix('text_model.')}": t for name, t in theirs.text_encoder.state_dict().items()}
+    wanted |= theirs.unet.state_dict()
+    said: list[str] = []
+    folder = open_checkpoint(GARDEN_TEACHER, Additions(loras=(Lora(path, 0.7),)), say=said.append)
+    assert f"x.safetensors: fused into {len(pairs)} layers, weight 0.7" in said
+    after = weights(folder)
+    assert after.keys() == wanted.keys()
+    assert {n for n in wanted if not torch.equal(wanted[n], before[n].float())} == {f"{n}.weight" for n in pairs}
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(after[name].float(), tensor, rtol=1e-5, atol=1e-6)
+    assert distance(folder, theirs) > EQUAL_DB
+    assert distance(GARDEN_TEACHER, theirs) < 40  # the LoRA shows
 
 
 def test_every_layer_of_kohya_is_the_one_that_diffusers_takes(before: State) -> None:

@@ -1,7 +1,8 @@
 """Configurations of published checkpoints, key by key, and small networks of them.
 
-As in copies of their repositories; Stable Diffusion 2.1 has the keys of 2.1-base. BK-SDM-Small's U-Net is that of its
-authors' code, its other parts are what diffusers 0.15 and transformers 4.27 write. A value that gives the size is
+As in copies of their repositories; Stable Diffusion 2.1 has the keys of 2.1-base and upcast_attention, as
+kohya-ss/sd-scripts cites it (library/original_unet.py). BK-SDM-Small's U-Net is that of its authors' code
+(Nota-NetsPresso/BK-SDM), its other parts are what diffusers 0.15 and transformers 4.27 write. A value that gives the size is
 reduced in `REDUCED`; all others, and which keys there are, are as published.
 """
 
@@ -85,7 +86,7 @@ PUBLISHED: dict[str, dict[str, Config]] = {
         scheduler={**_PNDM, "clip_sample": False},
     ),
     "Stable Diffusion 2.1": _of(
-        "0.10.0.dev0", unet={**_UNET_2, "sample_size": 96}, vae={**_VAE, "sample_size": 768},
+        "0.10.0.dev0", unet={**_UNET_2, "sample_size": 96, "upcast_attention": True}, vae={**_VAE, "sample_size": 768},
         text_encoder={**_TEXT_2, "torch_dtype": "float32", "transformers_version": "4.25.0.dev0"},
         scheduler={**_PNDM, "_class_name": "DDIMScheduler", "clip_sample": False, "prediction_type": "v_prediction"},
     ),

@@ -7,9 +7,9 @@ pairs of higher ranks join what the vocabulary's own pairs leave of it:
 
     < cat - toy ></w>    toy ></w>,  - toy></w>,  cat -toy></w>,  < cat-toy></w>
 
-Pieces of part of a token have no id: a word that had two of them side by side, and is not the token, would lose them.
-So the first pair joined has an angle bracket, which no word of a prompt has. Without one, tokens of two pieces are
-read; where such a pair is in another word, that word ends in the token, and transformers reads the token there too.
+Parts of a token have no id: a word with such a pair that is not the token would lose both pieces. So every pair has an
+angle bracket, and words without one are read as before. Tokens of two pieces need none: where their pair is in another
+word, that word ends in the token, and transformers reads the token there too.
 """
 
 from __future__ import annotations

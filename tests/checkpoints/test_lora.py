@@ -1,4 +1,4 @@
-"""LoRAs of every format, against the formula written anew and diffusers' own fusion; kohya's names as diffusers has them."""
+"""LoRAs of every format, against the formula and diffusers' own fusion; kohya's names against diffusers'."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 As in copies of their repositories; Stable Diffusion 2.1 has the keys of 2.1-base and upcast_attention, as
 kohya-ss/sd-scripts cites it (library/original_unet.py). BK-SDM-Small's U-Net is that of its authors' code
-(Nota-NetsPresso/BK-SDM), its other parts are what diffusers 0.15 and transformers 4.27 write. A value that gives the size is
-reduced in `REDUCED`; all others, and which keys there are, are as published.
+(Nota-NetsPresso/BK-SDM), its other parts are what diffusers 0.15 and transformers 4.27 write. A value that gives the
+size is reduced in `REDUCED`; all others, and which keys there are, are as published.
 """
 
 from __future__ import annotations

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from kdc_edge.errors import InputError
+from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.train.data.batch import Batch, add_noise
 from kdc_edge.train.loop import Trainer
 from kdc_edge.train.losses import mean_squared_error
@@ -96,3 +98,23 @@ def test_an_objective_registered_from_outside_trains_and_resumes(
 def test_an_unknown_objective_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--objective 'magic' is unknown.* from distillation, phased"):
         Trainer(config(objective="magic"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_noise_and_targets_are_those_of_diffusers(prediction_type: str, zero_snr: bool) -> None:
+    """As in diffusers' training scripts, up to the last timestep, which zero terminal SNR leaves without signal."""
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    settings |= {"prediction_type": prediction_type, "rescale_betas_zero_snr": zero_snr}
+    theirs = DDPMScheduler(**settings)
+    ours = NoiseSchedule.from_config({"_class_name": "DDPMScheduler", **settings})
+    assert (ours.alphas_cumprod[-1] == 0) == zero_snr
+    torch.manual_seed(0)
+    sample, noise, timestep = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3), torch.tensor([0, 1, 500, 998, 999])
+    batch = Batch(sample, noise, timestep, torch.zeros(5, dtype=torch.bool), [""] * 5)
+    alphas_cumprod = torch.tensor(ours.alphas_cumprod, dtype=torch.float32)
+    noisy, target = add_noise(batch, alphas_cumprod, prediction_type=ours.prediction_type)
+    velocity = theirs.get_velocity(sample, noise, timestep)
+    wanted = {"epsilon": noise, "sample": sample, "v_prediction": velocity}[prediction_type]
+    torch.testing.assert_close(noisy, theirs.add_noise(sample, noise, timestep), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(target, wanted, rtol=1e-5, atol=1e-5)

@@ -47,6 +47,8 @@ def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
     )  # fmt: skip
     if config.device not in ("auto", accelerator.device.type):
         raise InputError(f"--device {config.device} is not here: this machine has {accelerator.device.type}")
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as torch's convolutions have by default
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise InputError("FSDP of the first version is not supported: set fsdp_version 2 in accelerate's configuration")
     micro_batches = accelerator.num_processes * config.accumulate
@@ -90,7 +92,10 @@ class Student:
 
     def _new_ema(self) -> EMAModel:
         """A moving average that starts at the network's weights."""
-        return EMAModel(self.network.parameters(), decay=self._ema_decay, use_ema_warmup=True, power=0.75)
+        return EMAModel(
+            self.network.parameters(), decay=self._ema_decay, use_ema_warmup=True, power=0.75,
+            foreach=self.accelerator.device.type == "cuda",  # a launch for all weights: rounded otherwise than on CPUs
+        )  # fmt: skip
 
     def begin_task(self) -> None:
         """Forget the optimizer's moments of the task before."""
@@ -114,7 +119,8 @@ class Student:
         self.ema.copy_to(self.network.parameters())
         self.network.eval()
         try:
-            yield self.network
+            with torch.compiler.set_stance("force_eager"):  # evaluation's shapes would be compiled one by one
+                yield self.network
         finally:
             reshard(self.prepared)
             self.ema.restore(self.network.parameters())

@@ -109,7 +109,9 @@ class Teacher:
         model = model or self.model
         text_encoder, tokenizer = self.embed.text_encoder, self.embed.tokenizer
         request = made_for(model, replace(evaluation_request(self._config), width=self.size, height=self.size))
-        return torch_generator(model, tokenizer, text_encoder, unet, self.vae, request)
+        return torch_generator(
+            model, tokenizer, text_encoder, unet, self.vae, request, autocast=self._accelerator.autocast
+        )
 
 
 @dataclass(frozen=True)

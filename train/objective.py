@@ -38,7 +38,7 @@ class Stopwatch:
 
     def __init__(self, *, exact: bool = False) -> None:
         self.seconds: dict[str, float] = {}
-        self._exact = exact
+        self.exact = exact
 
     @contextmanager
     def __call__(self, section: str) -> Iterator[None]:
@@ -49,7 +49,7 @@ class Stopwatch:
             self.seconds[section] = self.seconds.get(section, 0.0) + self._now() - started
 
     def _now(self) -> float:
-        if self._exact and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if self.exact and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
         return perf_counter()
 

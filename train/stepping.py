@@ -77,16 +77,19 @@ class Stepper:
             by_bin[0].index_add_(0, bins, binned)
             by_bin[1].index_add_(0, bins, torch.ones_like(binned))
         with self.watch("optimizer"):
-            means = accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
-            losses = dict(zip(sums, means, strict=True))
-            if not math.isfinite(losses["total"]):
-                raise KdcError(
-                    f"the loss is no number at {name}: lower --learning-rate, then --resume from the last saved state"
-                )
-            losses |= add_penalty()
+            penalty = add_penalty()
             self.student.end_step()
-            total, count = accelerator.reduce(by_bin, "sum").tolist()
-        return losses, [t / n if n else None for t, n in zip(total, count, strict=True)]
+            means = accelerator.reduce(torch.stack(list(sums.values())), "mean")
+            total = accelerator.reduce(by_bin, "sum")
+            # The one wait for the device in a step, when all of the step's work is under way.
+            found = torch.cat([means, total.flatten()]).tolist()
+        losses = dict(zip(sums, found, strict=False))
+        if not math.isfinite(losses["total"]):
+            raise KdcError(
+                f"the loss is no number at {name}: lower --learning-rate, then --resume from the last saved state"
+            )
+        by_timestep = zip(found[-2 * objective.bins : -objective.bins], found[-objective.bins :], strict=True)
+        return losses | penalty, [t / n if n else None for t, n in by_timestep]
 
     def own_samples(self) -> list[int]:
         """The numbers of the samples of a batch that this process computes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -147,17 +148,22 @@ def torch_generator(
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
     request: Request = EVALUATION,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Generator:
-    """Networks in PyTorch, where they are and in their dtype, as a generator."""
+    """Networks in PyTorch, where they are and in their dtype, as a generator; the U-Net runs under `autocast`."""
 
     def encode(**inputs: np.ndarray) -> np.ndarray:
         """Text embeddings rounded to fp16, as training caches them."""
         return embed(**inputs).astype(np.float16).astype(np.float32)
 
-    embed = TorchComponent("text_encoder", text_encoder)
+    def denoise(**inputs: np.ndarray) -> np.ndarray:
+        with autocast():
+            return predict(**inputs)
+
+    embed, predict = TorchComponent("text_encoder", text_encoder), TorchComponent("unet", unet)
     components: dict[str, Component] = {
         "text_encoder": encode,
-        "unet": TorchComponent("unet", unet),
+        "unet": denoise,
         "vae_decoder": TorchComponent("vae_decoder", vae),
     }
     return Generator(Pipeline(model, tokenizer, components, decoder_batch=DECODER_BATCH), request)

@@ -4,13 +4,14 @@
     python -m kdc_edge.train.tools.benchmark --batch-size 1 4 16           # ours against the plain recipe, in turns
 
 The plain recipe is what most scripts do: images and captions are encoded at every step, all weights are kept in 32
-bits and run under fp16 autocast, nothing is compiled and the memory layout is torch's default. CPUs compute fp16
-slowly, so the recipe is measured without autocast as well.
+bits and run under fp16 autocast, nothing is compiled; optimizer, moving average, memory layout and TF32 are as their
+libraries set them. CPUs compute fp16 slowly, so the recipe is measured without autocast as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import resource
@@ -21,10 +22,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
+from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from kdc_edge.diffusers_folder import read_model
-from kdc_edge.errors import InputError
+from kdc_edge.errors import InputError, KdcError
 from kdc_edge.files import temporary_folder
 from kdc_edge.train.checkpoint import GARDEN_TEACHER, find_teacher
 from kdc_edge.train.config import TrainConfig
@@ -38,6 +41,7 @@ from kdc_edge.train.objective import Stopwatch
 from kdc_edge.train.stepping import StepDone
 
 WARMUP = 2  # steps that are not counted
+SHARE_STEPS = 4  # behind the timed ones: telling the sections apart makes the device wait for the host
 OURS, PLAIN_FP16, PLAIN_FP32 = RECIPES = ("cached-latents", "plain-fp16", "plain-fp32")
 
 
@@ -66,22 +70,24 @@ class Speed:
 
 
 def measure(recipe: str, config: TrainConfig, steps: int) -> Speed:
-    """One of RECIPES, in a folder that is gone afterwards."""
+    """One of RECIPES, in a folder that is gone afterwards. Raises KdcError where the device's memory is too small."""
     with temporary_folder() as folder:
         run = folder / "run"
-        if recipe == OURS:
-            return measure_run(config, run, steps)
-        return measure_plain(config, run, steps, half=recipe == PLAIN_FP16)
+        try:
+            if recipe == OURS:
+                return measure_run(config, run, steps)
+            return measure_plain(config, run, steps, half=recipe == PLAIN_FP16)
+        except torch.OutOfMemoryError:
+            raise KdcError(f"{recipe}, batch {config.batch_size}: the device's memory is too small") from None
 
 
 def measure_run(config: TrainConfig, run: Path, steps: int) -> Speed:
     """The speed of the first task's steps; raises InputError for fewer than one."""
     if steps < 1:
         raise InputError(f"--benchmark {steps} is too few: use 1 or more")
-    config = replace(
-        config, steps=steps + WARMUP, save_every=steps + WARMUP, log_with="none", sample_every=0, baselines=False
-    )
-    watch = Stopwatch(exact=True)
+    most = WARMUP + steps + SHARE_STEPS
+    config = replace(config, steps=most, save_every=most, log_with="none", sample_every=0, baselines=False)
+    watch = Stopwatch()
     trainer = Trainer(config, run, watch=watch)
     events = trainer.run()
 
@@ -96,15 +102,18 @@ def measure_plain(config: TrainConfig, run: Path, steps: int, *, half: bool) -> 
     """The plain recipe on the same task, networks, loss and batch; `half` is under fp16 autocast."""
     config = replace(config, log_with="none", channels_last=False, compile=False, mixed_precision="no")
     accelerator = make_accelerator(config, run)
+    torch.set_float32_matmul_precision("highest")
     device: torch.device = accelerator.device
 
     def autocast() -> torch.autocast:
         return torch.autocast(device.type, torch.float16, enabled=half)
 
-    watch = Stopwatch(exact=True)
+    watch = Stopwatch()
     model = read_model(config.teacher)
     learning = prepare_learning(config, model, accelerator, run, watch=watch, autocast=autocast)
     teacher, student, objective = learning.teacher, learning.student, learning.objective
+    optimizer = torch.optim.AdamW(student.network.parameters(), lr=config.learning_rate)
+    student.ema = EMAModel(student.network.parameters(), decay=config.ema_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     source = config.tasks[0].open()
     wanted = min(config.samples or 256, 256)  # decoding is not what is compared: the images lie in memory
@@ -115,12 +124,12 @@ def measure_plain(config: TrainConfig, run: Path, steps: int, *, half: bool) -> 
             batch, text = _encode_batch(teacher, samples, config.batch_size)
         terms = objective(student.prepared, batch, text)
         with watch("student"):
-            student.optimizer.zero_grad()
+            optimizer.zero_grad()
             torch.autograd.backward(scaler.scale(terms["total"].mean()))
         with watch("optimizer"):
-            scaler.unscale_(student.optimizer)
+            scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(student.prepared.parameters(), 1.0)
-            scaler.step(student.optimizer)
+            scaler.step(optimizer)
             scaler.update()
             student.ema.step(student.network.parameters())
 
@@ -147,18 +156,13 @@ def _time(step: Callable[[], None], recipe: str, batch_size: int, steps: int, wa
     for _ in range(WARMUP):
         step()
     prepare_sec = watch.seconds.get("prepare", 0.0)
-    watch.seconds.clear()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(steps):
-        started = time.perf_counter()
-        step()
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    median = sorted(times)[len(times) // 2]
+    median = sorted(_step_times(step, steps, cuda=cuda))[steps // 2]
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    watch.exact = True
+    watch.seconds.clear()
+    sections_sec = sum(_step_times(step, SHARE_STEPS, cuda=cuda))
     return Speed(
         recipe=recipe,
         device=torch.cuda.get_device_name() if cuda else "cpu",
@@ -167,17 +171,45 @@ def _time(step: Callable[[], None], recipe: str, batch_size: int, steps: int, wa
         images_per_sec=batch_size / median,
         step_ms=1000 * median,
         peak_memory_bytes=peak,
-        shares={name: seconds / sum(times) for name, seconds in watch.seconds.items()},
+        shares={name: seconds / sections_sec for name, seconds in watch.seconds.items()},
         prepare_sec=prepare_sec,
     )
 
 
+def _step_times(step: Callable[[], None], count: int, *, cuda: bool) -> list[float]:
+    """Seconds of each step, its work on the device done."""
+    times = []
+    for _ in range(count):
+        started = time.perf_counter()
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def _measure_in_fresh_process(recipe: str, config: TrainConfig, steps: int) -> Speed:
+    """`measure` in a process of its own, whose peak memory is the measurement's."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, recipe, config, steps).result()
+
+
+def _measure_on_gpu(recipe: str, config: TrainConfig, steps: int) -> Speed:
+    """`measure` in this process, which starts with nothing on the device."""
+    AcceleratorState._reset_state(True)  # it keeps one precision a process
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.compiler.reset()
+    return measure(recipe, config, steps)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Our loop against the plain recipe, in turns, a process each.")
+    parser = argparse.ArgumentParser(description="Our loop against the plain recipe, in turns.")
     parser.add_argument("--teacher", default="garden")
     parser.add_argument("--student", default="garden-student")
     parser.add_argument("--task", default="flowers=garden:flowers")
     parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--resolution", type=int, help="pixels; the teacher's where left out")
     parser.add_argument("--recipe", choices=RECIPES, nargs="+", default=list(RECIPES))
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--steps", type=int, default=12)
@@ -191,19 +223,20 @@ def main() -> None:
     teacher = find_teacher(args.teacher) if args.teacher != "garden" else GARDEN_TEACHER
     config = TrainConfig(
         teacher=teacher, student=args.student, tasks=(Task(name, source),), samples=args.samples, replay=0,
+        resolution=args.resolution,
         mixed_precision=args.mixed_precision, channels_last=args.channels_last, compile=args.compile,
         gradient_checkpointing=args.gradient_checkpointing,
     )  # fmt: skip
-    fresh = multiprocessing.get_context("spawn")  # a fresh process per measurement
+    apart = _measure_on_gpu if torch.cuda.is_available() else _measure_in_fresh_process
     for batch_size in args.batch_size:
         found: dict[str, list[Speed]] = {recipe: [] for recipe in args.recipe}
         for _ in range(args.rounds):
             for recipe in args.recipe:
-                with ProcessPoolExecutor(1, mp_context=fresh) as pool:
-                    found[recipe].append(
-                        pool.submit(measure, recipe, replace(config, batch_size=batch_size), args.steps).result()
-                    )
-        for speeds in found.values():
+                try:
+                    found[recipe].append(apart(recipe, replace(config, batch_size=batch_size), args.steps))
+                except KdcError as error:
+                    print(error, flush=True)
+        for speeds in filter(None, found.values()):
             middle = sorted(speeds, key=lambda speed: speed.images_per_sec)[len(speeds) // 2]
             rates = ", ".join(f"{speed.images_per_sec:.2f}" for speed in speeds)
             print("\n".join([*middle.lines(), f"images/s of each round: {rates}"]), flush=True)

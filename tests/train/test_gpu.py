@@ -1,0 +1,72 @@
+"""Training on a CUDA device: `pytest -m gpu tests/train/test_gpu.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch._dynamo.utils import counters
+
+from kdc_edge.train.loop import Trainer
+from kdc_edge.train.stepping import StepDone
+from tests.train.test_loop import TASKS, config
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # that of another version is no failure here
+
+
+@pytest.fixture(autouse=True)
+def _own_precision() -> Iterator[None]:
+    """accelerate keeps one device and precision a process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def losses(run: Path, *, until: int | None = None, **changes: object) -> tuple[list[float], Trainer]:
+    """The totals of the first `until` steps, of all where None; the run goes no further."""
+    AcceleratorState._reset_state(True)
+    resume = bool(changes.pop("resume", False))
+    trainer = Trainer(
+        config(**{"tasks": TASKS[:1], "save_every": 2, "steps": 6, "device": "cuda", **changes}), run, resume=resume
+    )
+    found: list[float] = []
+    for event in trainer.run():
+        if isinstance(event, StepDone):
+            found.append(event.losses["total"])
+        if len(found) == until:
+            break
+    return found, trainer
+
+
+def test_the_curve_is_the_cpus(tmp_path: Path) -> None:
+    cpu, _ = losses(tmp_path / "cpu", device="cpu", mixed_precision="no")
+    gpu, trainer = losses(tmp_path / "gpu", mixed_precision="no")
+    assert trainer.view.device.startswith("cuda")
+    assert gpu == pytest.approx(cpu, rel=0.01)  # TF32
+    bf16, trainer = losses(tmp_path / "bf16")
+    assert {p.dtype for p in trainer.teacher.unet.parameters()} == {torch.bfloat16}
+    assert bf16 == pytest.approx(cpu, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_resumed_run_goes_on_with_the_curve(tmp_path: Path, precision: str) -> None:
+    whole, _ = losses(tmp_path / "whole", mixed_precision=precision)
+    first, trainer = losses(tmp_path / "cut", mixed_precision=precision, until=3)
+    assert (trainer.accelerator.scaler is not None) == (precision == "fp16")
+    rest, _ = losses(tmp_path / "cut", mixed_precision=precision, resume=True)
+    assert [*first[:2], *rest] == pytest.approx(whole, rel=0.02)  # not every kernel adds in one order
+
+
+def test_compiled_blocks_train_alike_and_evaluations_compile_nothing(tmp_path: Path) -> None:
+    eager, _ = losses(tmp_path / "eager", mixed_precision="bf16")
+    torch.compiler.reset()
+    counters.clear()
+    compiled, trainer = losses(tmp_path / "compiled", mixed_precision="bf16", compile=True, until=2)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    trainer.evaluate()
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert compiled == pytest.approx(eager[:2], rel=0.05)

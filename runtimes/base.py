@@ -144,7 +144,7 @@ class LoadedComponents(Mapping[str, Component]):
         names: Sequence[str] = COMPONENTS,
     ) -> None:
         self._names = tuple(names)
-        self._load_unchecked = load
+        self._load = load
         self._check = check
         self._low_memory = low_memory
         self._compile_ahead = compile_ahead and not low_memory
@@ -156,7 +156,7 @@ class LoadedComponents(Mapping[str, Component]):
         """Begin to load and compile a component; its errors are raised when it is asked for."""
 
         def make() -> Component:
-            component = self._load_unchecked(name)
+            component = self._load(name)
             if isinstance(component, SupportsPrepare):
                 for inputs in shapes:
                     component.prepare(inputs)
@@ -177,7 +177,7 @@ class LoadedComponents(Mapping[str, Component]):
                 self._loaded.clear()
                 gc.collect()  # before the next one takes its memory, not after
             if name not in self._loaded:
-                self._loaded[name] = self._checked(name, lambda: self._load_unchecked(name))
+                self._loaded[name] = self._checked(name, lambda: self._load(name))
             return self._loaded[name]
 
     def _checked(self, name: str, load: Callable[[], Component]) -> Component:

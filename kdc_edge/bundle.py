@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdc_edge.errors import BundleError
-from kdc_edge.files import inside, read_json, recover_folder, sha256, write_atomic
-from kdc_edge.stamps import known_sha256
+from kdc_edge.files import FileState, HashName, file_state, hash_file, inside, read_json, recover_folder, write_atomic
 from kdc_edge.text import decibels, invalid_field
 
 MANIFEST = "kdc-edge.json"
@@ -38,7 +37,7 @@ OF_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")  # file managers leave th
 
 Text = Annotated[str, Field(max_length=10_000)]
 ComponentName = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder", "safety_checker"]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # 256 bits
 
 
 class _Record(BaseModel):
@@ -107,7 +106,17 @@ class ComponentInfo(_Record):
 
 class FileInfo(_Record):
     size_bytes: int = Field(ge=0)
-    sha256: Sha256
+    sha256: Digest  # the hub's, and what sha256sum prints
+    blake3: Digest | None = None  # in a third of the time; bundles of before have none
+
+    @property
+    def hashes(self) -> dict[HashName, str]:
+        return {"sha256": self.sha256, **self.fastest}
+
+    @property
+    def fastest(self) -> dict[HashName, str]:
+        """The one hash that takes the least time, by its name."""
+        return {"blake3": self.blake3} if self.blake3 else {"sha256": self.sha256}
 
 
 class Check(_Record):
@@ -140,7 +149,7 @@ class Parity(_Record):
 class CalibrationInfo(_Record):
     """What the ranges of the activations were recorded on."""
 
-    prompts_sha256: Sha256  # of the prompts, one a line
+    prompts_sha256: Digest  # of the prompts, one a line
     prompts: int = Field(ge=1)
     samples: int = Field(ge=1)  # U-Net calls, each with both halves where there is guidance
     seed: int
@@ -162,16 +171,16 @@ class Source(_Record):
 
     role: Literal["checkpoint", "vae", "lora", "embedding"]
     name: Text
-    sha256: Sha256
+    sha256: Digest
     weight: float | None = Field(default=None, allow_inf_nan=False)  # of a LoRA
 
 
 class Provenance(_Record):
     checkpoint: Text  # name of the source folder
-    checkpoint_sha256: Sha256
+    checkpoint_sha256: Digest
     training: Text | None = None  # what a checkpoint of an unfinished run says of itself
     decoder: Text | None = None  # name of the small decoder's folder, where one took the place of the checkpoint's
-    decoder_sha256: Sha256 | None = None
+    decoder_sha256: Digest | None = None
     sources: list[Source] = Field(default=[], max_length=100)  # where the checkpoint was assembled from other files
     packages: dict[str, Text]
     command: Text | None = None
@@ -250,34 +259,40 @@ class Bundle:
                     raise BundleError(f"{self.root / MANIFEST} is damaged: {name} is used but not listed")
 
     def verify(self) -> int:
-        """Check every file's hash, and that nothing was added; the number of files. Raises BundleError."""
-        self.check_hashes()
+        """Check every hash of every file, and that nothing was added; the number of files. Raises BundleError."""
+        self._check_hashes(self.manifest.files)
         self._refuse_unlisted(self.root)
         return len(self.manifest.files)
 
     def check_hashes(self) -> None:
-        """Check the hash of every file that the manifest lists. Raises BundleError."""
-        self._check_hashes(self.manifest.files)
+        """Check the fastest hash of every file that the manifest lists. Raises BundleError."""
+        self._check_hashes(self.manifest.files, fastest=True)
 
-    def check(self, part: str) -> None:
+    def check(self, part: str) -> dict[str, FileState]:
         """Check a component, or another folder such as "tokenizer", before anything in it is used.
 
-        Its files have the hashes that the manifest lists, and no other file lies among them: an engine opens what a
-        network names. A large file that has not changed since it was checked is not read again (stamps.py). Raises
-        BundleError.
+        Each of its files has the fastest hash that the manifest lists for it, and no other file lies among them: an
+        engine opens what a network names. Gives their states from before. Raises BundleError.
         """
+        before = self.states(part)
+        self._check_hashes(before, fastest=True)
+        for folder in {self.root / part, *((self.root / name).parent for name in before)}:
+            self._refuse_unlisted(folder)
+        return before
+
+    def states(self, part: str) -> dict[str, FileState]:
+        """By name, what the system tells of a component's files; it differs for a file that was written or replaced."""
         used = [
             name for component, info in self.manifest.components.items() if component == part for name in info.files
         ]
         names = {*used, *(name for name in self.manifest.files if name.startswith(f"{part}/"))}
-        self._check_hashes(names, by=known_sha256)
-        for folder in {self.root / part, *((self.root / name).parent for name in used)}:
-            self._refuse_unlisted(folder)
+        return {name: file_state(self.root / name) for name in names}
 
-    def _check_hashes(self, names: Iterable[str], *, by: Callable[[Path], str] = sha256) -> None:
+    def _check_hashes(self, names: Iterable[str], *, fastest: bool = False) -> None:
         for name in sorted(names):
-            path = self.root / name
-            if by(path) != self.manifest.files[name].sha256:
+            path, info = self.root / name, self.manifest.files[name]
+            listed = info.fastest if fastest else info.hashes
+            if hash_file(path, *listed) != listed:
                 raise BundleError(f"{path} has changed since it was exported: copy or export it again")
 
     def _refuse_unlisted(self, folder: Path) -> None:
@@ -332,13 +347,14 @@ def find_bundles(folder: Path) -> list[Path]:
 
 
 def list_files(root: Path, known: Mapping[str, FileInfo] = MappingProxyType({})) -> dict[str, FileInfo]:
-    """Every file under `root` but the manifest, with size and hash, in order of name; `known` ones are as before."""
+    """Every file under `root` but the manifest, with size and hashes, in order of name; `known` ones are as before."""
     found = sorted(p for p in root.rglob("*") if p.is_file() and p != root / MANIFEST)
     names = {p.relative_to(root).as_posix(): p for p in found}
-    return {
-        name: known[name] if name in known else FileInfo(size_bytes=p.stat().st_size, sha256=sha256(p))
-        for name, p in names.items()
-    }
+    return {name: known[name] if name in known else _describe(p) for name, p in names.items()}
+
+
+def _describe(path: Path) -> FileInfo:
+    return FileInfo(size_bytes=path.stat().st_size, **hash_file(path, "sha256", "blake3"))
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:

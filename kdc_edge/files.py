@@ -20,9 +20,12 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from blake3 import blake3
 
 from kdc_edge.errors import InputError, KdcError
 
@@ -33,13 +36,33 @@ MAX_JSON_BYTES = 16 * 2**20
 MAX_PATH_CHARS = 1000
 MAX_NAME_BYTES = 255
 TEMPORARY = ".kdc-edge-part-"  # how a temporary folder's name begins
+FileState = tuple[int, int, int, int, int]  # device, inode, size in bytes, times of change of content and inode in ns
+HashName = Literal["sha256", "blake3"]
+HASHES: dict[HashName, Callable[[], Any]] = {"sha256": hashlib.sha256, "blake3": blake3}
+BLOCK = 2**20  # bytes; read into a processor's second cache and hashed there: faster than more, and than mapping
 PART, OLD = ".part-new", ".part-old"  # of a folder: what comes, and what goes where two folders cannot be exchanged
 
 
+def hash_file(path: Path, *names: HashName) -> dict[HashName, str]:
+    """The file's hashes, each as 64 hexadecimal digits; the file is read once."""
+    found = {name: HASHES[name]() for name in names}
+    block = memoryview(bytearray(BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            for hasher in found.values():
+                hasher.update(block[:size])
+    return {name: hasher.hexdigest() for name, hasher in found.items()}
+
+
 def sha256(path: Path) -> str:
-    """The file's SHA-256 as 64 hexadecimal digits, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The file's SHA-256 as 64 hexadecimal digits."""
+    return hash_file(path, "sha256")["sha256"]
+
+
+def file_state(path: Path) -> FileState:
+    """What tells a file that was written or replaced: no program can set the time of a change of the inode."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def user_cache() -> Path:

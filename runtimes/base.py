@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock, RLock
+from threading import RLock
 from typing import Protocol, cast
 
 from kdc_edge.bundle import Bundle, ComponentInfo
@@ -129,8 +130,8 @@ class LoadedComponents(Mapping[str, Component]):
 
     The decoder is not in memory while the first image's U-Net runs. With `low_memory` one component is held at a
     time: asking for one drops the other, which is loaded again for the next image. With `compile_ahead` one is
-    compiled while another computes, unless memory is short. `check` takes a component's name and raises where its
-    files are not the exported ones: it runs while the engine loads, and no component is given before it is done.
+    compiled while another computes, unless memory is short. `check` takes the name of a component that was loaded and
+    raises where its files are not the exported ones: no component is given before.
     """
 
     def __init__(
@@ -143,10 +144,8 @@ class LoadedComponents(Mapping[str, Component]):
         names: Sequence[str] = COMPONENTS,
     ) -> None:
         self._names = tuple(names)
-        self._load_unchecked = load
+        self._load = load
         self._check = check
-        self._checks: dict[str, Future[None]] = {}
-        self._checks_lock = Lock()  # loading happens on two threads
         self._low_memory = low_memory
         self._compile_ahead = compile_ahead and not low_memory
         self._lock = RLock()
@@ -181,21 +180,13 @@ class LoadedComponents(Mapping[str, Component]):
                 self._loaded[name] = self._checked(name, lambda: self._load(name))
             return self._loaded[name]
 
-    def _load(self, name: str) -> Component:
-        with self._checks_lock:
-            if self._check and not self._checks:
-                pool = ThreadPoolExecutor(1)
-                self._checks |= {component: pool.submit(self._check, component) for component in self}
-                pool.shutdown(wait=False)
-        return self._load_unchecked(name)
-
     def _checked(self, name: str, load: Callable[[], Component]) -> Component:
         """What `load` gives; a damaged file is named by its check, whatever the engine thought of it."""
         try:
             return load()
         finally:
-            if name in self._checks:
-                self._checks[name].result()
+            if self._check:
+                self._check(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -206,6 +197,30 @@ class LoadedComponents(Mapping[str, Component]):
     def __contains__(self, name: object) -> bool:
         """Without loading it, as Mapping's own would."""
         return name in self._names
+
+
+class EarlyCheck:
+    """The check of a bundle's components, begun before they are loaded, in the time that loading leaves the cores."""
+
+    def __init__(self, bundle: Bundle, names: Sequence[str]) -> None:
+        self._bundle = bundle
+        pool = ThreadPoolExecutor(1, initializer=_step_back)
+        self._found = {name: pool.submit(bundle.check, name) for name in names}
+        pool.shutdown(wait=False)
+
+    def __call__(self, name: str) -> None:
+        """Wait for the check of a loaded component, whose files are checked again where they have changed since.
+
+        Raises BundleError.
+        """
+        if self._found[name].result() != self._bundle.states(name):
+            self._bundle.check(name)
+
+
+def _step_back() -> None:
+    """Let other threads go first; Linux counts nice by thread, other systems for the whole process."""
+    if sys.platform == "linux":
+        os.nice(10)
 
 
 def open_component(folder: Path, name: str, options: LoadOptions) -> tuple[Bundle, ComponentInfo, Path]:

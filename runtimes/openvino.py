@@ -254,5 +254,8 @@ def _mappings(path: Path) -> Iterator[tuple[int, int]]:
             yield begin, end - begin
 
 
+# Two threads that both ask for a dtype first wait for each other for ever: OpenVINO makes its table at the first call,
+# and lets go of Python's lock meanwhile.
+_ov.Type.f32.to_dtype()
 _CORE = _ov.Core()
 RUNTIME = OpenVinoRuntime()

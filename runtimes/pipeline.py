@@ -37,6 +37,7 @@ from kdc_edge.prompt_weights import MAX_CHUNKS
 from kdc_edge.request import Request, own_request
 from kdc_edge.runtimes.base import (
     ENGINES,
+    EarlyCheck,
     Engine,
     LoadedComponents,
     LoadOptions,
@@ -107,9 +108,6 @@ class Pipeline(path.Pipeline):
             folder = open_checkpoint(folder)
         bundle, model, chosen = _choose(folder, engine)
         check_threads(threads)
-        if bundle and check:
-            bundle.check("tokenizer")
-        tokenizer = Tokenizer.from_folder(folder / "tokenizer")
         runtime = get_runtime(chosen.name)
         named = split_devices(device)
         kept = None if cache is None else Path(cache)
@@ -126,10 +124,13 @@ class Pipeline(path.Pipeline):
             )
             for c in names
         }
+        if bundle and check:
+            bundle.check("tokenizer")
         components = LoadedComponents(
             lambda c: runtime.load(folder, c, options[c]), low_memory=low_memory, compile_ahead=chosen.compiles_ahead,
-            check=bundle.check if bundle and check else None, names=names,
+            check=EarlyCheck(bundle, names) if bundle and check else None, names=names,
         )  # fmt: skip
+        tokenizer = Tokenizer.from_folder(folder / "tokenizer")
         # A graph of fixed text length reads one chunk of a long prompt; ours for Core ML have one.
         inputs = bundle.component("unet")[0].inputs if bundle else {}
         text = inputs["encoder_hidden_states"].shape[1:2] if "encoder_hidden_states" in inputs else []

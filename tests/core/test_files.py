@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from kdc_edge.errors import BundleError, InputError
-from kdc_edge.files import atomic_folder, inside, parse_size, read_json, sha256, write_atomic
+from kdc_edge.files import BLOCK, atomic_folder, hash_file, inside, parse_size, read_json, sha256, write_atomic
 
 
 def left_over(folder: Path) -> list[str]:
@@ -136,9 +139,20 @@ def test_read_json_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
         read_json(path, BundleError)
 
 
-def test_sha256(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
-    assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+def test_hashes(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(b"abc")  # FIPS 180-2, appendix B.1; the BLAKE3 reference's b3sum
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256(file) == expected
+    expected3 = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
+    assert hash_file(file, "sha256", "blake3") == {"sha256": expected, "blake3": expected3}
+
+
+def test_a_file_of_several_blocks_has_the_hashes_of_its_whole(tmp_path: Path) -> None:
+    content = random.Random(0).randbytes(2 * BLOCK + 1)
+    (tmp_path / "a").write_bytes(content)
+    expected = {"blake3": blake3(content).hexdigest(), "sha256": hashlib.sha256(content).hexdigest()}
+    assert hash_file(tmp_path / "a", "blake3", "sha256") == expected
 
 
 def test_sizes_are_read_in_decimal_and_binary_units() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,49 @@ def test_every_way_of_loading_checks(own_bundle: Path) -> None:
     with pytest.raises(BundleError, match="has changed"):
         list(open_pipeline(own_bundle, low_memory=True).run(REQUEST))
     assert get_runtime("onnxruntime").load(own_bundle, "unet", LoadOptions(check=False))
+
+
+@pytest.mark.parametrize("change", ["written", "replaced"])
+def test_a_file_that_changes_after_its_check_is_checked_again(own_bundle: Path, change: str) -> None:
+    unet = own_bundle / "unet" / "model.onnx"
+    pipeline = open_pipeline(own_bundle)
+    assert pipeline.components["vae_decoder"]  # the last one to be checked
+    before = unet.stat()
+    if change == "replaced":
+        shutil.copy(unet, unet.with_name("new"))
+        unet.with_name("new").replace(unet)
+    flip(unet)
+    os.utime(unet, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(BundleError, match=r"unet/model\.onnx has changed"):
+        pipeline.components["unet"]
+
+
+def rewrite_hashes(bundle: Path, **changes: str | None) -> None:
+    """Set these fields of every listed file."""
+    manifest = json.loads((bundle / MANIFEST).read_text("utf-8"))
+    for info in manifest["files"].values():
+        info.update(changes)
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_each_of_the_two_hashes_is_of_the_files_content(own_bundle: Path) -> None:
+    rewrite_hashes(own_bundle, sha256="0" * 64)
+    assert open_pipeline(own_bundle).components["unet"]  # by the fastest
+    with pytest.raises(BundleError, match="has changed"):
+        Bundle.open(own_bundle).verify()
+    rewrite_hashes(own_bundle, blake3="0" * 64)
+    with pytest.raises(BundleError, match="has changed"):
+        open_pipeline(own_bundle)
+
+
+def test_a_bundle_of_before_is_checked_by_sha256(own_bundle: Path) -> None:
+    rewrite_hashes(own_bundle, blake3=None)
+    assert Bundle.open(own_bundle).verify()
+    assert open_pipeline(own_bundle).components["unet"]
+    flip(own_bundle / "unet" / "model.onnx")
+    for use in (Bundle.open(own_bundle).verify, lambda: open_pipeline(own_bundle).components["unet"]):
+        with pytest.raises(BundleError, match="has changed"):
+            use()
 
 
 def put_weights_beside(bundle: Path) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from tests.report.browser import CHROMIUM
+from tests.traced_module import SMALL_STAGES
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -62,16 +63,11 @@ def make_checkpoint(folder: Path) -> Path:
     disable_progress_bar()
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-    stages = {
-        "block_out_channels": (32, 80),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
     StableDiffusionPipeline(
         vae=make_vae(),
         text_encoder=make_text_encoder(tokenizer),
         tokenizer=tokenizer,
-        unet=UNet2DConditionModel(**{**find_preset("garden-student").unet, **stages}),
+        unet=UNet2DConditionModel(**{**find_preset("garden-student").unet, **SMALL_STAGES}),
         scheduler=make_scheduler(),
         safety_checker=None,
         feature_extractor=None,

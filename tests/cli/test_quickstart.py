@@ -12,7 +12,7 @@ import pytest
 from kdc_edge.cli.quickstart_training import Watch, _Beside
 from kdc_edge.errors import KdcError
 from tests.cli.test_commands import complaint, run
-from tests.traced_module import FOLDER, python_module_with_traces
+from tests.traced_module import FOLDER, python_module_with_traces, small_presets
 
 
 class Text(HTMLParser):
@@ -41,6 +41,7 @@ def test_quickstart_goes_from_teacher_to_report(
 ) -> None:
     monkeypatch.setenv(FOLDER, str(traced_folder))
     monkeypatch.setattr("kdc_edge.cli.quickstart_training.python_module", python_module_with_traces)
+    monkeypatch.setattr("kdc_edge.presets.PRESETS", small_presets())
     done = run(
         "quickstart", "--out", "demo", "--steps", 2, "--batch-size", 2, "--samples", 8, "--eval-images", 2,
         "--eval-steps", 1, "--repeats", 1, cwd=tmp_path,

@@ -41,7 +41,7 @@ from kdc_edge.train.objective import Stopwatch
 from kdc_edge.train.stepping import StepDone
 
 WARMUP = 2  # steps that are not counted
-SHARE_STEPS = 4  # behind the timed ones: telling the sections apart makes the device wait for the host
+SHARE_STEPS = 4  # at most, behind the timed ones: telling the sections apart makes the device wait for the host
 OURS, PLAIN_FP16, PLAIN_FP32 = RECIPES = ("cached-latents", "plain-fp16", "plain-fp32")
 
 
@@ -85,7 +85,7 @@ def measure_run(config: TrainConfig, run: Path, steps: int) -> Speed:
     """The speed of the first task's steps; raises InputError for fewer than one."""
     if steps < 1:
         raise InputError(f"--benchmark {steps} is too few: use 1 or more")
-    most = WARMUP + steps + SHARE_STEPS
+    most = WARMUP + steps + min(steps, SHARE_STEPS)
     config = replace(config, steps=most, save_every=most, log_with="none", sample_every=0, baselines=False)
     watch = Stopwatch()
     trainer = Trainer(config, run, watch=watch)
@@ -162,7 +162,7 @@ def _time(step: Callable[[], None], recipe: str, batch_size: int, steps: int, wa
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     watch.exact = True
     watch.seconds.clear()
-    sections_sec = sum(_step_times(step, SHARE_STEPS, cuda=cuda))
+    sections_sec = sum(_step_times(step, min(steps, SHARE_STEPS), cuda=cuda))
     return Speed(
         recipe=recipe,
         device=torch.cuda.get_device_name() if cuda else "cpu",

@@ -15,6 +15,7 @@ from PIL import Image
 from kdc_edge.formats import formats_table
 from kdc_edge.image import read_parameters
 from tests.cli.test_commands import run
+from tests.traced_module import small_presets
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -41,9 +42,10 @@ warmup = 0
 
 
 @pytest.mark.usefixtures("traced_once")
-def test_the_bare_workflow_and_every_other_command(tmp_path: Path) -> None:
+def test_the_bare_workflow_and_every_other_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Typed one after the other in a folder that was empty but for the settings that shorten them."""
     (tmp_path / "kdc-edge.toml").write_text(SHORT)
+    monkeypatch.setattr("kdc_edge.presets.PRESETS", small_presets())
     ours = [shlex.split(c)[1:] for c in COMMANDS if c.startswith("kdc-edge ")]
     done = [run(*arguments, cwd=tmp_path) for arguments in ours]
     assert [words[0] for words in ours[:4]] == ["train", "export", "generate", "bench"]

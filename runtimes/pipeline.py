@@ -108,11 +108,12 @@ class Pipeline(path.Pipeline):
             folder = open_checkpoint(folder)
         bundle, model, chosen = _choose(folder, engine)
         check_threads(threads)
-        runtime = get_runtime(chosen.name)
         named = split_devices(device)
         kept = None if cache is None else Path(cache)
         there = bundle.manifest.components if bundle else optional_components(folder)
         names = [*COMPONENTS, *(c for c in OPTIONAL if c in there and (safety_checker or c != CHECKER))]
+        early = EarlyCheck(bundle, names) if bundle and check else None  # while one core imports the engine
+        runtime = get_runtime(chosen.name)
         options = {
             c: LoadOptions(
                 check_device(runtime, named.get(c, named.get(""))),
@@ -128,7 +129,7 @@ class Pipeline(path.Pipeline):
             bundle.check("tokenizer")
         components = LoadedComponents(
             lambda c: runtime.load(folder, c, options[c]), low_memory=low_memory, compile_ahead=chosen.compiles_ahead,
-            check=EarlyCheck(bundle, names) if bundle and check else None, names=names,
+            check=early, names=names,
         )  # fmt: skip
         tokenizer = Tokenizer.from_folder(folder / "tokenizer")
         # A graph of fixed text length reads one chunk of a long prompt; ours for Core ML have one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,9 +15,12 @@ import pytest
 
 import kdc_edge
 from kdc_edge import Pipeline, Request
+from kdc_edge.bundle import Bundle
 from kdc_edge.errors import InputError, KdcWarning
 from kdc_edge.image import preview
 from kdc_edge.pipeline import Progress
+from kdc_edge.runtimes import pipeline as runtime_pipeline
+from kdc_edge.runtimes.base import Runtime
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +156,26 @@ def test_threads_make_equal_images(pipeline: Pipeline) -> None:
         found = list(pool.map(make, [0, 1, 2] * 3))
     for i, image in enumerate(found):
         np.testing.assert_array_equal(image, alone[i % 3])
+
+
+def test_the_check_of_the_files_begins_before_the_engine_is_imported(
+    bundle_fp32: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = threading.Event()
+    check, found = Bundle.check, runtime_pipeline.get_runtime
+
+    def noted(bundle: Bundle, part: str) -> Any:
+        if part == "text_encoder":  # the first component that an image needs
+            begun.set()
+        return check(bundle, part)
+
+    def imported(name: str) -> Runtime:
+        assert begun.wait(10)
+        return found(name)
+
+    monkeypatch.setattr(Bundle, "check", noted)
+    monkeypatch.setattr(runtime_pipeline, "get_runtime", imported)
+    assert Pipeline.open(bundle_fp32).components["unet"]
 
 
 def test_threads_share_one_load(bundle_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:

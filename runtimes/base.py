@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import RLock
+from threading import RLock, Thread
 from typing import Protocol, cast
 
 from kdc_edge.bundle import Bundle, ComponentInfo
 from kdc_edge.components import COMPONENTS, Component, Shapes, SupportsPrepare
 from kdc_edge.errors import InputError, UsageError, unknown_choice
+from kdc_edge.files import FileState
 from kdc_edge.formats import Format
 from kdc_edge.hardware import check_threads
 
@@ -204,9 +205,16 @@ class EarlyCheck:
 
     def __init__(self, bundle: Bundle, names: Sequence[str]) -> None:
         self._bundle = bundle
-        pool = ThreadPoolExecutor(1, initializer=_step_back)
-        self._found = {name: pool.submit(bundle.check, name) for name in names}
-        pool.shutdown(wait=False)
+        self._found: dict[str, Future[dict[str, FileState]]] = {name: Future() for name in names}
+        Thread(target=self._check_all, daemon=True).start()  # where a start is refused, nobody waits for the rest
+
+    def _check_all(self) -> None:
+        _step_back()
+        for name, found in self._found.items():
+            try:
+                found.set_result(self._bundle.check(name))
+            except Exception as error:  # raised where the component is asked for
+                found.set_exception(error)
 
     def __call__(self, name: str) -> None:
         """Wait for the check of a loaded component, whose files are checked again where they have changed since.

@@ -21,8 +21,9 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/kdc-edge quickstart --out demo
 
+# Three workers keep two cores busy: some tests wait for processes that they start.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Our bundles in openvino_genai, optimum-intel and optimum-onnx, in an environment that they can live in.
 INTEROP := .venv-interop

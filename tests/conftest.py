@@ -38,7 +38,7 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests in a browser run wherever there is one, and the order keeps two workers busy.
+    """Tests in a browser run wherever there is one, and the order keeps the workers busy.
 
     Training comes first: at the start both would wait for one export of the shared bundle. Short files come last.
     """

@@ -19,21 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from kdc_edge.bundle import (
-    MANIFEST,
-    Bundle,
-    Check,
-    ComponentInfo,
-    ComponentName,
-    Manifest,
-    Parity,
-    Provenance,
-    Recipe,
-    Tensor,
-    list_files,
-    unproved,
-    write_manifest,
-)
+from kdc_edge.bundle import Bundle, unproved
 from kdc_edge.checkpoints.assemble import read_sources
 from kdc_edge.diffusers_folder import TINY_VAE, hash_checkpoint, read_model, training_note
 from kdc_edge.errors import BundleError, CheckpointError, ParityError
@@ -46,6 +32,19 @@ from kdc_edge.files import atomic_folder, read_json
 from kdc_edge.formats import Format
 from kdc_edge.hardware import package_versions
 from kdc_edge.hub import label
+from kdc_edge.manifest import (
+    MANIFEST,
+    Check,
+    ComponentInfo,
+    ComponentName,
+    Manifest,
+    Parity,
+    Provenance,
+    Recipe,
+    Tensor,
+    list_files,
+    write_manifest,
+)
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.prompts import own_prompts
 from kdc_edge.runtimes.torch import load_network

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from kdc_edge.bundle import CalibrationInfo
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.editing import ENCODER
 from kdc_edge.errors import InputError
 from kdc_edge.export.examples import example_edit
 from kdc_edge.export.reference import Recorder
+from kdc_edge.manifest import CalibrationInfo
 from kdc_edge.pipeline import Pipeline
 from kdc_edge.prompts import own_prompts
 from kdc_edge.request import Request, made_for

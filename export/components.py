@@ -25,11 +25,11 @@ from optimum.utils.input_generators import (
 from optimum.utils.normalized_config import NormalizedConfig
 from torch import Tensor, nn
 
-from kdc_edge.bundle import Tensor as TensorInfo
 from kdc_edge.components import CHECKER, CLIP_SIDE
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError
 from kdc_edge.files import read_json
+from kdc_edge.manifest import Tensor as TensorInfo
 from kdc_edge.runtimes.torch import concept_scores, load_network
 from kdc_edge.runtimes.torch.small_decoder import load_decoder
 

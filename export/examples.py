@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kdc_edge.bundle import Model
 from kdc_edge.editing import MASKED_STRENGTH, Edit
+from kdc_edge.manifest import Model
 
 
 def example_edit(model: Model, seed: int = 0) -> Edit | None:

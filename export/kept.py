@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kdc_edge.bundle import Provenance
 from kdc_edge.components import COMPONENTS
 from kdc_edge.export.reference import Reference
 from kdc_edge.files import user_cache, write_atomic
 from kdc_edge.hardware import package_versions
+from kdc_edge.manifest import Provenance
 from kdc_edge.request import Request
 
 MAX_BYTES = 500_000_000  # of all entries; at 512 px one of four steps has 10 MB

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from kdc_edge.bundle import Check
 from kdc_edge.components import CHECKER, CLIP_SIDE, Component
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.editing import draw_latents
 from kdc_edge.export.examples import smooth
 from kdc_edge.export.parity import component_subject, prove
 from kdc_edge.formats import Format
+from kdc_edge.manifest import Check
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.base import LoadOptions, get_runtime
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdc_edge.bundle import Bundle, Check, Model, Parity
+from kdc_edge.bundle import Bundle
 from kdc_edge.components import COMPONENTS, Component
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import KdcError
@@ -32,6 +32,7 @@ from kdc_edge.export.kept import kept_reference, key_of
 from kdc_edge.export.reference import Call, record
 from kdc_edge.export.targets import Stage
 from kdc_edge.formats import Format
+from kdc_edge.manifest import Check, Model, Parity
 from kdc_edge.pipeline import Pipeline
 from kdc_edge.request import Request, own_request
 from kdc_edge.runtimes import open_pipeline

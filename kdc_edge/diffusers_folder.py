@@ -13,11 +13,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from kdc_edge.bundle import MODEL_INDEX, Model
+from kdc_edge.bundle import MODEL_INDEX
 from kdc_edge.components import CHECKER, CLIP_SIDE
 from kdc_edge.diffusers_defaults import AS_WRITTEN, AUTOENCODER_TINY, TEXT_ENCODER, UNET, VAE, Settings
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import homes, read_json, sha256
+from kdc_edge.manifest import Model
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.presets import recognise
 from kdc_edge.text import invalid_field
@@ -25,9 +26,9 @@ from kdc_edge.weight_files import WEIGHTS, count_parameters, read_shapes, weight
 
 TINY_VAE = "AutoencoderTiny"  # the other class that a `vae` may have
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
-SAMPLING_FILE = "sampling.json"  # of a few-step student: kdc_edge.bundle.Sampling
+SAMPLING_FILE = "sampling.json"  # of a few-step student: kdc_edge.manifest.Sampling
 LCM_SAMPLING = {"scheduler": "lcm", "steps": 4, "guidance": 8.5}  # the defaults of diffusers' LCM_PIPELINE
-SOURCES_FILE = "sources.json"  # the files that its weights come from: kdc_edge.bundle.Source
+SOURCES_FILE = "sources.json"  # the files that its weights come from: kdc_edge.manifest.Source
 RANDOM_WEIGHTS = "_random_weights"  # in model_index.json; diffusers skips names that begin so
 TRAINING_FILE = "training.json"  # {"note": TEXT}, of a checkpoint from a run that was not finished
 PROMPTS_FILE = "prompts.txt"  # captions that it was trained on, one a line: what to calibrate and prove it with

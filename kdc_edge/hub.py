@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 
-from kdc_edge.bundle import MANIFEST, MODEL_INDEX, Bundle, kind_of, read_manifest
+from kdc_edge.bundle import MODEL_INDEX, Bundle, kind_of
 from kdc_edge.diffusers_folder import PARTS, PROMPTS_FILE, SAMPLING_FILE, SUFFIXES, read_model
 from kdc_edge.errors import BundleError, CheckpointError, HubError, InputError, require
+from kdc_edge.manifest import MANIFEST, read_manifest
 from kdc_edge.text import one_line
 from kdc_edge.weight_files import WEIGHTS, weights_of
 

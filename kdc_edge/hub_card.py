@@ -9,11 +9,12 @@ import json
 import re
 from pathlib import Path
 
-from kdc_edge.bundle import Bundle, Manifest, kind_of
+from kdc_edge.bundle import Bundle, kind_of
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import read_bounded
 from kdc_edge.hub import CARD, HUB_ID, hub_id
+from kdc_edge.manifest import Manifest
 from kdc_edge.text import markdown_table, megabytes
 
 HEADER = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)

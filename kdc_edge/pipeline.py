@@ -20,7 +20,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import psutil
 
-from kdc_edge.bundle import Model
 from kdc_edge.components import (
     CHECKER,
     CLIP_SIDE,
@@ -37,6 +36,7 @@ from kdc_edge.guidance import guidance_embedding, guided
 from kdc_edge.hardware import free_memory_bytes
 from kdc_edge.image import to_pixels
 from kdc_edge.image_files import ImageLike
+from kdc_edge.manifest import Model
 from kdc_edge.noise import NormalStreams
 from kdc_edge.prompt_weights import MAX_CHUNKS, Tokens, plain, weighted
 from kdc_edge.request import GuidanceMode, Request

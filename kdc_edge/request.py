@@ -11,9 +11,9 @@ from typing import Literal
 
 import numpy as np
 
-from kdc_edge.bundle import Model
 from kdc_edge.editing import Edit
 from kdc_edge.errors import InputError
+from kdc_edge.manifest import Model
 from kdc_edge.samplers import DEFAULT_SAMPLER, SAMPLERS, sampler_for
 
 GuidanceMode = Literal["batched", "sequential"]

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kdc_edge.bundle import Bundle, ComponentInfo, Tensor
+from kdc_edge.bundle import Bundle
 from kdc_edge.components import CHECKER, Component
 from kdc_edge.errors import BundleError, InputError
 from kdc_edge.files import inside
+from kdc_edge.manifest import ComponentInfo, Tensor
 
 Predict = Callable[..., Mapping[str, np.ndarray]]  # named fp32 arrays in, all outputs by name
 Stage = tuple[Sequence[str], Predict]  # a package's inputs, and the package

@@ -20,12 +20,13 @@ from pathlib import Path
 from threading import RLock, Thread
 from typing import Protocol, cast
 
-from kdc_edge.bundle import Bundle, ComponentInfo
+from kdc_edge.bundle import Bundle
 from kdc_edge.components import COMPONENTS, Component, Shapes, SupportsPrepare
 from kdc_edge.errors import InputError, UsageError, unknown_choice
 from kdc_edge.files import FileState
 from kdc_edge.formats import Format
 from kdc_edge.hardware import check_threads
+from kdc_edge.manifest import ComponentInfo
 
 __all__ = [
     "COMPONENTS",

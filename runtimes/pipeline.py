@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from kdc_edge import pipeline as path
-from kdc_edge.bundle import DEMO_BUNDLE, Bundle, Model, kind_of
+from kdc_edge.bundle import DEMO_BUNDLE, Bundle, kind_of
 from kdc_edge.checkpoints.assemble import is_single_file, open_checkpoint
 from kdc_edge.components import CHECKER, COMPONENTS, OPTIONAL
 from kdc_edge.diffusers_folder import optional_components, read_model
@@ -33,6 +33,7 @@ from kdc_edge.hardware import check_threads
 from kdc_edge.hub import local
 from kdc_edge.image import preview
 from kdc_edge.image_files import ImageLike
+from kdc_edge.manifest import Model
 from kdc_edge.prompt_weights import MAX_CHUNKS
 from kdc_edge.request import Request, own_request
 from kdc_edge.runtimes.base import (

@@ -16,7 +16,6 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
-from kdc_edge.bundle import Model
 from kdc_edge.checkpoints.parts import copy_part, write_small_parts
 from kdc_edge.diffusers_folder import (
     PROMPTS_FILE,
@@ -28,6 +27,7 @@ from kdc_edge.diffusers_folder import (
 )
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import atomic_folder, read_json, write_atomic
+from kdc_edge.manifest import Model
 from kdc_edge.presets import SCHEDULER, TEXT_ENCODERS, VAES, Preset
 from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.torch import load_network

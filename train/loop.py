@@ -25,10 +25,10 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
-from kdc_edge.bundle import Model
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError, KdcError
 from kdc_edge.files import read_json, refuse_foreign_folder, write_atomic
+from kdc_edge.manifest import Model
 from kdc_edge.presets import find_preset
 from kdc_edge.train.checkpoint import write_checkpoint
 from kdc_edge.train.config import TrainConfig, check_same, learning_rate

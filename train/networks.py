@@ -19,9 +19,9 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from kdc_edge.bundle import Model
 from kdc_edge.diffusers_folder import hash_checkpoint
 from kdc_edge.errors import InputError
+from kdc_edge.manifest import Model
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.presets import find_preset
 from kdc_edge.request import made_for

@@ -25,7 +25,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from kdc_edge.bundle import Model
+from kdc_edge.manifest import Model
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.batch import Batch

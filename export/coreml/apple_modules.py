@@ -16,10 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from kdc_edge.bundle import Model
-from kdc_edge.bundle import Tensor as TensorInfo
 from kdc_edge.components import CHECKER, CLIP_SIDE
 from kdc_edge.export.components import ExportComponent, TextEncoder, UNet, VaeDecoder
+from kdc_edge.manifest import Model
+from kdc_edge.manifest import Tensor as TensorInfo
 from kdc_edge.runtimes.torch import concept_scores
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdc_edge.bundle import MANIFEST, Bundle, Model, Recipe
+from kdc_edge.bundle import Bundle
 from kdc_edge.diffusers_folder import hash_checkpoint, optional_components, read_model
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.export.bundle_writer import Interface, write_bundle
@@ -34,6 +34,7 @@ from kdc_edge.export.rewrites.attention import set_attention
 from kdc_edge.export.targets import CoreMLOptions, ExportRequest
 from kdc_edge.files import parse_size, refuse_foreign_folder
 from kdc_edge.formats import Format
+from kdc_edge.manifest import MANIFEST, Model, Recipe
 from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.apple_layout import CHUNKS, PACKAGES, PROGRAM
 from kdc_edge.runtimes.coreml_tools import load_coremltools

@@ -27,12 +27,12 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from kdc_edge.bundle import Recipe
 from kdc_edge.errors import InputError
 from kdc_edge.export.calibration import Calibration
 from kdc_edge.export.coreml.palettize import MIN_WEIGHTS, folder_bytes, palettize
 from kdc_edge.files import read_json
 from kdc_edge.guidance import guided
+from kdc_edge.manifest import Recipe
 from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.apple_layout import PROGRAM
 from kdc_edge.runtimes.mil.evaluator import Evaluator

@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 from torch.export import Dim
 
-from kdc_edge.bundle import Bundle, Model, Tensor
+from kdc_edge.bundle import Bundle
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.export.bundle_writer import Interface, calibrate_for, optimum_interface, write_bundle
 from kdc_edge.export.components import ExportComponent
@@ -27,6 +27,7 @@ from kdc_edge.export.onnx.weights import store_bits, store_half
 from kdc_edge.export.rewrites.attention import fuse_attention
 from kdc_edge.export.rewrites.upsampling import split_upsampling
 from kdc_edge.export.targets import ExportRequest, OnnxOptions
+from kdc_edge.manifest import Model, Tensor
 from kdc_edge.quiet import quiet
 
 OPSET = 20  # the first with Gelu, which the U-Net's feed-forward layers use; onnxruntime 1.20 reads it

@@ -15,13 +15,14 @@ from pathlib import Path
 from pydantic import ConfigDict
 
 from kdc_edge.bench.record import Row, text_sha256
-from kdc_edge.bundle import Bundle, Model, kind_of
+from kdc_edge.bundle import Bundle, kind_of
 from kdc_edge.checkpoints.assemble import is_single_file, open_checkpoint
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError, KdcError
 from kdc_edge.formats import find_format
 from kdc_edge.hardware import check_threads
 from kdc_edge.hub import label, local
+from kdc_edge.manifest import Model
 from kdc_edge.request import GuidanceMode, Request, own_request, refuse_inpainting
 
 TORCH = "torch:"  # in front of a checkpoint's folder

@@ -21,9 +21,9 @@ from typing import Literal
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from kdc_edge.bundle import Check
 from kdc_edge.errors import InputError
 from kdc_edge.hardware import package_versions, this_machine
+from kdc_edge.manifest import Check
 from kdc_edge.text import invalid_field, megabytes, one_line
 
 SCHEMA: Literal["kdc-edge/bench/3"] = "kdc-edge/bench/3"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdc_edge.bundle import MODEL_INDEX, Source
+from kdc_edge.bundle import MODEL_INDEX
 from kdc_edge.checkpoints.embedding import Embedding
 from kdc_edge.checkpoints.lora import Lora, fuse
 from kdc_edge.checkpoints.networks import Parts, State, convert, read_vae, read_vae_config, scaling_factor
@@ -30,6 +30,7 @@ from kdc_edge.diffusers_folder import PICKLES, SOURCES_FILE, hash_checkpoint, re
 from kdc_edge.errors import CheckpointError, InputError, require, unknown_choice
 from kdc_edge.files import atomic_folder, exclusive, read_json, sha256, user_cache, write_atomic
 from kdc_edge.hub import find_checkpoint
+from kdc_edge.manifest import Source
 from kdc_edge.noise_schedule import PREDICTION_TYPES
 from kdc_edge.quiet import quiet
 from kdc_edge.text import megabytes

@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kdc_edge.bundle import Model
 from kdc_edge.errors import InputError
+from kdc_edge.manifest import Model
 from kdc_edge.pipeline import Pipeline
 from kdc_edge.request import Request, own_request
 from kdc_edge.samplers import SAMPLERS

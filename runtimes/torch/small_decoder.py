@@ -19,11 +19,11 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DecoderTiny
 from torch import Tensor, device, dtype, nn
 
-from kdc_edge.bundle import Model
 from kdc_edge.diffusers_folder import PICKLES, SUFFIXES, refuse_links_out
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import read_json
 from kdc_edge.hub import find_checkpoint
+from kdc_edge.manifest import Model
 from kdc_edge.presets import DecoderPreset
 from kdc_edge.runtimes.torch import read_network
 from kdc_edge.weight_files import read_shapes

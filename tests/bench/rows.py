@@ -14,7 +14,9 @@ from typing import IO
 import numpy as np
 
 from kdc_edge.bench.record import Environment, Row, Timing, Timings, text_sha256
-from kdc_edge.bundle import (
+from kdc_edge.components import Component
+from kdc_edge.errors import KdcError
+from kdc_edge.manifest import (
     Check,
     ComponentInfo,
     Manifest,
@@ -26,8 +28,6 @@ from kdc_edge.bundle import (
     list_files,
     write_manifest,
 )
-from kdc_edge.components import Component
-from kdc_edge.errors import KdcError
 from kdc_edge.pipeline import Pipeline
 from kdc_edge.tokenizer import Tokenizer
 

@@ -24,9 +24,9 @@ from kdc_edge.bench.measure import measure
 from kdc_edge.bench.record import Timing
 from kdc_edge.bench.runner import JOB, OUTCOME, Doing, Job, measure_in_fresh_process
 from kdc_edge.bench.sensors import peak_rss_bytes
-from kdc_edge.bundle import Check, Manifest
 from kdc_edge.components import Execution
 from kdc_edge.errors import InputError
+from kdc_edge.manifest import Check, Manifest
 from kdc_edge.pipeline import Pipeline
 from kdc_edge.request import Request
 from tests.bench.rows import check, make_bundle, make_pipeline, timing

@@ -28,8 +28,8 @@ from kdc_edge.bench.record import (
     to_json,
 )
 from kdc_edge.bench.tables import digits
-from kdc_edge.bundle import Check
 from kdc_edge.errors import InputError
+from kdc_edge.manifest import Check
 from tests.bench.rows import FAILED, MACHINE, check, make_row
 
 SCHEMA_PAGE = (Path(__file__).parents[2] / "docs" / "bench-schema.md").read_text("utf-8")

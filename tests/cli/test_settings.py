@@ -12,12 +12,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from kdc_edge.bundle import Model
 from kdc_edge.cli.app import app as cli
 from kdc_edge.cli.settings import flags
 from kdc_edge.cli.train import train
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError, KdcError
+from kdc_edge.manifest import Model
 from kdc_edge.settings import setting, settings_of
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import TrainConfig

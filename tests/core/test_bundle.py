@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdc_edge.bundle import MANIFEST, Bundle
+from kdc_edge.bundle import Bundle
 from kdc_edge.diffusers_folder import check_weights, hash_checkpoint, read_model
 from kdc_edge.errors import BundleError, CheckpointError
+from kdc_edge.manifest import MANIFEST
 from kdc_edge.weight_files import read_shapes
 
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
-from kdc_edge.bundle import MANIFEST, Bundle
+from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError, CheckpointError, HubError, InputError
 from kdc_edge.hub import hub_id, label, local, push
 from kdc_edge.hub_card import make_card
+from kdc_edge.manifest import MANIFEST
 from kdc_edge.runtimes.pipeline import Pipeline
 from kdc_edge.train.checkpoint import find_teacher
 from tests.core.hub_server import TOKEN, HubServer

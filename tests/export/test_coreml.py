@@ -191,9 +191,9 @@ def test_attention_layouts_compute_the_same(checkpoint: Path, kind: str, monkeyp
 def test_attention_layouts_through_core_ml(kind: str, target: str) -> None:
     from diffusers.models.attention_processor import Attention
 
-    from kdc_edge.bundle import Tensor
     from kdc_edge.export.coreml.apple_modules import AppleNetwork
     from kdc_edge.export.coreml.export import convert
+    from kdc_edge.manifest import Tensor
     from kdc_edge.runtimes.mil.evaluator import Evaluator
 
     torch.manual_seed(0)

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdc_edge.bundle import CalibrationInfo, Recipe, Tensor
 from kdc_edge.errors import InputError
 from kdc_edge.export.calibration import Calibration
 from kdc_edge.export.coreml.apple_modules import AppleNetwork, AppleUNet
@@ -29,6 +28,7 @@ from kdc_edge.export.coreml.mixed import (
 from kdc_edge.export.coreml.palettize import folder_bytes, kmeans
 from kdc_edge.export.targets import CoreMLOptions, ExportRequest, export_checkpoint
 from kdc_edge.guidance import guided
+from kdc_edge.manifest import CalibrationInfo, Recipe, Tensor
 from kdc_edge.runtimes.apple_layout import PROGRAM
 from kdc_edge.runtimes.mil.evaluator import Evaluator
 from kdc_edge.runtimes.mil.program import read_program

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from kdc_edge import Pipeline
-from kdc_edge.bundle import MANIFEST, Bundle, list_files
+from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError, InputError
 from kdc_edge.export.components import ExportComponent, load_component
 from kdc_edge.export.onnx.export import trace
@@ -25,6 +25,7 @@ from kdc_edge.export.onnx.int8 import quantize_int8, uint8_scale
 from kdc_edge.export.onnx.weights import round_channels
 from kdc_edge.export.targets import ExportRequest, OnnxOptions, export_checkpoint
 from kdc_edge.hardware import Processor
+from kdc_edge.manifest import MANIFEST, list_files
 from kdc_edge.request import Request
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline
 from tests.export.editing import closeness_db

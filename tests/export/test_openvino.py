@@ -15,11 +15,12 @@ import psutil
 import pytest
 
 from kdc_edge import Pipeline
-from kdc_edge.bundle import Bundle, list_files
+from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError, InputError, KdcError
 from kdc_edge.export.calibration import calibrate
 from kdc_edge.export.openvino import one_by_one
 from kdc_edge.export.targets import ExportRequest, export_checkpoint
+from kdc_edge.manifest import list_files
 from kdc_edge.prompts import own_prompts, read_prompts
 from kdc_edge.request import Request
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdc_edge.bundle import Bundle, Check, Model
+from kdc_edge.bundle import Bundle
 from kdc_edge.errors import CheckpointError, ParityError
 from kdc_edge.export.parity import check_parity, compare, component_subject, image_subject, prove
 from kdc_edge.export.reference import Call, record
 from kdc_edge.export.targets import ExportRequest, export_checkpoint
 from kdc_edge.formats import find_format
 from kdc_edge.image import psnr_db
+from kdc_edge.manifest import Check, Model
 from kdc_edge.pipeline import Pipeline
 from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from kdc_edge import Pipeline
-from kdc_edge.bundle import Bundle, ComponentInfo, list_files, write_manifest
+from kdc_edge.bundle import Bundle
 from kdc_edge.components import CHECKER
 from kdc_edge.errors import CheckpointError
 from kdc_edge.export.bundle_writer import Interface, optimum_interface
@@ -24,6 +24,7 @@ from kdc_edge.export.components import load_component
 from kdc_edge.export.optional import prove_optional
 from kdc_edge.export.targets import CoreMLOptions, ExportRequest, export_checkpoint
 from kdc_edge.formats import find_format
+from kdc_edge.manifest import ComponentInfo, list_files, write_manifest
 from kdc_edge.noise import initial_latents
 from kdc_edge.quiet import quiet
 from kdc_edge.request import Request

@@ -14,9 +14,10 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from kdc_edge.bundle import MANIFEST, Bundle, list_files
+from kdc_edge.bundle import Bundle
 from kdc_edge.components import Execution, SupportsExplain
 from kdc_edge.errors import BundleError, CheckpointError, InputError, MissingPackageError
+from kdc_edge.manifest import MANIFEST, list_files
 from kdc_edge.request import Request
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline
 from kdc_edge.runtimes.base import COMPONENTS

@@ -281,9 +281,9 @@ class Small(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    from kdc_edge.bundle import Tensor
     from kdc_edge.export.coreml.apple_modules import AppleNetwork
     from kdc_edge.export.coreml.export import compress, convert
+    from kdc_edge.manifest import Tensor
     from kdc_edge.quiet import quiet
 
     folder = tmp_path_factory.mktemp("packages")

@@ -23,9 +23,10 @@ import psutil
 import pytest
 
 from kdc_edge.bench.record import read_report
-from kdc_edge.bundle import MANIFEST, Bundle
+from kdc_edge.bundle import Bundle
 from kdc_edge.diffusers_folder import check_weights
 from kdc_edge.files import TEMPORARY, sha256
+from kdc_edge.manifest import MANIFEST
 from kdc_edge.train.runs.states import list_states, load_state
 from tests.traced_module import FOLDER
 

@@ -12,8 +12,9 @@ import numpy as np
 import onnx
 import pytest
 
-from kdc_edge.bundle import MANIFEST, Bundle, find_bundles, kind_of, list_files, unproved
+from kdc_edge.bundle import Bundle, find_bundles, kind_of, unproved
 from kdc_edge.errors import BundleError
+from kdc_edge.manifest import MANIFEST, list_files
 from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.base import LoadOptions, get_runtime

@@ -22,8 +22,8 @@ import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
-from kdc_edge.bundle import Sampling
 from kdc_edge.image import read_parameters
+from kdc_edge.manifest import Sampling
 from kdc_edge.pipeline import Pipeline
 from kdc_edge.request import Request
 from kdc_edge.runtimes import open_pipeline

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdc_edge.bundle import Sampling
+from kdc_edge.manifest import Sampling
 from kdc_edge.pipeline import Pipeline
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.serve.worker import Worker

@@ -26,8 +26,8 @@ import torch.distributed
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from kdc_edge.bundle import Model
 from kdc_edge.errors import InputError
+from kdc_edge.manifest import Model
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.batch import Batch
 from kdc_edge.train.distributed import under

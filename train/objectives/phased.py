@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kdc_edge.bundle import Model, Sampling
 from kdc_edge.errors import InputError
 from kdc_edge.guidance import guided
+from kdc_edge.manifest import Model, Sampling
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.batch import Batch

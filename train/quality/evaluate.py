@@ -19,9 +19,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextModel
 
-from kdc_edge.bundle import Model, kind_of
+from kdc_edge.bundle import kind_of
 from kdc_edge.components import COMPONENTS, Component
 from kdc_edge.errors import InputError
+from kdc_edge.manifest import Model
 from kdc_edge.noise import initial_latents
 from kdc_edge.pipeline import Pipeline
 from kdc_edge.request import Request, own_request

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from kdc_edge.bundle import Model
 from kdc_edge.errors import InputError
+from kdc_edge.manifest import Model
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.batch import Batch, add_noise
 from kdc_edge.train.data.cache import Latents

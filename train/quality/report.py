@@ -10,9 +10,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from kdc_edge.bundle import Model
 from kdc_edge.checkpoints.assemble import read_sources
 from kdc_edge.hub import hub_id, label
+from kdc_edge.manifest import Model
 from kdc_edge.request import made_for
 from kdc_edge.text import markdown_table
 from kdc_edge.train.config import TrainConfig

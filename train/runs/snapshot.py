@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from kdc_edge.bundle import Model
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError
 from kdc_edge.files import read_json
+from kdc_edge.manifest import Model
 from kdc_edge.presets import find_preset
 from kdc_edge.train.checkpoint import write_checkpoint
 from kdc_edge.train.config import TrainConfig

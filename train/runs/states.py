@@ -28,7 +28,7 @@ from kdc_edge.train.distributed import on_main_process
 from kdc_edge.train.strategies.buffer import ReplayBuffer
 
 REPLAY_BEFORE = "replay-before.safetensors"
-MODEL_FILE = "model.json"  # kdc_edge.bundle.Model: how the student is sampled
+MODEL_FILE = "model.json"  # kdc_edge.manifest.Model: how the student is sampled
 CHECKPOINTS = "checkpoints"  # RUN/checkpoints/TASK: the student after a task that was not the last
 
 

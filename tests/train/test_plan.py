@@ -19,7 +19,7 @@ from kdc_edge.train.checkpoint import init_checkpoint
 from kdc_edge.train.loop import Trainer
 from kdc_edge.train.stepping import StepDone
 from kdc_edge.train.tools.benchmark import OURS, PLAIN_FP32, measure, measure_run
-from kdc_edge.train.tools.plan import _activations, make_plan, norms_in_fp32
+from kdc_edge.train.tools.plan import _activations, make_plan, norms_in_fp32, peak_bytes, step_bytes
 from tests.cli.test_commands import run
 from tests.train.test_loop import TASKS, config
 
@@ -102,6 +102,22 @@ def test_mixed_precision_is_counted_as_autocast_keeps_it() -> None:
     assert planned == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.1)
     assert planned > 2 * find_preset("garden-student").unet_parameters
     assert 0.6 * whole < planned - 2 * find_preset("garden-student").unet_parameters < whole
+
+
+@pytest.mark.parametrize(
+    ("batch", "checkpointing", "measured_gb"), [(4, False, 14.84), (64, False, 66.95), (64, True, 26.69)]
+)
+def test_the_482m_students_peak_is_what_a_gpu_measured(
+    monkeypatch: pytest.MonkeyPatch, batch: int, checkpointing: bool, measured_gb: float
+) -> None:
+    """Under the full teacher on an H200 (docs/benchmarks/training.md); workspaces are the difference."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    student, teacher = find_preset("kdc-482m"), find_preset("sd1-teacher")
+    frozen = 83_653_863 + 123_060_480  # the VAE's and the text encoder's parameters
+    weights = 2 * teacher.unet_parameters + 4 * frozen + 20 * student.unet_parameters
+    activations = step_bytes(student.unet, batch, 64, checkpointing, torch.bfloat16, features=True)
+    planned = peak_bytes(weights, 4 * student.unet_parameters, activations, accumulates=False)
+    assert 0.95 * measured_gb < planned / 1e9 < measured_gb
 
 
 def test_the_plan_is_of_each_process(monkeypatch: pytest.MonkeyPatch) -> None:

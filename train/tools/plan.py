@@ -2,7 +2,8 @@
 
 Activations are counted, not guessed: a forward pass on fake tensors, which have shapes and no contents, adds up what
 backward would need. (On the meta device attention would keep its whole matrix, which no real device does.) Under mixed
-precision that includes what CUDA's autocast keeps: the weights' copies in 16 bits, and normalizations in 32.
+precision that includes what CUDA's autocast keeps: the weights' copies in 16 bits, and normalizations in 32. To these
+come block features in the feature loss and, with gradient checkpointing, the largest layer that is computed again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # torch has no public name for it
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -23,6 +26,7 @@ from kdc_edge.errors import CheckpointError
 from kdc_edge.files import read_json
 from kdc_edge.presets import find_preset
 from kdc_edge.train.config import TrainConfig
+from kdc_edge.train.objectives.distillation import BLOCK, FeatureTap
 from kdc_edge.train.recipes import find_recipe
 from kdc_edge.train.student import student_config
 from kdc_edge.weight_files import count_parameters
@@ -41,7 +45,8 @@ class Plan:
     teacher_parameters: int
     image_size: int
     weights_bytes: int  # teacher, VAE, text encoder, student, gradients, Adam's moments, moving average
-    activation_bytes: int  # of one micro-batch, with the weights' copies in 16 bits
+    activation_bytes: int  # of one micro-batch, with the weights' copies in 16 bits, features and what is recomputed
+    peak_bytes: int  # activations go before all gradients are there
     processes: int
     state_bytes: int  # on the disk, each of `keep`
     keep: int
@@ -52,13 +57,12 @@ class Plan:
     recipe: str | None  # its name and source
 
     def lines(self) -> list[str]:
-        memory = self.weights_bytes + self.activation_bytes
         return [
             f"steps {self.steps}, samples seen {self.samples_seen}, images of {self.image_size} pixels",
             f"student {self.student_parameters:,} parameters, teacher {self.teacher_parameters:,}",
             f"memory{f' of each of {self.processes} processes' if self.processes > 1 else ''} about"
-            f" {memory / GB:.2f} GB: {self.weights_bytes / GB:.2f} weights, gradients, optimizer and"
-            f" average, {self.activation_bytes / GB:.2f} activations; workspaces come on top",
+            f" {self.peak_bytes / GB:.2f} GB at the peak: {self.weights_bytes / GB:.2f} weights, gradients, optimizer,"
+            f" average; {self.activation_bytes / GB:.2f} activations, which go as gradients come; workspaces on top",
             f"disk about {self.keep * self.state_bytes / GB:.2f} GB for {self.keep} saved states,"
             f" {self.checkpoint_bytes / GB:.2f} GB for the tasks' checkpoints,"
             f" {self.latents_bytes_per_sample * 1000 / GB:.3f} GB of latents for every 1,000 images,"
@@ -84,9 +88,10 @@ def make_plan(config: TrainConfig) -> Plan:
     weights = theirs * (2 if low else 4) + frozen * 4 + ours * (4 + 4 + adam + 4)
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # as accelerate launch says
     micro_batch = max(1, config.batch_size // (config.accumulate * processes))
-    activations = _activations(
-        student.config, micro_batch, side, config.gradient_checkpointing, torch.bfloat16 if low else None
-    )
+    activations = step_bytes(
+        student.config, micro_batch, side, config.gradient_checkpointing, torch.bfloat16 if low else None,
+        features=config.objective == "distill" and config.loss.feature > 0,
+    )  # fmt: skip
     return Plan(
         steps=config.steps * len(config.tasks),
         samples_seen=config.steps * len(config.tasks) * config.batch_size,
@@ -95,6 +100,7 @@ def make_plan(config: TrainConfig) -> Plan:
         image_size=size,
         weights_bytes=weights,
         activation_bytes=activations,
+        peak_bytes=peak_bytes(weights, 4 * ours, activations, accumulates=config.accumulate > 1),
         processes=processes,
         state_bytes=ours * (4 + 4 + adam),
         keep=config.keep,
@@ -109,6 +115,58 @@ def make_plan(config: TrainConfig) -> Plan:
 def _plain(config: TrainConfig, part: str) -> dict[str, Any]:
     found = read_json(config.teacher / part / "config.json", CheckpointError)
     return {name: value for name, value in found.items() if not name.startswith("_")}
+
+
+def peak_bytes(weights: int, gradients: int, activations: int, *, accumulates: bool) -> int:
+    """The most bytes at once: before the backward pass, or in the optimizer's step. `weights` is with gradients."""
+    before = weights + activations - (0 if accumulates else gradients)
+    difference = gradients if torch.cuda.is_available() else 0  # the moving average's, from all weights at once
+    return max(before, weights + difference)
+
+
+def step_bytes(
+    config: Mapping[str, Any], batch: int, side: int, checkpointing: bool, dtype: torch.dtype | None, *, features: bool
+) -> int:
+    """The most that a step holds beside the weights: activations, and block features or what is computed again."""
+    kept = _activations(config, batch, side, checkpointing, dtype)
+    count = _count_features(config, batch, side) if features else 0
+    theirs = 4 if dtype is None else 2  # bytes of a teacher's feature
+    in_loss = kept + count * (theirs + 3 * 4)  # both sides and their difference in 32 bits
+    if not checkpointing:
+        return in_loss
+    return max(in_loss, kept + count * (theirs + 4) + _largest_layer(config, batch, side, dtype))
+
+
+def _count_features(config: Mapping[str, Any], batch: int, side: int) -> int:
+    """Numbers in the block features of a batch."""
+    with FakeTensorMode(), torch.no_grad():
+        student = UNet2DConditionModel(**config)
+        tap = FeatureTap(student, [name for name, _ in student.named_modules() if BLOCK.fullmatch(name)])
+        _call(student, batch, side)
+        return sum(feature.numel() for feature in tap.features.values())
+
+
+def _largest_layer(config: Mapping[str, Any], batch: int, side: int, dtype: torch.dtype | None) -> int:
+    """Bytes that the largest layer keeps for backward, of the layers that gradient checkpointing computes again."""
+    largest, kept = 0, dict[StorageWeakRef, int]()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[_identity(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def measure(_module: nn.Module, _inputs: object, _output: object) -> None:
+        nonlocal largest
+        largest = max(largest, sum(kept.values()))
+
+    def watch(student: UNet2DConditionModel) -> None:
+        for layer in student.modules():
+            if isinstance(layer, ResnetBlock2D | BasicTransformerBlock):
+                layer.register_forward_pre_hook(lambda _module, _inputs: kept.clear())
+                layer.register_forward_hook(measure)
+
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        _forward(config, batch, side, False, keep, watch)
+    return largest
 
 
 def _activations(
@@ -127,23 +185,28 @@ def _activations(
 
 
 def _forward(
-    config: Mapping[str, Any], batch: int, side: int, checkpointing: bool, keep: Callable[[torch.Tensor], torch.Tensor]
-) -> None:
+    config: Mapping[str, Any], batch: int, side: int, checkpointing: bool,
+    keep: Callable[[torch.Tensor], torch.Tensor], prepare: Callable[[UNet2DConditionModel], None] = lambda _: None,
+) -> None:  # fmt: skip
     """A training forward pass on fake tensors; `keep` sees what backward will need, but for weights."""
     with FakeTensorMode():
         student = UNet2DConditionModel(**config).train()
         if checkpointing:
             student.enable_gradient_checkpointing()
         norms_in_fp32(student)
+        prepare(student)
         weights = {_identity(p) for p in student.parameters()}
 
         def keep_activation(tensor: torch.Tensor) -> torch.Tensor:
             return tensor if _identity(tensor) in weights else keep(tensor)
 
-        text = torch.empty(batch, MAX_TOKENS, student.config.cross_attention_dim)
-        sample = torch.empty(batch, student.config.in_channels, side, side)
         with torch.autograd.graph.saved_tensors_hooks(keep_activation, lambda tensor: tensor):
-            student(sample, torch.zeros(batch, dtype=torch.long), text)
+            _call(student, batch, side)
+
+
+def _call(student: UNet2DConditionModel, batch: int, side: int) -> None:
+    text = torch.empty(batch, MAX_TOKENS, student.config.cross_attention_dim)
+    student(torch.empty(batch, student.config.in_channels, side, side), torch.zeros(batch, dtype=torch.long), text)
 
 
 def norms_in_fp32(network: nn.Module) -> None:

@@ -178,7 +178,7 @@ def read_program(path: Path) -> Program:
         if path.stat().st_size > MAX_PROGRAM_BYTES:
             raise Damaged(f"it is larger than {MAX_PROGRAM_BYTES // 2**20} MiB")
         return _model(path, memoryview(path.read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, struct.error) as error:
         raise BundleError(f"{path} is no ML Program that can be read: {error}; export it again") from None
 
 

@@ -386,6 +386,12 @@ def test_damaged_programs_are_one_line(packages: dict[str, Path], cut: int, at: 
     assert "\n" not in said
 
 
+def test_a_number_that_its_type_cannot_hold_is_one_line(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdc_edge.runtimes.mil.program.integers", lambda _: [2**36 - 1])
+    with pytest.raises(BundleError, match="no ML Program that can be read: Python integer 68719476735 out of bounds"):
+        read_program(own / PROGRAM)
+
+
 def test_damaged_weights(own: Path) -> None:
     weights = own / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
     evaluator = Evaluator(read_program(own / PROGRAM))

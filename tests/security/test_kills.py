@@ -39,14 +39,16 @@ SERVER = """
 import contextlib, ctypes, os, sys
 from pathlib import Path
 import kdc_edge.export.onnx.export as onnx, kdc_edge.runtimes.onnxruntime, kdc_edge.export.parity
-import kdc_edge.train.checkpoint, kdc_edge.train.loop, kdc_edge.processes as processes
+import kdc_edge.train.checkpoint, kdc_edge.train.loop
+from kdc_edge import presets, processes
 from kdc_edge.cli import main
 from tests.conftest import cached_trace
-from tests.traced_module import FOLDER, python_module_with_traces
+from tests.traced_module import FOLDER, python_module_with_traces, small_presets
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 onnx.trace = cached_trace(Path(os.environ[FOLDER]))  # a trace takes longer than all else
 module = processes.python_module
 exporting = ("kdc_edge", "kdc_edge.cli.quickstart_training")
+presets.PRESETS = small_presets()  # as in the children
 processes.python_module = lambda name: (python_module_with_traces if name in exporting else module)(name)
 for line in sys.stdin:
     process = os.fork()

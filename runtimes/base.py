@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock, Thread
@@ -229,7 +230,8 @@ class EarlyCheck:
 def _step_back() -> None:
     """Let other threads go first; Linux counts nice by thread, other systems for the whole process."""
     if sys.platform == "linux":
-        os.nice(10)
+        with suppress(OSError):  # a system may forbid it: the check goes on, and its results are waited for
+            os.nice(10)
 
 
 def open_component(folder: Path, name: str, options: LoadOptions) -> tuple[Bundle, ComponentInfo, Path]:

@@ -178,6 +178,16 @@ def test_the_check_of_the_files_begins_before_the_engine_is_imported(
     assert Pipeline.open(bundle_fp32).components["unet"]
 
 
+def test_a_system_that_forbids_lower_priority_stops_no_check(
+    bundle_fp32: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(_: int) -> int:
+        raise PermissionError("not permitted")
+
+    monkeypatch.setattr("os.nice", forbidden)
+    assert Pipeline.open(bundle_fp32).components["text_encoder"]
+
+
 def test_threads_share_one_load(bundle_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks are loaded once, though four threads ask for the first image at the same time."""
     from kdc_edge.runtimes.onnxruntime import OnnxRuntime

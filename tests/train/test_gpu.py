@@ -14,7 +14,10 @@ from kdc_edge.train.loop import Trainer
 from kdc_edge.train.stepping import StepDone
 from tests.train.test_loop import TASKS, config
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # that of another version is no failure here
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("default"),
+]  # of its own versions
 
 
 @pytest.fixture(autouse=True)

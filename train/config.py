@@ -156,6 +156,7 @@ class TrainConfig(TaskConfig):
     gradient_checkpointing: bool = setting(False, "Less memory, a third more work.", "Performance")
     channels_last: bool = setting(False, "Memory layout for tensor cores.", "Performance")
     compile: bool = setting(False, "Compile the blocks of both networks.", "Performance")
+    cuda_graphs: bool = setting(False, "Launch a step's kernels as one, for small batches.", "Performance")
 
     own_noise: bool = setting(
         False, "Seed the noise of each sample by itself, so that a process draws its share alone.", "Performance"
@@ -175,6 +176,13 @@ class TrainConfig(TaskConfig):
             raise InputError(
                 "--buckets trains on batches of one shape, and replay on squares: give --replay 0, or"
                 " another --strategy (ewc, lwf)"
+            )
+        if self.cuda_graphs and self.gradient_checkpointing:
+            raise InputError("--cuda-graphs and --gradient-checkpointing exclude each other: use one")
+        if self.cuda_graphs and (self.strategy == "lwf" or self.replay_teacher == "student"):
+            raise InputError(
+                "--cuda-graphs does the same at every step, and an earlier student teaches some samples alone: leave it"
+                " out with --strategy lwf and --replay-teacher student"
             )
         if self.buckets and self.epochs:
             raise InputError("--buckets and --epochs exclude each other: a batch of one shape has no order of an epoch")
@@ -224,11 +232,11 @@ FEW_STEP_STAGE: dict[str, dict[str, dict[str, Any]]] = {
     "distribution": {
         "garden": {
             "steps": 70, "learning_rate": 1e-4, "warmup": 20, "ema_decay": 0.98, "caption_dropout": 0.0,
-            "score_learning_rate": 3e-4,
+            "score_learning_rate": 3e-4, "cuda_graphs": False,
         },
         "sd1": {
             "steps": 1000, "learning_rate": 1e-5, "warmup": 100, "ema_decay": 0.99, "caption_dropout": 0.0,
-            "score_learning_rate": 1e-5,
+            "score_learning_rate": 1e-5, "cuda_graphs": False,
         },
     },
 }  # fmt: skip

@@ -47,6 +47,8 @@ def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
     )  # fmt: skip
     if config.device not in ("auto", accelerator.device.type):
         raise InputError(f"--device {config.device} is not here: this machine has {accelerator.device.type}")
+    if config.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
+        raise InputError("--cuda-graphs needs a CUDA device and a run of one process: leave it out here")
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as torch's convolutions have by default
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
@@ -87,6 +89,7 @@ class Student:
             compile_blocks(network)
         network.to(accelerator.device).train()
         self.network, self.accelerator, self._ema_decay = network, accelerator, config.ema_decay
+        self._keeps_gradients = config.cuda_graphs
         self.prepared, self.optimizer = accelerator.prepare(network, make_optimizer(config, network))
         self.ema = self._new_ema()
 
@@ -104,7 +107,11 @@ class Student:
     def begin_step(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.zero_grad(set_to_none=True)
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Drop the gradients; those that CUDA graphs write to stay where they are."""
+        self.optimizer.zero_grad(set_to_none=not self._keeps_gradients)
 
     def end_step(self) -> None:
         """Clip the gradients, take the optimizer's step, update the moving average."""

@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
 from kdc_edge.diffusers_folder import read_model
-from kdc_edge.errors import CheckpointError, KdcError
+from kdc_edge.errors import CheckpointError, InputError, KdcError
 from kdc_edge.files import read_json, refuse_foreign_folder, write_atomic
 from kdc_edge.manifest import Model
 from kdc_edge.presets import find_preset
@@ -35,6 +35,7 @@ from kdc_edge.train.config import TrainConfig, check_same, learning_rate
 from kdc_edge.train.data.batch import Batch, draw_batch
 from kdc_edge.train.data.cache import Latents, Say
 from kdc_edge.train.data.tasks import Task
+from kdc_edge.train.data.transfer import Ahead
 from kdc_edge.train.distributed import any_process, make_accelerator, on_main_process, under
 from kdc_edge.train.networks import image_size, origin_of, prepare_learning, untrained_student, view_run
 from kdc_edge.train.objective import Stopwatch
@@ -58,7 +59,7 @@ from kdc_edge.train.runs.states import (
     save_state,
 )
 from kdc_edge.train.runs.tracking import Tracker
-from kdc_edge.train.stepping import StepDone, Stepper
+from kdc_edge.train.stepping import MicroBatch, StepDone, Stepper
 from kdc_edge.train.strategies.buffer import ReplayBuffer
 from kdc_edge.train.strategies.registry import STRATEGIES
 
@@ -79,7 +80,10 @@ def check_run(config: TrainConfig, run: Path, *, resume: bool) -> tuple[Accelera
     find_preset(config.student, "--student")
     model = read_model(config.teacher)
     image_size(config, model)
-    find_objective(config.objective).check(config, model)
+    objective = find_objective(config.objective)
+    objective.check(config, model)
+    if config.cuda_graphs and not objective.same_work:
+        raise InputError(f"--objective {config.objective} does not do the same at every step: leave out --cuda-graphs")
     metrics = ImageMetrics(config.metric_weights, accelerator.device)
     if config.quality != "auto":
         check_quality(config.quality, config, metrics)
@@ -120,6 +124,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_atomic(run / MODEL_FILE, self.ships.model_dump_json(indent=2))
         self.generator = torch.Generator().manual_seed(config.seed)
+        self.ahead = Ahead(self._draw_and_load, self.generator)
         self.strategy = STRATEGIES[config.strategy](config, self.accelerator, learning)
         self.position = Position(origin=origin_of(config))
         self.before: BeforeTaskEnd | None = None
@@ -212,12 +217,17 @@ class Trainer:
         started = time.perf_counter()
         rate = learning_rate(self.config, self.position.step)
         with self.watch("data"):
-            batch = self.draw_batch(latents)
+            batch, loaded = self.ahead.take(latents, self.position.drawn)
+        drawn = self.position.drawn + self.strategy.new_samples(batch)
+        more = self.position.step + 1 < self.config.steps
         name = f"step {self.position.step + 1} of {task.name}"
-        losses, by_timestep = self.stepper(batch, rate=rate, name=name, add_penalty=self.strategy.add_penalty)
+        losses, by_timestep = self.stepper(
+            loaded, rate=rate, name=name, add_penalty=self.strategy.add_penalty,
+            meanwhile=partial(self.ahead.prepare, latents, drawn) if more else lambda: None,
+        )  # fmt: skip
         self.position.step += 1
         self.position.total += 1
-        self.position.drawn += self.strategy.new_samples(batch)
+        self.position.drawn = drawn
         event = StepDone(
             task.name, self.position.step, self.config.steps, self.position.total, losses, by_timestep, rate,
             self.config.batch_size / (time.perf_counter() - started), batch.replayed.float().mean().item(),
@@ -229,12 +239,16 @@ class Trainer:
         self.tracker.log(event.losses, event.by_timestep, rate, event.total)
         return event
 
-    def draw_batch(self, latents: Latents) -> Batch:
-        """The next global batch; with --own-noise, with the noise of this process's share."""
+    def _draw_and_load(self, latents: Latents, drawn: int) -> tuple[Batch, list[MicroBatch]]:
+        batch = self.draw_batch(latents, drawn)
+        return batch, self.stepper.load(batch)
+
+    def draw_batch(self, latents: Latents, drawn: int = 0) -> Batch:
+        """A global batch behind `drawn` samples of the task; with --own-noise, the noise of this process's share."""
         timesteps = self.objective.draw_timesteps
         batch = draw_batch(
             self.config, latents, self.replay, timesteps=timesteps, generator=self.generator,
-            drawn=self.position.drawn, own=self.stepper.own_samples(),
+            drawn=drawn, own=self.stepper.own_samples(),
         )  # fmt: skip
         return self.strategy.mark_replayed(batch, self.generator)
 

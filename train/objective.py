@@ -74,6 +74,7 @@ class Objective(ABC):
 
     binned_term = "task"  # the term that is logged by timestep bin
     bins = 4  # forgetting differs between timesteps
+    same_work = True  # at every step, whatever is drawn, and all of it on the device: for --cuda-graphs
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup

@@ -114,6 +114,17 @@ def test_a_damaged_shard_is_named(vae: AutoencoderKL, tmp_path: Path) -> None:
         encode(task, vae, tmp_path, samples=2)
 
 
+def test_runs_that_share_a_cache_at_once_find_each_others_captions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "TEXTS_A_SHARD", 2)
+    network = load_network(GARDEN_TEACHER, "text_encoder")
+    ours, theirs = (TextEmbedder.of_teacher(GARDEN_TEACHER, network, tmp_path) for _ in range(2))
+    theirs.prepare(["a", "b", "c", "d"])  # after we looked
+    ours.prepare(["e", "f", "c", "d"])
+    assert torch.equal(ours(["c", "d"]), theirs(["c", "d"]))
+
+
 def test_captions_are_encoded_once_and_kept(tmp_path: Path) -> None:
     network = load_network(GARDEN_TEACHER, "text_encoder")
     captions = ["a red fish on a sand background", "a plain blue fish on a dark background", ""]

@@ -157,7 +157,7 @@ def test_a_replay_weight_of_zero_leaves_replayed_samples_without_gradient(tmp_pa
     trainer = Trainer(config(tasks=TASKS[:1], replay_weight=0.0, learning_rate=0.1), tmp_path / "run")
     batch = trainer.draw_batch(trainer.teacher.latents(TASKS[0]))
     replayed = Batch(batch.sample, batch.noise, batch.timestep, torch.ones(4, dtype=torch.bool), batch.captions)
-    trainer.stepper(replayed, rate=0.1, name="a step")
+    trainer.stepper(trainer.stepper.load(replayed), rate=0.1, name="a step")
     assert all(p.grad is not None and p.grad.abs().max() == 0 for p in trainer.student.network.parameters())
 
 

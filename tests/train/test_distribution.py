@@ -61,16 +61,38 @@ def test_the_student_follows_the_difference_of_teacher_and_score_network(tmp_pat
     assert any(moved)
 
     image = torch.randn(batch.noise.shape, generator=torch.Generator().manual_seed(0))
+    number = torch.tensor([0, 1, 0, 1])  # of two phases
     with torch.no_grad():
-        assert torch.allclose(objective._target(teacher, image, text), image, atol=1e-4)  # they agree
+        assert torch.allclose(objective._target(teacher, image, text, number), image, atol=1e-4)  # they agree
         state = objective.generator.get_state()
-        target = objective._target(score, image, text)
+        target = objective._target(score, image, text, number)
         objective.generator.set_state(state)
         x_t, t, _ = objective._noised(image)
         real = objective._image(x_t, teacher(x_t, t, text).sample, t)
         fake = objective._image(x_t, score(x_t, t, text).sample, t)
-    expected = image + (real - fake) / (image - real).abs().mean((1, 2, 3), keepdim=True)
-    torch.testing.assert_close(target, expected, rtol=1e-3, atol=1e-4)
+    matched = image + (real - fake) / (image - real).abs().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(target, matched, rtol=1e-3, atol=1e-4)
+
+
+def test_guidance_acts_below_the_phase_that_made_the_image(tmp_path: Path) -> None:
+    trainer = Trainer(replace(matching(), few_steps=replace(STEPS, guidance=3.0)), tmp_path / "run")
+    objective, teacher = trainer.objective, trainer.teacher.unet
+    assert isinstance(objective, Distribution)
+    text = trainer.teacher.embed(["a red fish on a sand background"] * 64)
+    image = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    number = torch.arange(64) % 2
+    with torch.no_grad():
+        state = objective.generator.get_state()
+        target = objective._target(teacher, image, text, number)  # a score network that agrees: guidance alone
+        objective.generator.set_state(state)
+        _, everywhere, _ = objective._noised(image)
+        x_s, s, _ = objective._noised(image, below=torch.tensor([499, 999])[number])
+        null = trainer.teacher.embed([""] * 64)
+        cond, uncond = (objective._image(x_s, teacher(x_s, s, t).sample, s) for t in (text, null))
+    assert s[number == 0].max() < 499 < s[number == 1].max() < 980
+    assert everywhere[number == 0].max() > 499
+    distance = (image - uncond - 3 * (cond - uncond)).abs().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(target - image, 2 * (cond - uncond) / distance, rtol=1e-3, atol=1e-3)
 
 
 def test_the_previous_student_cannot_teach(tmp_path: Path) -> None:

@@ -54,6 +54,27 @@ def test_the_curve_is_the_cpus(tmp_path: Path) -> None:
     assert bf16 == pytest.approx(cpu, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixed_precision": "no"},
+        {"mixed_precision": "bf16"},
+        {"mixed_precision": "fp16"},
+        {"mixed_precision": "bf16", "accumulate": 2, "batch_size": 4},
+        {"mixed_precision": "bf16", "objective": "phased"},
+        {"mixed_precision": "bf16", "strategy": "ewc", "tasks": TASKS[:2], "steps": 3},
+    ],
+    ids=lambda changes: " ".join(str(v) for v in changes.values() if not isinstance(v, tuple)),
+)
+def test_cuda_graphs_give_the_curve_and_resume(tmp_path: Path, changes: dict[str, object]) -> None:
+    eager, _ = losses(tmp_path / "eager", **changes)
+    graphs, _ = losses(tmp_path / "graphs", cuda_graphs=True, **changes)
+    assert graphs == pytest.approx(eager, rel=0.02)
+    first, _ = losses(tmp_path / "cut", cuda_graphs=True, until=3, **changes)
+    rest, _ = losses(tmp_path / "cut", cuda_graphs=True, resume=True, **changes)
+    assert [*first[: len(eager) - len(rest)], *rest] == pytest.approx(eager, rel=0.02)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_resumed_run_goes_on_with_the_curve(tmp_path: Path, precision: str) -> None:
     whole, _ = losses(tmp_path / "whole", mixed_precision=precision)

@@ -55,7 +55,7 @@ def test_jumps_between_phase_ends_are_diffusers_trailing_ddim(phases: int, predi
 def test_every_grid_point_is_drawn_as_often_and_leads_down_to_its_phases_end() -> None:
     grid = Grid(phases=4, points=5)
     assert grid.timesteps().tolist() == [-1, *range(49, 1000, 50)]
-    t, u, z = grid.place(torch.arange(1000))
+    t, u, z = grid.place(torch.arange(1000), grid.timesteps())
     assert torch.unique(t, return_counts=True)[1].tolist() == [50] * 20
     assert (u < t).all()
     assert (z <= u).all()

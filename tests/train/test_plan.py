@@ -181,6 +181,9 @@ def test_a_constant_rate_and_a_smaller_image(tmp_path: Path) -> None:
         ({"mixed_precision": "fp16", "device": "cpu"}, InputError, "--mixed-precision fp16 needs a CUDA device"),
         ({"log_with": "wandb"}, MissingPackageError, r"--log-with wandb needs wandb, .* 'kdc-edge\[wandb\]'"),
         ({"device": "cuda"}, InputError, "--device cuda is not here"),
+        ({"cuda_graphs": True}, InputError, "--cuda-graphs needs a CUDA device and a run of one process"),
+        ({"cuda_graphs": True, "gradient_checkpointing": True}, InputError, "exclude each other"),
+        ({"cuda_graphs": True, "strategy": "lwf"}, InputError, "an earlier student teaches some samples alone"),
     ],
 )
 def test_what_this_machine_cannot_do_is_named(

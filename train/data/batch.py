@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.cache import Latents
+from kdc_edge.train.data.transfer import to_device
 from kdc_edge.train.strategies.buffer import ReplayBuffer, Take
 
 DrawTimesteps = Callable[[int, torch.Generator], Tensor]  # how many, random state -> (count,)
@@ -38,10 +39,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
-            sample=self.sample.to(device),
-            noise=self.noise.to(device),
-            timestep=self.timestep.to(device),
-            replayed=self.replayed.to(device),
+            sample=to_device(self.sample, device),
+            noise=to_device(self.noise, device),
+            timestep=to_device(self.timestep, device),
+            replayed=to_device(self.replayed, device),
             captions=self.captions,
         )
 

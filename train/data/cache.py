@@ -33,6 +33,7 @@ from kdc_edge.tokenizer import Tokenizer
 from kdc_edge.train.data.images import Crop, LeftOut, Shape
 from kdc_edge.train.data.source import Part, Sample
 from kdc_edge.train.data.tasks import Task
+from kdc_edge.train.data.transfer import to_device
 
 SHARD_BYTES = 64 * 2**20
 SHARD_SAMPLES = 1024  # at most
@@ -299,7 +300,7 @@ class TextEmbedder:
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Embeddings (N, 77, D) of the captions, fp32, on the text encoder's device."""
         self._known |= self._encode(captions)
-        return torch.stack([self._known[c] for c in captions]).to(self.text_encoder.device).float()
+        return to_device(torch.stack([self._known[c] for c in captions]), self.text_encoder.device).float()
 
     def prepare(self, captions: Sequence[str], *, writes: bool = True) -> None:
         """Encode what is new among the captions, and keep it on the disk."""
@@ -308,6 +309,8 @@ class TextEmbedder:
             encoded = self._encode(new[start : start + TEXTS_A_SHARD])
             if self.home is None or not writes:
                 self._known |= encoded
+                continue
+            if not encoded:  # another run with this cache had written them when this one looked
                 continue
             path = self.home / f"shard-{self._shards:05d}.safetensors"
             texts = {"captions": json.dumps(list(encoded))}

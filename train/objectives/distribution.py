@@ -1,19 +1,23 @@
-"""One to two steps: distribution matching after the phased objective (DMD2, arXiv 2405.14867).
+"""One to four steps: distribution matching after the phased objective (DMD2, arXiv 2405.14867; decoupled, 2511.22677).
 
-The few-step student makes images from noise as it does when it is sampled, and learns at every step of that from the
-difference of two predictions on its own images: a score network's, which knows only what the student makes, and the
-guided teacher's. No image of the task is looked at, so that the memory of earlier tasks is their captions.
+The few-step student makes images from noise as it does when it is sampled, and learns at every step of that from two
+differences of predictions on its own images: between a score network's, which knows only what the student makes, and
+the teacher's (matching), and between the teacher's with the caption and without (guidance). No image of the task is
+looked at, so that the memory of earlier tasks is their captions.
 
     x_z    = the student's jumps from noise down to the end z of a phase                           no gradient
     x      = J(x_z, e_student(x_z, c), z -> -1)                                                    the image so far
-    x_t    = sqrt(a_t) x + sqrt(1 - a_t) noise                       t uniform in the middle 96 % of the schedule
-    x_real = J(x_t, e_teacher(null) + w (e_teacher(c) - e_teacher(null)), t -> -1)                 no gradient
-    x_fake = J(x_t, e_score(x_t, c), t -> -1)                                                      no gradient
-    loss   = MSE(x, x - (x_fake - x_real) / mean|x - x_real|) / 2, the second x without gradient
+    x_t    = sqrt(a_t) x + sqrt(1 - a_t) noise        t uniform in the middle 96 % of the schedule
+    match  = (J(x_t, e_score(x_t, c)) - y_c) / mean|x - y_c|                      y_c = J(x_t, e_teacher(x_t, c))
+    x_s    = the same with other noise                s uniform in what of it is below z
+    guide  = (w - 1) (y_c - y_0) / mean|x - y_0 - w (y_c - y_0)|    y_c, y_0 = J(x_s, e_teacher(x_s, c or null))
+    loss   = MSE(x, x - match + guide) / 2            no gradient but through the first x
 
-J is the DDIM step of train/objectives/phased.py. The score network has the student's shape and starts with its weights;
-before each step of the student it takes several of its own, of the denoising loss on the student's images, with an
-optimizer of its own. Both are in the saved state. Sampling is that of the phased student.
+J is the DDIM step of train/objectives/phased.py, to the image itself. Guidance acts below z alone, since what is
+noisier is settled where the student starts; matching keeps the whole image in check (2511.22677, section 4.3). The
+score network has the student's shape and starts with its weights; before each step of the student it takes several of
+its own, of the denoising loss on the student's images, with an optimizer of its own. Both are in the saved state.
+Sampling is that of the phased student.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from kdc_edge.errors import InputError
+from kdc_edge.guidance import guided
 from kdc_edge.manifest import Model
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.batch import Batch
@@ -42,6 +47,7 @@ class Distribution(Phased):
     """Samples that a frozen, guided teacher cannot tell from its own, by the phases of a phased student."""
 
     binned_term = "matching"
+    same_work = False
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -73,7 +79,7 @@ class Distribution(Phased):
             with watch("score"):
                 self._fit(score, optimizer, image.detach(), text)
             with watch("teacher"), torch.no_grad():
-                target = self._target(score, image.detach(), text)
+                target = self._target(score, image.detach(), text, number)
         loss = 0.5 * (image - target).square().flatten(1).mean(1)
         return {"matching": loss, "total": loss}
 
@@ -95,13 +101,16 @@ class Distribution(Phased):
         """What is left of x (B, C, h, w) at t (B,) without the predicted noise."""
         return self.jump(x, prediction.float(), t, torch.full_like(t, -1))
 
-    def _target(self, score: nn.Module, image: Tensor, text: Tensor) -> Tensor:
-        """Where the difference of the two predictions carries the images (B, C, h, w)."""
+    def _target(self, score: nn.Module, image: Tensor, text: Tensor, number: Tensor) -> Tensor:
+        """Where the two differences carry the images (B, C, h, w) made in phase `number` (B,)."""
         x_t, t, _ = self._noised(image)
-        real = self._image(x_t, self._guided_teacher(x_t, t, text), t)
         fake = self._image(x_t, score(x_t, t, text).sample, t)
-        scale = (image - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
-        return image - (fake - real) / scale
+        real = self._image(x_t, self.setup.teacher(x_t, t, text).sample, t)
+        matched = image - _scaled(fake - real, image - real)
+        x_s, s, _ = self._noised(image, below=torch.tensor(self.ends, device=number.device)[number + 1])
+        cond, uncond = (self._image(x_s, prediction, s) for prediction in self._both_teachers(x_s, s, text))
+        w = self.settings.guidance
+        return matched + _scaled((w - 1) * (cond - uncond), image - guided(cond, uncond, w))
 
     def _fit(self, score: nn.Module, optimizer: torch.optim.Optimizer, image: Tensor, text: Tensor) -> None:
         """A step of the score network on the student's images."""
@@ -114,11 +123,15 @@ class Distribution(Phased):
         torch.nn.utils.clip_grad_norm_(score.parameters(), 1.0)
         optimizer.step()
 
-    def _noised(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The images with fresh noise, at timesteps (B,) that are drawn, and the noise."""
+    def _noised(self, image: Tensor, below: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The images with fresh noise, at timesteps (B,) drawn below `below` (B,) where given, and the noise."""
         steps = self.schedule.num_train_timesteps
-        t = torch.randint(steps // EDGE, steps - steps // EDGE, (len(image),), generator=self.generator)
-        noise, t = self._noise(image), t.to(image.device)
+        low, high = steps // EDGE, torch.tensor(steps - steps // EDGE, device=image.device)
+        if below is not None:
+            high = torch.minimum(below, high)
+        share = torch.rand(len(image), generator=self.generator).to(image.device)
+        t = low + ((high - low) * share).long()
+        noise = self._noise(image)
         a = self.jump.signal[t].view(-1, 1, 1, 1)
         return a.sqrt() * image + (1 - a).sqrt() * noise, t, noise
 
@@ -155,3 +168,8 @@ class Distribution(Phased):
             weight, moment = name.split("/")
             parameter = parameters[weight]
             optimizer.state[parameter][moment] = tensor if moment == "step" else tensor.to(parameter.device)
+
+
+def _scaled(pull: Tensor, distance: Tensor) -> Tensor:
+    """The pull on each sample (B, ...), over its mean distance from where it is pulled."""
+    return pull / distance.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)

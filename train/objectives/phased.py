@@ -71,9 +71,11 @@ class Grid:
         ]
         return torch.tensor([-1, *rows])
 
-    def place(self, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A uniform timestep (B,) as grid points t, u and z (B,) each: grid points are as likely as one another."""
-        grid = self.timesteps().to(timestep.device)
+    def place(self, timestep: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A uniform timestep (B,) as grid points t, u and z (B,) each: grid points are as likely as one another.
+
+        `grid` is `timesteps` on the timestep's device.
+        """
         number = timestep * (self.phases * self.points) // self.num_train_timesteps  # 0 to N K - 1
         phase = number // self.points
         return grid[number + 1], grid[number], grid[phase * self.points]
@@ -114,7 +116,9 @@ class Phased(Objective):
         self.settings = setup.config.few_steps
         self.bins = self.settings.phases
         self.grid = Grid(self.settings.phases, self.settings.grid_points, self.schedule.num_train_timesteps)
+        self.timesteps = self.grid.timesteps().to(setup.device)
         self.jump = Jump(self.schedule, setup.device)
+        self._uncond_text: Tensor | None = None  # (1, 77, D), of the empty prompt
 
     @classmethod
     def check(cls, config: TrainConfig, model: Model) -> None:
@@ -132,7 +136,7 @@ class Phased(Objective):
 
     def __call__(self, student: nn.Module, batch: Batch, text: Tensor) -> dict[str, Tensor]:
         watch = self.setup.watch
-        t, u, z = self.grid.place(batch.timestep)
+        t, u, z = self.grid.place(batch.timestep, self.timesteps)
         a = self.jump.signal[t].view(-1, 1, 1, 1)
         x_t = a.sqrt() * batch.sample + (1 - a).sqrt() * batch.noise  # (B, C, h, w)
         with self.setup.autocast():
@@ -159,9 +163,14 @@ class Phased(Objective):
         return target
 
     def _guided_teacher(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The teacher's prediction under classifier-free guidance, both sides in one call."""
-        uncond_text = self.setup.embed([""]).to(text).expand_as(text)
-        both = self.setup.teacher(torch.cat([x, x]), torch.cat([t, t]), torch.cat([uncond_text, text])).sample
-        uncond, cond = both.float().chunk(2)
-        found: Tensor = guided(cond, uncond, self.settings.guidance)
+        """The teacher's prediction under classifier-free guidance."""
+        found: Tensor = guided(*self._both_teachers(x, t, text), self.settings.guidance)
         return found
+
+    def _both_teachers(self, x: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's predictions with the caption and without, in one call."""
+        if self._uncond_text is None:
+            self._uncond_text = self.setup.embed([""]).to(text)
+        texts = torch.cat([self._uncond_text.expand_as(text), text])
+        uncond, cond = self.setup.teacher(torch.cat([x, x]), torch.cat([t, t]), texts).sample.float().chunk(2)
+        return cond, uncond

@@ -61,14 +61,14 @@ class ElasticWeights(Strategy):
             batch = draw_batch(
                 single, latents, ReplayBuffer(0), timesteps=self.objective.draw_timesteps, generator=generator
             ).to(self.accelerator.device)
-            self.student.optimizer.zero_grad(set_to_none=True)
+            self.student.zero_grad()
             losses = self.objective(self.student.prepared, batch, self.teacher.embed(batch.captions))["total"]
             self.accelerator.backward(losses.mean())
             scale = self._loss_scale()
             for name, p in self.student.network.named_parameters():
                 squared = (torch.zeros_like(p) if p.grad is None else p.grad / scale).detach().square()
                 found[name] = found[name] + squared / FISHER_SAMPLES if name in found else squared / FISHER_SAMPLES
-        self.student.optimizer.zero_grad(set_to_none=True)
+        self.student.zero_grad()
         self.fisher = {n: f + self.fisher[n] if n in self.fisher else f for n, f in found.items()}
         self.anchor = {n: p.detach().clone() for n, p in self.student.network.named_parameters()}
 

@@ -95,12 +95,15 @@ def measure_run(config: TrainConfig, run: Path, steps: int) -> Speed:
         if not isinstance(next(events), StepDone):
             raise RuntimeError("the run ended before the benchmark")
 
-    return _time(step, OURS, config.batch_size, steps, watch, cuda=trainer.view.device.startswith("cuda"))
+    cuda = trainer.view.device.startswith("cuda")
+    return _time(step, OURS, config.batch_size, steps, watch, cuda=cuda, graphs=config.cuda_graphs)
 
 
 def measure_plain(config: TrainConfig, run: Path, steps: int, *, half: bool) -> Speed:
     """The plain recipe on the same task, networks, loss and batch; `half` is under fp16 autocast."""
-    config = replace(config, log_with="none", channels_last=False, compile=False, mixed_precision="no")
+    config = replace(
+        config, log_with="none", channels_last=False, compile=False, cuda_graphs=False, mixed_precision="no"
+    )
     accelerator = make_accelerator(config, run)
     torch.set_float32_matmul_precision("highest")
     device: torch.device = accelerator.device
@@ -134,7 +137,7 @@ def measure_plain(config: TrainConfig, run: Path, steps: int, *, half: bool) -> 
             student.ema.step(student.network.parameters())
 
     recipe = PLAIN_FP16 if half else PLAIN_FP32
-    return _time(step, recipe, config.batch_size, steps, watch, cuda=device.type == "cuda")
+    return _time(step, recipe, config.batch_size, steps, watch, cuda=device.type == "cuda", graphs=False)
 
 
 @torch.no_grad()
@@ -152,14 +155,16 @@ def _encode_batch(teacher: Teacher, samples: list[Sample], count: int) -> tuple[
     return batch, text.float()
 
 
-def _time(step: Callable[[], None], recipe: str, batch_size: int, steps: int, watch: Stopwatch, *, cuda: bool) -> Speed:
+def _time(
+    step: Callable[[], None], recipe: str, batch_size: int, steps: int, watch: Stopwatch, *, cuda: bool, graphs: bool
+) -> Speed:
     for _ in range(WARMUP):
         step()
     prepare_sec = watch.seconds.get("prepare", 0.0)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     median = sorted(_step_times(step, steps, cuda=cuda))[steps // 2]
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = _peak_on_gpu(graphs) if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     watch.exact = True
     watch.seconds.clear()
     sections_sec = sum(_step_times(step, min(steps, SHARE_STEPS), cuda=cuda))
@@ -174,6 +179,11 @@ def _time(step: Callable[[], None], recipe: str, batch_size: int, steps: int, wa
         shares={name: seconds / sections_sec for name, seconds in watch.seconds.items()},
         prepare_sec=prepare_sec,
     )
+
+
+def _peak_on_gpu(graphs: bool) -> int:
+    """The most that tensors took; with CUDA graphs, which hold their memory between steps, all that is held."""
+    return torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()
 
 
 def _step_times(step: Callable[[], None], count: int, *, cuda: bool) -> list[float]:
@@ -218,6 +228,7 @@ def main() -> None:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--cuda-graphs", action="store_true")
     args = parser.parse_args()
     name, _, source = args.task.partition("=")
     teacher = find_teacher(args.teacher) if args.teacher != "garden" else GARDEN_TEACHER
@@ -225,7 +236,7 @@ def main() -> None:
         teacher=teacher, student=args.student, tasks=(Task(name, source),), samples=args.samples, replay=0,
         resolution=args.resolution,
         mixed_precision=args.mixed_precision, channels_last=args.channels_last, compile=args.compile,
-        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing=args.gradient_checkpointing, cuda_graphs=args.cuda_graphs,
     )  # fmt: skip
     apart = _measure_on_gpu if torch.cuda.is_available() else _measure_in_fresh_process
     for batch_size in args.batch_size:

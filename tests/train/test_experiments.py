@@ -27,14 +27,17 @@ def test_two_cells_run_share_their_first_task_and_are_kept(tmp_path: Path, capsy
         "--seeds",
         "1",
     ]
-    command = ["--out", str(tmp_path), "--grid", "replay", "--condition", "no replay", "replay 20 %", *small]
+    command = ["--out", str(tmp_path), "--grid", "replay", "--condition", "teacher", "no replay", "replay 20 %", *small]
     main(command)
     first = capsys.readouterr().out
-    assert "2/2 replay-replay-20-percent-s0" in first
+    assert "3/3 replay-replay-20-percent-s0" in first
     results = [json.loads(p.read_text("utf-8")) for p in sorted((tmp_path / "cells").glob("*/result.json"))]
-    assert results[0]["matrix"][0] == results[1]["matrix"][0]
+    no_replay, replay, teacher = results
+    assert no_replay["matrix"][0] == replay["matrix"][0]
+    assert teacher["matrix"] == []
     assert {tuple(r["final"]) for r in results} == {("flowers", "butterflies", "fish")}
     page = (tmp_path / "experiments.md").read_text("utf-8")
+    assert "| teacher | " in page
     assert "| no replay | " in page
     assert (tmp_path / "experiments-replay-forgetting.svg").read_text("utf-8").startswith("<svg")
     before = [p.stat().st_mtime_ns for p in sorted((tmp_path / "cells").glob("*/result.json"))]
@@ -44,7 +47,7 @@ def test_two_cells_run_share_their_first_task_and_are_kept(tmp_path: Path, capsy
     main(["--out", str(tmp_path), "--grid", "strategies", "--condition", captions, *small])
     (kept,) = (tmp_path / "cells").glob("strategies-captions-the-teachers-images-s0/result.json")
     found = json.loads(kept.read_text("utf-8"))
-    assert found["matrix"][0] == results[0]["matrix"][0]
+    assert found["matrix"][0] == no_replay["matrix"][0]
     assert 10 < found["remembered_bytes"] < 100  # one caption
     assert found["training_seconds"] > 0
     page = (tmp_path / "experiments.md").read_text("utf-8")
@@ -54,7 +57,7 @@ def test_two_cells_run_share_their_first_task_and_are_kept(tmp_path: Path, capsy
 
 def test_the_whole_grid_is_every_condition_of_every_seed() -> None:
     found = cells(tuple(GRIDS), Size(seeds=3))
-    assert len(found) == 3 * (5 + 9 + 5 + 2)
+    assert len(found) == 2 + 3 * (5 + 6 + 7 + 2)  # the teacher and the student at step 0 have no seed
     assert len({cell.name for cell in found}) == len(found)
     with pytest.raises(InputError, match="--grid 'taste' is unknown"):
         cells(["taste"], Size())
@@ -100,8 +103,12 @@ def test_the_page_says_what_was_found_whether_expected_or_not(tmp_path: Path, ke
 def test_strategies_are_shown_against_what_they_remember(tmp_path: Path) -> None:
     found = [
         result(condition, 0, [[quality, quality, quality]])
-        | {"grid": "strategies", "remembered_bytes": size, "training_seconds": 60.0}
-        for condition, quality, size in (("sequential", 0.5, 0), ("replay of latents", 0.9, 740_000))
+        | {"grid": grid, "remembered_bytes": size, "training_seconds": 60.0}
+        for grid, condition, quality, size in (
+            ("replay", "no replay", 0.5, 0),
+            ("replay", "replay 5 %", 0.9, 740_000),
+            ("strategies", "LwF", 0.8, 9),
+        )
     ]
     write_report(tmp_path, found, GRIDS, {"steps": 1, "batch_size": 1, "samples": 1, "images": 2, "eval_steps": 2})
     page = (tmp_path / "experiments.md").read_text("utf-8")

@@ -12,12 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from kdc_edge.errors import InputError, unknown_choice
 from kdc_edge.files import read_json, write_atomic
@@ -32,21 +38,22 @@ from kdc_edge.train.tools.experiment_report import write_report
 TASKS = tuple(Task(name, f"garden:{name}") for name in ("flowers", "butterflies", "fish"))
 ALL = Task("all", "garden:flowers+butterflies+fish")
 
+BASELINES = ("teacher", "student at step 0")  # the same whatever the seed
 REPLAY = {"no replay": 0.0, "replay 1 %": 0.01, "replay 5 %": 0.05, "replay 20 %": 0.2, "all data jointly": None}
+GARDEN_POSITIONS = 16 * 16  # of its latents: the authors' `batchmean` sums the soft term over them (train/losses.py)
 LOSSES = {
     "task only": LossWeights(1, 0, 0, 0),
     "task + output": LossWeights(1, 1, 0, 0),
     "task + soft": LossWeights(1, 0, 1, 0),
     "task + features": LossWeights(1, 0, 0, 0.1),
     "all": LossWeights(),
+    "task + soft, summed": LossWeights(1, 0, GARDEN_POSITIONS, 0),
+    "all, soft summed": LossWeights(soft=GARDEN_POSITIONS),
 }
 STARTS = {"inherited": True, "random": False}
 SHARE = 0.05  # of the images of the whole sequence, or of their captions, that a strategy may keep
 NO_DISTILLATION = LossWeights(1, 0, 0, 0)
-STRATEGIES: dict[str, dict[str, Any] | None] = {  # settings of the strategy; None for all data jointly
-    "all data jointly": None,
-    "sequential": {"replay": 0},
-    "replay of latents": {},
+STRATEGIES: dict[str, dict[str, Any]] = {  # settings of the strategy
     "replay without distillation": {"loss": NO_DISTILLATION},
     "captions, the teacher's images": {"strategy": "captions"},
     "captions, the student's images": {"strategy": "generative"},
@@ -55,8 +62,11 @@ STRATEGIES: dict[str, dict[str, Any] | None] = {  # settings of the strategy; No
     "EWC, weight 1e6": {"strategy": "ewc", "ewc_weight": 1e6},
 }
 GRIDS = {
-    "replay": tuple(REPLAY), "strategies": tuple(STRATEGIES), "losses": tuple(LOSSES), "inheritance": tuple(STARTS),
-}  # fmt: skip
+    "replay": (*BASELINES, *REPLAY),
+    "strategies": tuple(STRATEGIES),
+    "losses": tuple(LOSSES),
+    "inheritance": tuple(STARTS),
+}
 
 
 @dataclass(frozen=True)
@@ -89,11 +99,26 @@ def cells(grids: Sequence[str], size: Size, conditions: Sequence[str] = ()) -> l
     for grid in grids:
         if grid not in GRIDS:
             raise unknown_choice("--grid", grid, GRIDS)
-    found = [Cell(grid, c, seed) for seed in range(size.seeds) for grid in grids for c in GRIDS[grid]]
+    every = [Cell(grid, c, seed) for seed in range(size.seeds) for grid in grids for c in GRIDS[grid]]
+    found = [cell for cell in every if cell.seed == 0 or cell.condition not in BASELINES]
     chosen = [cell for cell in found if not conditions or cell.condition in conditions]
     if not chosen:
         raise InputError(f"--condition {', '.join(conditions)} is in none of these grids")
     return chosen
+
+
+def make_trainer(cell: Cell, out: Path, size: Size) -> Trainer:
+    """The trainer of a cell, behind the first task where other cells of the seed have the same one."""
+    config = TrainConfig(
+        teacher=GARDEN_TEACHER, student="garden-student", tasks=TASKS, steps=size.steps, batch_size=size.batch_size,
+        samples=size.samples, eval_images=size.images, eval_steps=size.eval_steps, seed=cell.seed, save_every=50,
+        keep=1, log_with="none", cache=out / "cache", replay=0, baselines=False, mixed_precision="no",
+        cuda_graphs=torch.cuda.is_available() and cell.condition not in (*BASELINES, "LwF"),
+    )  # fmt: skip
+    if cell.condition in BASELINES:
+        return _open(cell, out, config)
+    make = {"replay": _replay, "strategies": _strategies, "losses": _losses, "inheritance": _inheritance}[cell.grid]
+    return make(cell, out, config)
 
 
 def run_cell(cell: Cell, out: Path, size: Size) -> dict[str, object]:
@@ -102,16 +127,13 @@ def run_cell(cell: Cell, out: Path, size: Size) -> dict[str, object]:
     if path.is_file():
         return read_json(path, InputError)
     started = time.perf_counter()
-    config = TrainConfig(
-        teacher=GARDEN_TEACHER, student="garden-student", tasks=TASKS, steps=size.steps, batch_size=size.batch_size,
-        samples=size.samples, eval_images=size.images, eval_steps=size.eval_steps, seed=cell.seed, save_every=50,
-        keep=1, log_with="none", cache=out / "cache", replay=0, baselines=False,
-    )  # fmt: skip
-    trainer = {"replay": _replay, "strategies": _strategies, "losses": _losses, "inheritance": _inheritance}[cell.grid](
-        cell, out, config
-    )
-    for _ in trainer.run():
-        pass
+    trainer = make_trainer(cell, out, size)
+    if cell.condition in BASELINES:
+        scores = trainer.evaluate(teacher=cell.condition == "teacher").values()
+        trainer.position.values.append([score.values for score in scores])
+    else:
+        for _ in trainer.run():
+            pass
     final = trainer.position.values[-1]
     if len(trainer.config.tasks) == 1 and trainer.config.tasks[0] == ALL:
         final = [score.values for score in trainer.evaluate(TASKS).values()]  # trained as one task, asked as three
@@ -136,18 +158,24 @@ def _replay(cell: Cell, out: Path, config: TrainConfig) -> Trainer:
     share = REPLAY[cell.condition]
     if share is None:
         return _jointly(cell, out, config)
-    return _branch(cell, out, replace(config, replay=_kept(share, config)), "replay-first-task")
+    return _branch(cell, out, replace(config, replay=_kept(share, config)))
 
 
 def _strategies(cell: Cell, out: Path, config: TrainConfig) -> Trainer:
     """Three tasks, a strategy against forgetting with the same budget of samples."""
+    config = replace(config, **{"replay": _kept(SHARE, config), **STRATEGIES[cell.condition]})
+    return _branch(cell, out, config) if shared_first_task(cell) else _open(cell, out, config)
+
+
+def shared_first_task(cell: Cell) -> str | None:
+    """The name of the first task's run that the cells of a seed have in common; None for those that have their own."""
+    name = f"replay-first-task-s{cell.seed}"
+    if cell.grid == "replay":
+        return None if cell.condition in BASELINES or REPLAY[cell.condition] is None else name
+    if cell.grid != "strategies" or STRATEGIES[cell.condition].get("loss") == NO_DISTILLATION:
+        return None
     settings = STRATEGIES[cell.condition]
-    if settings is None:
-        return _jointly(cell, out, config)
-    config = replace(config, **{"replay": _kept(SHARE, config), **settings})
-    if config.loss == NO_DISTILLATION:  # another first task than the others'
-        return _open(cell, out, config)
-    return _branch(cell, out, config, "ewc-first-task" if config.strategy == "ewc" else "replay-first-task")
+    return f"ewc-first-task-s{cell.seed}" if settings.get("strategy") == "ewc" else name
 
 
 def _jointly(cell: Cell, out: Path, config: TrainConfig) -> Trainer:
@@ -160,13 +188,14 @@ def _kept(share: float, config: TrainConfig) -> int:
     return round(share * len(TASKS) * (config.samples or 0))
 
 
-def _branch(cell: Cell, out: Path, config: TrainConfig, first_task: str) -> Trainer:
+def _branch(cell: Cell, out: Path, config: TrainConfig) -> Trainer:
     """A run that goes on from the first task, which all branches of a seed have in common."""
-    home, shared = out / "cells" / cell.name, out / "cells" / f"{first_task}-s{cell.seed}"
+    home, shared = out / "cells" / cell.name, out / "cells" / str(shared_first_task(cell))
     if (home / "config.json").is_file():
         return Trainer(config, home, resume=True)
     shutil.rmtree(home, ignore_errors=True)  # left by a kill while it was branched
-    largest = replace(config, replay=_kept(max(s for s in REPLAY.values() if s is not None), config))
+    most = max(share for share in REPLAY.values() if share is not None)
+    largest = replace(config, replay=_kept(most, config), cuda_graphs=torch.cuda.is_available())
     if config.strategy != "ewc":
         largest = replace(largest, strategy="replay")
     first = Trainer(largest, shared, resume=(shared / "config.json").is_file())
@@ -190,7 +219,8 @@ def remembered_bytes(trainer: Trainer) -> int:
 
 def training_seconds(trainer: Trainer) -> float:
     """Of all steps, those of a shared first task too, and of the strategy's own work; not of the evaluations."""
-    lines = (trainer.run_folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    log = trainer.run_folder / "metrics.jsonl"
+    lines = log.read_text("utf-8").splitlines() if log.is_file() else []
     steps = sum(trainer.config.batch_size / float(json.loads(line)["samples_per_sec"]) for line in lines)
     return steps + trainer.watch.seconds.get("strategy", 0.0)
 
@@ -211,18 +241,43 @@ def _open(cell: Cell, out: Path, config: TrainConfig) -> Trainer:
 
 
 def run(
-    out: Path, size: Size, chosen: Sequence[Cell], say: Callable[[str], None], *, minutes: float | None = None
-) -> list[dict[str, object]]:
-    """Every cell's result; stops before a cell once `minutes` are over."""
+    out: Path, size: Size, chosen: Sequence[Cell], say: Callable[[str], None], *, minutes: float | None = None,
+    jobs: int = 1,
+) -> list[dict[str, object]]:  # fmt: skip
+    """The results of the cells, `jobs` of them at once; starts no more once `minutes` are over."""
     check_size(out, size)
     started, results = time.perf_counter(), []
-    for number, cell in enumerate(chosen, 1):
-        if minutes is not None and time.perf_counter() - started > 60 * minutes:
+    for cell, result in _finished(chosen, out, size, jobs):
+        results.append(result)
+        say(f"{len(results)}/{len(chosen)} {cell.name}: {result['seconds']} s")
+        if minutes is not None and time.perf_counter() - started > 60 * minutes and len(results) < len(chosen):
             say(f"{minutes:g} minutes are over; run it again to go on")
             break
-        results.append(run_cell(cell, out, size))
-        say(f"{number}/{len(chosen)} {cell.name}: {results[-1]['seconds']} s")
     return results
+
+
+def _finished(chosen: Sequence[Cell], out: Path, size: Size, jobs: int) -> Iterator[tuple[Cell, dict[str, object]]]:
+    """Each cell with its result, in order, or as they end where several processes share the cores."""
+    if jobs == 1:
+        for cell in chosen:
+            yield cell, run_cell(cell, out, size)
+        return
+    firsts = {name: cell for cell in chosen if (name := shared_first_task(cell)) is not None}
+    context, threads = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        list(pool.map(_prepare, firsts.values(), repeat(out), repeat(size)))
+        futures = {pool.submit(run_cell, cell, out, size): cell for cell in chosen}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _prepare(cell: Cell, out: Path, size: Size) -> None:
+    """Train the first task that the cell goes on from, unless that was done before."""
+    if not (out / "cells" / cell.name / "result.json").is_file():
+        make_trainer(cell, out, size)
 
 
 def check_size(out: Path, size: Size) -> None:
@@ -247,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=Size.images, help="of a task, in each evaluation")
     parser.add_argument("--eval-steps", type=int, default=Size.eval_steps, help="of the sampler, for these images")
     parser.add_argument("--minutes", type=float, help="start no cell after so many")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at once, a process each")
     args = parser.parse_args(arguments)
     size = Size(args.steps, args.batch_size, args.samples, args.images, args.eval_steps, args.seeds)
     run(
@@ -255,6 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells(args.grid, size, args.condition),
         lambda text: print(text, flush=True),
         minutes=args.minutes,
+        jobs=args.jobs,
     )
     done = [read_json(path, InputError) for path in sorted((args.out / "cells").glob("*/result.json"))]
     for folder in (args.out, args.docs):

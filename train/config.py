@@ -213,6 +213,9 @@ class DecoderConfig(TaskConfig):
     metric_weights: Path | None = setting(None, "Folder of LPIPS weights.", "Evaluation")
 
     device: str = setting("auto", "auto, cpu, cuda or mps.", "Performance", free=True)
+    mixed_precision: Literal["auto", "no", "bf16"] = setting(
+        "auto", "Compute dtype; auto takes bf16 on CUDA, fp32 elsewhere.", "Performance"
+    )
     save_every: int = setting(100, "Steps between saved states.", "Run", free=True, ge=1)
 
 

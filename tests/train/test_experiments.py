@@ -9,7 +9,18 @@ import pytest
 
 from kdc_edge.errors import InputError
 from kdc_edge.train.tools.experiment_report import bars, spread, write_report
-from kdc_edge.train.tools.experiments import GRIDS, Cell, Size, cells, check_size, main
+from kdc_edge.train.tools.experiments import (
+    GRIDS,
+    STRATEGIES,
+    Cell,
+    Size,
+    cells,
+    check_size,
+    first_task_config,
+    main,
+    shared_first_task,
+)
+from tests.train.test_loop import config
 
 
 def test_two_cells_run_share_their_first_task_and_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,6 +74,18 @@ def test_the_whole_grid_is_every_condition_of_every_seed() -> None:
         cells(["taste"], Size())
     with pytest.raises(InputError, match="in none of these grids"):
         cells(["losses"], Size(), ["no replay"])
+
+
+def test_cells_that_share_a_first_task_ask_for_the_same_run() -> None:
+    asked: dict[str, list[object]] = {}
+    for cell in cells(("replay", "strategies"), Size(seeds=1)):
+        if (name := shared_first_task(cell)) is not None:
+            settings = STRATEGIES[cell.condition] if cell.grid == "strategies" else {"replay": 7}
+            asked.setdefault(name, []).append(first_task_config(config(**{"samples": 100, "seed": 0, **settings})))
+    assert sorted(asked) == ["ewc-first-task-s0", "replay-first-task-s0"]
+    for same in asked.values():
+        assert len(same) > 1
+        assert all(one == same[0] for one in same)
 
 
 def test_cells_of_another_size_are_not_mixed(tmp_path: Path) -> None:

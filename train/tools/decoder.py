@@ -75,10 +75,13 @@ class DecoderTrainer:
         self._claim_folder(resume)  # after what can be refused at once
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         self.device = torch.device(chosen)
-        self.vae = load_network(config.checkpoint, "vae_decoder").to(self.device)
+        precision = config.mixed_precision
+        self.half = precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
+        self.vae = load_network(config.checkpoint, "vae_decoder").to(self.device, memory_format=torch.channels_last)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.network = new_decoder(self.preset, self.model.latent_channels).to(self.device)
+            made = new_decoder(self.preset, self.model.latent_channels)
+        self.network = made.to(self.device, memory_format=torch.channels_last)
         self.decoder = self.network.decoder.train()
         self.optimizer = torch.optim.AdamW(self.decoder.parameters(), weight_decay=0.0)
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -147,9 +150,10 @@ class DecoderTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         scaled = self._draw(latents).to(self.device)
-        with torch.no_grad():
-            target = self.vae.decode(scaled / self.model.scaling_factor).sample.clamp(-1, 1)
-        image = self.decoder(scaled)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            with torch.no_grad():
+                target = self.vae.decode(scaled / self.model.scaling_factor).sample.float().clamp(-1, 1)
+            image = self.decoder(scaled).float()
         terms = {"l1": F.l1_loss(image, target), "mse": F.mse_loss(image, target)}
         total = terms["l1"] + terms["mse"]
         if self.features is not None:

@@ -194,17 +194,25 @@ def _branch(cell: Cell, out: Path, config: TrainConfig) -> Trainer:
     if (home / "config.json").is_file():
         return Trainer(config, home, resume=True)
     shutil.rmtree(home, ignore_errors=True)  # left by a kill while it was branched
-    most = max(share for share in REPLAY.values() if share is not None)
-    largest = replace(config, replay=_kept(most, config), cuda_graphs=torch.cuda.is_available())
-    if config.strategy != "ewc":
-        largest = replace(largest, strategy="replay")
-    first = Trainer(largest, shared, resume=(shared / "config.json").is_file())
+    first = Trainer(first_task_config(config), shared, resume=(shared / "config.json").is_file())
     if first.position.task == 0:
         for _ in first.run():
             if first.position.task == 1:
                 break
     branch_run(shared, home, config)
     return Trainer(config, home, resume=True)
+
+
+def first_task_config(config: TrainConfig) -> TrainConfig:
+    """The configuration of the first task's run: the same for all cells of a seed that go on from it."""
+    most = max(share for share in REPLAY.values() if share is not None)
+    return replace(
+        config,
+        strategy="ewc" if config.strategy == "ewc" else "replay",
+        ewc_weight=TrainConfig.ewc_weight,  # a first task has no penalty
+        replay=_kept(most, config),
+        cuda_graphs=torch.cuda.is_available(),
+    )
 
 
 def remembered_bytes(trainer: Trainer) -> int:

@@ -202,7 +202,7 @@ def test_faults_are_found() -> None:
     module.__doc__ = """An example.
 
         buffer = ReplayBuffer(capacity=500)
-        buffer.draw(8)
+        buffer.limit(8)
         buffer.colour
         for prompt, seed, size in prompts_and_seeds(prompts, images, seeds): ...
         gone(3)
@@ -211,7 +211,7 @@ def test_faults_are_found() -> None:
     """
     faults = Examples(module).faults
     assert [fault.split(":")[0] for fault in faults] == [
-        "buffer.draw(8)", "buffer.colour", "(prompt, seed, size)", "gone(3)",
+        "buffer.limit(8)", "buffer.colour", "(prompt, seed, size)", "gone(3)",
     ]  # fmt: skip
 
 

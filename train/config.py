@@ -171,12 +171,6 @@ class TrainConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        keeps = self.replay if self.replay_mb is None else self.replay_mb
-        if self.buckets and keeps and self.strategy in ("replay", "captions", "generative"):
-            raise InputError(
-                "--buckets trains on batches of one shape, and replay on squares: give --replay 0, or"
-                " another --strategy (ewc, lwf)"
-            )
         if self.cuda_graphs and self.gradient_checkpointing:
             raise InputError("--cuda-graphs and --gradient-checkpointing exclude each other: use one")
         if self.cuda_graphs and (self.strategy == "lwf" or self.replay_teacher == "student"):

@@ -53,22 +53,25 @@ def draw_batch(
 ) -> Batch:  # fmt: skip
     """The global batch of a step: new samples and, once there are any, a share of replayed ones, with their noise.
 
-    `drawn` counts the task's new samples before this step, for epochs. Every process draws the same one; with
-    --own-noise the noise of the samples numbered in `own` alone (of all where None). The order of draws is part of
-    exact resume.
+    Its samples have one shape; where there are several, a batch may be all new or all replayed. `drawn` counts the
+    task's new samples before this step, for epochs. Every process draws the same one; with --own-noise the noise of
+    the samples numbered in `own` alone (of all where None). The order of draws is part of exact resume.
     """
-    old = replayed_count(config, generator) if len(replay) else 0
-    if config.epochs:
-        new = epoch_samples(len(latents), drawn, config.batch_size - old, seed=config.seed)
-    else:
-        new = _draw_new(latents, config.batch_size - old, generator)
-    mean, std = random_flip(latents, generator)(new)
-    captions = [latents.captions[i] for i in new.tolist()]
+    shape, share = _draw_shape(config, latents, replay.latents, generator)
+    old = replayed_count(config.batch_size, share, generator)
+    new, found, captions = config.batch_size - old, list[tuple[Tensor, Tensor]](), list[str]()
+    if new:
+        if config.epochs:  # without --buckets: all have this shape
+            numbers = epoch_samples(len(latents), drawn, new, seed=config.seed)
+        else:
+            numbers = latents.draw(new, shape, generator)
+        found.append(random_flip(latents, generator)(numbers))
+        captions += [latents.captions[i] for i in numbers.tolist()]
     if old:
-        picked = replay.draw(old, generator)
-        mean, std = torch.cat([mean, replay.mean[picked]]), torch.cat([std, replay.std[picked]])
-        captions += [replay.captions[i] for i in picked.tolist()]
-    mean, std = mean.float(), std.float()
+        numbers = replay.latents.draw(old, shape, generator)
+        found.append(replay.latents.take(numbers))
+        captions += [replay.captions[i] for i in numbers.tolist()]
+    mean, std = (torch.cat(parts).float() for parts in zip(*found, strict=True))  # (B, C, h, w)
     dropped = torch.rand(len(captions), generator=generator) < config.caption_dropout
     if config.own_noise:
         sample, noise = _noise_by_sample(mean.shape, config.noise_offset, generator, own)
@@ -78,7 +81,7 @@ def draw_batch(
         sample=mean + std * sample,
         noise=noise,
         timestep=timesteps(len(mean), generator),
-        replayed=torch.arange(config.batch_size) >= config.batch_size - old,
+        replayed=torch.arange(config.batch_size) >= new,
         captions=["" if d else c for c, d in zip(captions, dropped.tolist(), strict=True)],
     )
 
@@ -103,13 +106,23 @@ def _noise_by_sample(
     return sample, noise
 
 
-def _draw_new(latents: Latents, count: int, generator: torch.Generator) -> Tensor:
-    """Numbers (count,) of samples of one shape, each sample as likely as another, with repetition."""
-    if latents.one_shape:
-        return torch.randint(len(latents), (count,), generator=generator)
-    first = torch.randint(len(latents), (1,), generator=generator)
-    group = latents.alike(int(first))
-    return torch.cat([first, group[torch.randint(len(group), (count - 1,), generator=generator)]])
+def _draw_shape(
+    config: TrainConfig, latents: Latents, kept: Latents, generator: torch.Generator
+) -> tuple[torch.Size, float]:
+    """The shape (C, h, w) of a step's samples, and the share of them that is replayed.
+
+    The shape is that of a kept sample with probability r = `replay_ratio`, else that of a new one. If a share k of all
+    kept samples has it and a share n of all new ones, r k / (r k + (1 - r) n) of the batch is replayed. The mean share
+    is r then, each kept sample is as likely as another, and so is each new one, whatever shapes the two have.
+    """
+    ratio = config.replay_ratio if len(kept) else 0.0
+    shapes = latents.groups.keys() | kept.groups.keys()
+    if len(shapes) == 1:  # nothing is drawn
+        return shapes.pop(), ratio
+    source = kept if ratio and torch.rand((), generator=generator, dtype=torch.float64) < ratio else latents
+    shape = source.shape_of(int(torch.randint(len(source), (), generator=generator)))
+    old, new = ratio * kept.share(shape), (1 - ratio) * latents.share(shape)
+    return shape, old / (old + new)
 
 
 def epoch_samples(count: int, drawn: int, wanted: int, *, seed: int) -> Tensor:
@@ -123,13 +136,13 @@ def epoch_samples(count: int, drawn: int, wanted: int, *, seed: int) -> Tensor:
     return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
 
 
-def replayed_count(config: TrainConfig, generator: torch.Generator) -> int:
-    """Replayed samples of a step: `batch_size * replay_ratio`, rounded at random so that the mean is right."""
-    share = round(config.batch_size * config.replay_ratio, 9)  # 100 * 0.07 is a little more than 7
-    whole = int(share)
-    if share == whole:  # nothing is drawn
+def replayed_count(batch_size: int, share: float, generator: torch.Generator) -> int:
+    """Replayed samples of a step: `batch_size * share`, rounded at random so that the mean is right."""
+    mean = round(batch_size * share, 9)  # 100 * 0.07 is a little more than 7
+    whole = int(mean)
+    if mean == whole:  # nothing is drawn
         return whole
-    return whole + int(torch.rand((), generator=generator, dtype=torch.float64) < share - whole)
+    return whole + int(torch.rand((), generator=generator, dtype=torch.float64) < mean - whole)
 
 
 def random_flip(latents: Latents, generator: torch.Generator) -> Take:

@@ -51,7 +51,7 @@ def write_here(write: Write) -> None:
 
 @dataclass(frozen=True)
 class Latents:
-    """A task's encoded samples, memory-mapped: scaled posterior mean and std, (n, F, C, h, w) fp16 a shard.
+    """Encoded samples: scaled posterior mean and std, (n, F, C, h, w) fp16 a shard; a task's are memory-mapped.
 
     F is 2 where the mirror image was encoded too, else 1.
     """
@@ -71,28 +71,30 @@ class Latents:
     def flips(self) -> int:
         return int(self.shards[0][0].shape[1])
 
-    def alike(self, number: int) -> Tensor:
-        """The numbers (n,) of the samples of one sample's shape."""
-        shard = int(torch.searchsorted(self.starts, number, right=True)) - 1
-        return self._groups[self.shards[shard][0].shape[1:]]
-
-    @property
-    def one_shape(self) -> bool:
-        return len(self._groups) < 2
-
     @cached_property
-    def _groups(self) -> dict[torch.Size, Tensor]:
-        """The samples' numbers (n,) of each shape."""
+    def groups(self) -> dict[torch.Size, Tensor]:
+        """The numbers (n,) of the samples of each shape (C, h, w)."""
         numbers: dict[torch.Size, list[Tensor]] = {}
         for start, (mean, _) in zip(self.starts.tolist(), self.shards, strict=True):
-            numbers.setdefault(mean.shape[1:], []).append(torch.arange(start, start + len(mean)))
+            numbers.setdefault(mean.shape[2:], []).append(torch.arange(start, start + len(mean)))
         return {shape: torch.cat(found) for shape, found in numbers.items()}
 
+    def shape_of(self, number: int) -> torch.Size:
+        """The shape (C, h, w) of a sample."""
+        shard = int(torch.searchsorted(self.starts, number, right=True)) - 1
+        return self.shards[shard][0].shape[2:]
+
+    def share(self, shape: torch.Size) -> float:
+        """The share of the samples that have this shape."""
+        return len(self.groups[shape]) / len(self) if shape in self.groups else 0.0
+
+    def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """`count` numbers (count,) of samples of this shape, drawn uniformly, with repetition."""
+        group = self.groups[shape]
+        return group[torch.randint(len(group), (count,), generator=generator)]
+
     def take(self, numbers: Tensor, flipped: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and std (B, C, h, w) fp16 of these samples (B,), mirrored where `flipped` (B,) says so."""
-        if not len(numbers):
-            mean, std = self.shards[0]
-            return mean[:0, 0], std[:0, 0]
+        """Mean and std (B, C, h, w) fp16 of samples (B,) of one shape, mirrored where `flipped` (B,) says so."""
         shard = torch.searchsorted(self.starts, numbers, right=True) - 1
         row = numbers - self.starts[shard]
         flip = torch.zeros_like(row) if flipped is None else flipped.long()

@@ -30,10 +30,12 @@ class LatentReplay(Strategy):
 
         flipped = random_flip(latents, generator)
         if task.name not in self.buffer.tasks:  # a few-step stage begins with the samples of all its tasks
-            self.buffer.add(latents.captions, flipped, task=task.name, generator=generator)
+            self.buffer.add(
+                latents.captions, flipped, task=task.name, generator=generator, groups=latents.groups.values()
+            )
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], buffer: ReplayBuffer, *, tasks: int) -> None:
-        if len(buffer) and not buffer.mean[0].numel():
+        if any(not mean.numel() for mean, _ in buffer.latents.shards):
             raise InputError("the run kept captions alone, no latents: go on with --strategy captions or generative")
         super().load_state_dict(tensors, buffer, tasks=tasks)
 
@@ -55,12 +57,11 @@ class CaptionReplay(Strategy):
                 painter = self.teacher.generator(unet, model)
                 images = generate_spread(self.accelerator, painter, self.buffer.captions, seed=seed)
             parts = [encode_images(self.teacher.vae, images[i : i + 16]) for i in range(0, len(images), 16)]
-            self.buffer.mean, self.buffer.std = (torch.cat(found).contiguous() for found in zip(*parts, strict=True))
+            self.buffer.replace_latents(*(torch.cat(found).contiguous() for found in zip(*parts, strict=True)))
         super().begin_task(number, generator)
 
     def remember(self, task: Task, latents: Latents, generator: torch.Generator) -> None:
-        count = len(self.buffer)
-        self.buffer.mean, self.buffer.std = (torch.empty(count, 0, dtype=torch.float16) for _ in range(2))
+        self.buffer.replace_latents(*_no_latents(torch.arange(len(self.buffer))))
         if task.name not in self.buffer.tasks:
             self.buffer.add(latents.captions, _no_latents, task=task.name, generator=generator)
 

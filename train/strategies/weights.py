@@ -114,7 +114,7 @@ class WithoutForgetting(Strategy):
 
         if self.objective.previous_student is None:
             return batch
-        old = replayed_count(self.config, generator)
+        old = replayed_count(len(batch), self.config.replay_ratio, generator)
         return replace(batch, replayed=torch.arange(len(batch)) >= len(batch) - old)
 
     def new_samples(self, batch: Batch) -> int:

@@ -7,7 +7,8 @@
 Every measurement is a process of its own, which makes one image, as a user's command does. Rounds alternate
 between the candidates, so that an hour in which the machine is slow is slow for all. Bundles are exported into
 the work folder once. The last line on stdout names the JSON file; the table beside it is made from it.
-`--suite few-steps` has a student of four phases with the VAE's decoder and with small ones.
+`--suite few-steps` has a student of four phases with the VAE's decoder and with small ones; with `--interop PYTHON`,
+of the environment that `make interop` makes, optimum-intel's pipelines too, which need older packages.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SIZE = 512
 class Candidate:
     """One way to make the image."""
 
-    kind: str  # "diffusers", "genai" or "kdc-edge"
+    kind: str  # "diffusers", "genai", "optimum", "optimum-lcm" or "kdc-edge"
     what: str  # diffusers: a dtype; else a bundle: TARGET-PRECISION, with +DECODER where a small one decodes
     few_steps: int = 0  # of a few-step student, without guidance; 0: the steps that are asked for, guided
     low_memory: bool = False
@@ -48,7 +49,14 @@ class Candidate:
     def guidance(self) -> float:
         return 1.0 if self.few_steps else GUIDANCE
 
+    @property
+    def elsewhere(self) -> bool:
+        """Does it need an environment of its own?"""
+        return self.kind.startswith("optimum")
+
     def folder(self, work: Path) -> Path:
+        if self.kind == "optimum-lcm":
+            return work / "consistency" / self.what
         return work / ("few-steps" if self.few_steps else "bundles") / self.what
 
 
@@ -66,6 +74,9 @@ DECODERS = {"": "the VAE's decoder", "+taesd": "taesd", "+thin": "thin"}
 FEW_STEPS = {
     "diffusers eager, fp32, 20 guided steps": Candidate("diffusers", "float32"),
     "openvino_genai, fp16 files, 4 steps": Candidate("genai", "openvino-fp16", 4),
+    "optimum-intel, fp16 files, 4 steps": Candidate("optimum", "openvino-fp16", 4),
+    "optimum-intel, LCM pipeline, fp16 files, 4 steps": Candidate("optimum-lcm", "openvino-fp16", 4),
+    "optimum-intel, int8 files, 4 steps, thin": Candidate("optimum", "openvino-int8+thin", 4),
     **{
         f"OpenVINO {precision}, {steps} steps, {title}": Candidate("kdc-edge", f"openvino-{precision}{decoder}", steps)
         for precision in ("fp16", "int8")
@@ -114,6 +125,28 @@ def run_genai(folder: Path, steps: int, guidance: float, threads: int) -> Steps:
         )  # fmt: skip
 
 
+def run_optimum(folder: Path, kind: str, steps: int, guidance: float, threads: int) -> Steps:
+    """The LCM pipeline for fixed shapes, as its documentation advises for speed; the other takes them guided alone."""
+    import torch
+    from optimum.intel import OVLatentConsistencyModelPipeline, OVStableDiffusionPipeline
+
+    torch.set_num_threads(threads)
+    which = OVLatentConsistencyModelPipeline if kind == "optimum-lcm" else OVStableDiffusionPipeline
+    options = {"INFERENCE_NUM_THREADS": str(threads)}
+    pipeline = which.from_pretrained(folder, export=False, compile=False, safety_checker=None, ov_config=options)
+    if kind == "optimum-lcm":
+        pipeline.reshape(batch_size=1, height=SIZE, width=SIZE, num_images_per_prompt=1)
+    pipeline.set_progress_bar_config(disable=True)
+    yield None
+    while True:
+        yield from _as_steps(
+            lambda tick: pipeline(
+                PROMPT, num_inference_steps=steps, guidance_scale=guidance, height=SIZE, width=SIZE,
+                callback_on_step_end=lambda _p, _i, _t, kwargs: tick() or kwargs,
+            )
+        )  # fmt: skip
+
+
 def run_ours(folder: Path, candidate: Candidate, steps: int, threads: int) -> Steps:
     from kdc_edge.request import GuidanceMode, Request, made_for
     from kdc_edge.runtimes import open_pipeline
@@ -154,6 +187,8 @@ def work(
         generator = run_diffusers(checkpoint, candidate.what, steps, threads)
     elif candidate.kind == "genai":
         generator = run_genai(candidate.folder(folder), steps, candidate.guidance, threads)
+    elif candidate.elsewhere:
+        generator = run_optimum(candidate.folder(folder), candidate.kind, steps, candidate.guidance, threads)
     else:
         generator = run_ours(candidate.folder(folder), candidate, steps, threads)
     next(generator)
@@ -190,6 +225,8 @@ def export(candidate: Candidate, checkpoint: Path, work: Path) -> None:
     if candidate.kind == "diffusers" or out.exists():
         return
     source = few_step_checkpoint(checkpoint, work) if candidate.few_steps else checkpoint
+    if candidate.kind == "optimum-lcm":
+        source = consistency_checkpoint(checkpoint, work)
     bundle, _, decoder = candidate.what.partition("+")
     target, precision = bundle.split("-", 1)
     command = ["kdc-edge", "export", str(source), "--target", target, "--precision", precision]
@@ -211,11 +248,41 @@ def few_step_checkpoint(checkpoint: Path, work: Path) -> Path:
             }),
             (out / "model_index.json", {"scheduler": ["diffusers", "DDIMScheduler"]}),
         ):  # fmt: skip
-            content = json.loads(path.read_text()) | changes
-            path.unlink()  # a link to the other checkpoint's
-            path.write_text(json.dumps(content, indent=2))
+            _change(path, changes)
         (out / "sampling.json").write_text('{"scheduler": "ddim", "steps": 4, "guidance": 1.0}')
     return out
+
+
+def consistency_checkpoint(checkpoint: Path, work: Path) -> Path:
+    """The same network with an input for the guidance scale, which diffusers' LCM pipelines give; its weights are 0."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    out = work / "consistency-checkpoint"
+    if not out.exists():
+        shutil.copytree(checkpoint, out, copy_function=os.link)
+        for path, changes in (
+            (out / "unet" / "config.json", {"time_cond_proj_dim": 256}),
+            (out / "scheduler" / "scheduler_config.json", {"_class_name": "LCMScheduler"}),
+            (out / "model_index.json", {
+                "_class_name": "LatentConsistencyModelPipeline", "scheduler": ["diffusers", "LCMScheduler"],
+            }),
+        ):  # fmt: skip
+            _change(path, changes)
+        weights = out / "unet" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(weights)
+        width = tensors["conv_in.weight"].shape[0]
+        tensors["time_embedding.cond_proj.weight"] = torch.zeros(width, 256, dtype=tensors["conv_in.weight"].dtype)
+        weights.unlink()
+        save_file(tensors, weights)
+    return out
+
+
+def _change(path: Path, changes: dict[str, Any]) -> None:
+    """Set values in a JSON file that is a link to another checkpoint's."""
+    content = json.loads(path.read_text()) | changes
+    path.unlink()
+    path.write_text(json.dumps(content, indent=2))
 
 
 def random_decoder(preset: str, work: Path) -> Path:
@@ -258,6 +325,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="patterns of names to run: '*genai*' '*fp16'")
     parser.add_argument("--again", action="store_true", help="a second image in each process, all being loaded")
+    parser.add_argument("--interop", type=Path, help="a Python with optimum-intel, for its rows")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     candidates = SUITES[args.suite]
@@ -268,6 +336,7 @@ def main() -> None:
     from kdc_edge.bench.record import here
 
     names = [n for n in candidates if any(fnmatch(n, pattern) for pattern in args.only or ["*"])]
+    names = [n for n in names if args.interop or not candidates[n].elsewhere]
     for name in names:
         export(candidates[name], args.checkpoint, args.work)
     out = args.work / f"{args.suite}.json"
@@ -281,7 +350,8 @@ def main() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     for round_ in range(args.rounds):
         for name in names if round_ % 2 == 0 else reversed(names):
-            command = [sys.executable, __file__, str(args.checkpoint), "--work", str(args.work)]
+            python = args.interop if candidates[name].elsewhere else sys.executable
+            command = [str(python), __file__, str(args.checkpoint), "--work", str(args.work)]
             command += [
                 "--suite",
                 args.suite,

@@ -245,6 +245,9 @@ def open_component(folder: Path, name: str, options: LoadOptions) -> tuple[Bundl
 
 def check_device(runtime: Runtime, device: str | None) -> str:
     """The device's name as the engine spells it, its default for None. Raises UsageError naming the devices here."""
+    always: str | None = getattr(runtime, "default_device", None)
+    if always and (device is None or device.lower() == always.lower()):
+        return always
     names = [d.name for d in runtime.devices()]
     if device is None:
         return names[0]

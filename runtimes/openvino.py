@@ -135,6 +135,7 @@ class OpenVinoComponent:
 class OpenVinoRuntime:
     name = "openvino"
     version: str = _ov.__version__.split("-")[0]
+    default_device = "CPU"  # always there: to ask for all devices loads every plugin, 6 MB
 
     def devices(self) -> list[Device]:
         found = [Device(name, str(_CORE.get_property(name, "FULL_DEVICE_NAME"))) for name in _CORE.available_devices]

@@ -5,6 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+from kdc_edge.runtimes import get_runtime
+from kdc_edge.runtimes.base import check_device
+
 CHILDREN = 3  # each ends in the deadlock about every second time where the runtime does nothing against it
 THREADS = """
 import faulthandler, os, sys
@@ -29,3 +34,14 @@ def test_threads_that_open_the_first_network_do_not_wait_for_ever() -> None:
     children = [subprocess.Popen([sys.executable, "-c", THREADS], stderr=subprocess.PIPE) for _ in range(CHILDREN)]
     ends = [(child.communicate()[1].decode(), child.returncode) for child in children]
     assert ends == [("", 0)] * CHILDREN
+
+
+def test_the_processor_is_chosen_without_loading_the_plugins_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = get_runtime("openvino")
+    assert check_device(runtime, None) == check_device(runtime, "cpu") == runtime.devices()[0].name == "CPU"
+
+    def load_all() -> None:
+        raise AssertionError("every plugin is loaded")
+
+    monkeypatch.setattr(runtime, "devices", load_all)
+    assert check_device(runtime, None) == check_device(runtime, "cpu") == "CPU"

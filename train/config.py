@@ -156,7 +156,7 @@ class TrainConfig(TaskConfig):
     gradient_checkpointing: bool = setting(False, "Less memory, a third more work.", "Performance")
     channels_last: bool = setting(False, "Memory layout for tensor cores.", "Performance")
     compile: bool = setting(False, "Compile the blocks of both networks.", "Performance")
-    cuda_graphs: bool = setting(False, "Launch a step's kernels as one, for small batches.", "Performance")
+    cuda_graphs: bool = setting(False, "Launch a step's kernels as one, for small batches.", "Performance", free=True)
 
     own_noise: bool = setting(
         False, "Seed the noise of each sample by itself, so that a process draws its share alone.", "Performance"
@@ -175,8 +175,8 @@ class TrainConfig(TaskConfig):
             raise InputError("--cuda-graphs and --gradient-checkpointing exclude each other: use one")
         if self.cuda_graphs and (self.strategy == "lwf" or self.replay_teacher == "student"):
             raise InputError(
-                "--cuda-graphs does the same at every step, and an earlier student teaches some samples alone: leave it"
-                " out with --strategy lwf and --replay-teacher student"
+                "--cuda-graphs does the same at every step, and an earlier student teaches some samples alone: give"
+                " --no-cuda-graphs with --strategy lwf and --replay-teacher student"
             )
         if self.buckets and self.epochs:
             raise InputError("--buckets and --epochs exclude each other: a batch of one shape has no order of an epoch")

@@ -48,7 +48,7 @@ def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
     if config.device not in ("auto", accelerator.device.type):
         raise InputError(f"--device {config.device} is not here: this machine has {accelerator.device.type}")
     if config.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
-        raise InputError("--cuda-graphs needs a CUDA device and a run of one process: leave it out here")
+        raise InputError("--cuda-graphs needs a CUDA device and a run of one process: give --no-cuda-graphs here")
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as torch's convolutions have by default
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:

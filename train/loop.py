@@ -83,7 +83,7 @@ def check_run(config: TrainConfig, run: Path, *, resume: bool) -> tuple[Accelera
     objective = find_objective(config.objective)
     objective.check(config, model)
     if config.cuda_graphs and not objective.same_work:
-        raise InputError(f"--objective {config.objective} does not do the same at every step: leave out --cuda-graphs")
+        raise InputError(f"--objective {config.objective} does not do the same at every step: give --no-cuda-graphs")
     metrics = ImageMetrics(config.metric_weights, accelerator.device)
     if config.quality != "auto":
         check_quality(config.quality, config, metrics)

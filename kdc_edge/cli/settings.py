@@ -72,8 +72,8 @@ def _option(s: Setting, defaults: dict[str, Any]) -> inspect.Parameter:
     """Choices and bounds are shown here and checked by the class, in one line and for TOML keys alike."""
     default = defaults.get(s.name, s.default)
     words = f"{s.help.rstrip('.')} ({s.range})." if s.range else s.help
-    names = (s.option,) if default is False else ()  # else typer adds --no-NAME
-    about = typer.Option(*names, help=words, rich_help_panel=s.group, metavar="|".join(s.choices) or None)
+    # typer adds --no-NAME to every switch: a run that goes on may turn off what it was started with
+    about = typer.Option(help=words, rich_help_panel=s.group, metavar="|".join(s.choices) or None)
     return _parameter(s.name, Annotated[str if s.choices else s.kind, about], default)
 
 

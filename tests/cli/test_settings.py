@@ -175,3 +175,12 @@ def test_a_run_that_begins_with_few_steps_takes_the_stages_settings_unless_other
     assert "--warmup 7" in said.stdout
     assert "--ema-decay 0.98, for few steps" in said.stderr
     assert "--learning-rate" not in run("train", "--task", "flowers=garden:flowers", "--dry-run", cwd=tmp_path).stdout
+
+
+def test_every_switch_can_be_turned_off_again() -> None:
+    """A run that goes on has the settings that it was started with, such as --cuda-graphs on another machine."""
+    commands = typer.main.get_command(cli).commands  # type: ignore[attr-defined]
+    known = {str(p.name): p for p in commands["train"].params}
+    switches = [s for s in settings_of(TrainConfig) if s.kind is bool]
+    assert {"cuda_graphs", "compile", "inherit"} <= {s.name for s in switches}
+    assert all(known[s.name].secondary_opts for s in switches)

@@ -76,6 +76,10 @@ def _execute(code: str, arguments: list[str], cwd: str, output: str, environment
         file = os.open(str(Path(output).with_suffix(suffix)), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(file, number)
         os.close(file)
+    if "OMP_NUM_THREADS" in environment:  # which PyTorch has read before
+        import torch
+
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["-c", *arguments]
     module = sys.modules["__main__"] = types.ModuleType("__main__")

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -26,8 +26,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from kdc_edge.errors import InputError, KdcError, require
 from kdc_edge.text import one_line
 from kdc_edge.train.config import TrainConfig
+from kdc_edge.train.processes import Processes
 
-LONGEST_WAIT = timedelta(days=1)  # for the main process, which may encode a large data set
+T = TypeVar("T")
+
+LONGEST_WAIT = timedelta(days=1)  # for a process that encodes its share of a large data set
 
 
 def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
@@ -221,24 +224,36 @@ def freeze(unet: UNet2DConditionModel, config: TrainConfig, accelerator: Acceler
     return moved.eval().requires_grad_(False)
 
 
-def on_main_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Run `work` on the main process while the others wait; where it fails, all processes fail.
+class Launched(Processes):
+    """The processes that the launch made. A failure is raised as it is where it happened, as a KdcError elsewhere."""
 
-    Raises there what `work` raised, elsewhere a KdcError of the same words.
-    """
-    failure: Exception | None = None
-    if accelerator.is_main_process:
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.index, self.count = accelerator.process_index, accelerator.num_processes
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        if self.count == 1:
+            return [work()]
+        failure: Exception | None = None
+        found: list[T] = []
         try:
-            work()
+            found = [work()]
         except Exception as error:  # whatever it is, the others must not wait for ever
             failure = error
-    words = [None if failure is None else one_line(failure)]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(words)
-    if failure is not None:
-        raise failure
-    if words[0] is not None:
-        raise KdcError(f"the main process failed: {words[0]}")
+        every = gather_object([(found, None if failure is None else one_line(failure))])
+        if failure is not None:
+            raise failure
+        for index, (_, words) in enumerate(every):
+            if words is not None:
+                raise KdcError(f"{f'process {index}' if index else 'the main process'} failed: {words}")
+        return [value for values, _ in every for value in values]
+
+    def once(self, work: Callable[[], None]) -> None:
+        self.together(work if self.index == 0 else lambda: None)
+
+
+def on_main_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Run `work` on the main process while the others wait; where it fails, all processes fail."""
+    Launched(accelerator).once(work)
 
 
 @contextmanager

@@ -33,7 +33,8 @@ from kdc_edge.presets import find_preset
 from kdc_edge.train.checkpoint import write_checkpoint
 from kdc_edge.train.config import TrainConfig, check_same, learning_rate
 from kdc_edge.train.data.batch import Batch, draw_batch
-from kdc_edge.train.data.cache import Latents, Say
+from kdc_edge.train.data.cache import Say
+from kdc_edge.train.data.latents import Latents
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.data.transfer import Ahead
 from kdc_edge.train.distributed import any_process, make_accelerator, on_main_process, under

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,13 @@ from kdc_edge.presets import find_preset
 from kdc_edge.request import made_for
 from kdc_edge.runtimes.torch import load_network
 from kdc_edge.train.config import TrainConfig
-from kdc_edge.train.data.cache import Latents, Say, TextEmbedder, cache_latents
+from kdc_edge.train.data.cache import Say, cache_latents
 from kdc_edge.train.data.images import make_buckets
-from kdc_edge.train.data.source import Part
+from kdc_edge.train.data.latents import Latents
+from kdc_edge.train.data.source import Selection
 from kdc_edge.train.data.tasks import Task
-from kdc_edge.train.distributed import Student, compile_blocks, copy_unet, freeze, on_main_process
+from kdc_edge.train.data.text import TextEmbedder
+from kdc_edge.train.distributed import Launched, Student, compile_blocks, copy_unet, freeze
 from kdc_edge.train.objective import Objective, Setup, Stopwatch
 from kdc_edge.train.objectives import find_objective
 from kdc_edge.train.quality.evaluate import Generator, evaluation_request, torch_generator
@@ -74,7 +75,7 @@ class Teacher:
         self.unet = freeze(unet, config, accelerator)
         self.vae = load_network(config.teacher, "vae_decoder").to(self.device)
         self.schedule = NoiseSchedule.from_config(model.scheduler)
-        self._config, self._accelerator, self._say = config, accelerator, say
+        self._config, self._accelerator, self._processes, self._say = config, accelerator, Launched(accelerator), say
         self._cache = config.cache or run / "cache"
         text_encoder = load_network(config.teacher, "text_encoder").to(self.device)
         self.embed = TextEmbedder.of_teacher(config.teacher, text_encoder, self._cache)
@@ -82,27 +83,27 @@ class Teacher:
         self._latents: dict[str, Latents] = {}
 
     def latents(self, task: Task) -> Latents:
-        """The latents of a task's training part. Collective: the main process encodes, the others wait for it."""
+        """The latents of a task's training part. Collective: every process encodes a share."""
         if task.name not in self._latents:
             config = self._config
-            self._latents[task.name] = self._open_latents(task, "train", config.samples, config.seed, self._say)
+            buckets = make_buckets(self.size, self._unit) if config.buckets else ()
+            selection = Selection(self.size, config.samples, config.seed, crop=config.crop, buckets=buckets)
+            self._latents[task.name] = self._open_latents(task, selection, self._say)
         return self._latents[task.name]
 
     def test_latents(self, task: Task, samples: int) -> Latents:
         """The latents of `samples` images of a task's test part. Collective."""
-        return self._open_latents(task, "test", samples, 0, lambda _: None)
+        return self._open_latents(task, Selection(self.size, samples, part="test"), lambda _: None)
 
-    def _open_latents(self, task: Task, part: Part, samples: int | None, seed: int, say: Say) -> Latents:
+    def _open_latents(self, task: Task, selection: Selection, say: Say) -> Latents:
         return cache_latents(
-            task, self.vae, self._cache, vae_sha256=self.vae_sha256, size=self.size, samples=samples, seed=seed,
-            part=part, crop=self._config.crop if part == "train" else "center", say=say,
-            buckets=make_buckets(self.size, self._unit) if self._config.buckets and part == "train" else (),
-            write_once=partial(on_main_process, self._accelerator),
+            task, self.vae, self._cache, selection, vae_sha256=self.vae_sha256, say=say, processes=self._processes,
+            bf16=self._accelerator.mixed_precision == "bf16",
         )  # fmt: skip
 
     def prepare_text(self, captions: Sequence[str]) -> None:
-        """Embed captions ahead of training; the main process keeps them on the disk."""
-        self.embed.prepare(captions, writes=self._accelerator.is_main_process)
+        """Embed captions ahead of training, every process a share. Collective."""
+        self.embed.prepare(captions, self._processes)
 
     def generator(self, unet: UNet2DConditionModel, model: Model | None = None) -> Generator:
         """An image generator with this U-Net and the teacher's other networks; `model` is the teacher's where None."""

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from kdc_edge.errors import InputError
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.batch import Batch, draw_batch
-from kdc_edge.train.data.cache import Latents
 from kdc_edge.train.data.images import make_buckets, nearest_bucket, read_image
+from kdc_edge.train.data.latents import Latents
 from kdc_edge.train.data.tasks import parse_task
 from kdc_edge.train.loop import Trainer
 from kdc_edge.train.runs.continuing import begin_stage

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +18,13 @@ from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.runtimes.torch import load_network
 from kdc_edge.tokenizer import Tokenizer
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
-from kdc_edge.train.data import cache
-from kdc_edge.train.data.cache import Latents, TextEmbedder, cache_latents
+from kdc_edge.train.data import cache, text
+from kdc_edge.train.data.cache import cache_latents
+from kdc_edge.train.data.latents import Latents
+from kdc_edge.train.data.source import Selection
 from kdc_edge.train.data.tasks import Task
+from kdc_edge.train.data.text import TextEmbedder
+from kdc_edge.train.processes import ALONE, Processes
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +45,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def encode(task: Task, vae: AutoencoderKL, folder: Path, **options: object) -> Latents:
-    return cache_latents(task, vae, folder, **({"vae_sha256": "v", "size": 64} | options))  # type: ignore[arg-type]
+    return cache_latents(task, vae, folder, Selection(64, **options), vae_sha256="v")  # type: ignore[arg-type]
 
 
 def test_both_sides_are_the_vaes_own_posterior(vae: AutoencoderKL, photos: Path, tmp_path: Path) -> None:
@@ -60,18 +67,18 @@ def test_both_sides_are_the_vaes_own_posterior(vae: AutoencoderKL, photos: Path,
 def test_an_interrupted_pass_goes_on_behind_its_last_shard(
     vae: AutoencoderKL, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "SHARD_SAMPLES", 2)
+    monkeypatch.setattr(cache, "SHARD_ENTRIES", 2)
     task, whole = Task("t", f"imagefolder:{photos}"), tmp_path / "whole"
     expected = encode(task, vae, whole)
     calls = 0
     real = cache.encode_images
 
-    def counted(network: AutoencoderKL, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def counted(network: AutoencoderKL, images: np.ndarray, **options: bool) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal calls
         calls += 1
         if calls == 7:  # of ten: five shards of two sides each
             raise KeyboardInterrupt
-        return real(network, images)
+        return real(network, images, **options)
 
     monkeypatch.setattr(cache, "encode_images", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -91,12 +98,40 @@ def test_an_interrupted_pass_goes_on_behind_its_last_shard(
 
 def test_the_key_changes_with_whatever_changes_the_latents(photos: Path) -> None:
     task = Task("t", f"imagefolder:{photos}")
-    usual = {"vae_sha256": "a", "size": 64, "samples": 5, "seed": 0, "part": "train"}
-    changes = [{}, {"vae_sha256": "b"}, {"size": 32}, {"samples": 6}, {"seed": 1}, {"part": "test"}]
-    keys = {cache.cache_key(task, **(usual | change)) for change in changes}  # type: ignore[arg-type]
+    usual = Selection(64, 5)
+    changes: list[dict[str, Any]] = [{}, {"size": 32}, {"samples": 6}, {"seed": 1}, {"part": "test"}]
+    changes += [{"crop": "random"}, {"buckets": ((32, 64),)}]
+    keys = {cache.cache_key(task, replace(usual, **change), vae_sha256="a") for change in changes}
+    keys |= {cache.cache_key(task, usual, vae_sha256="b"), cache.cache_key(task, usual, vae_sha256="a", bf16=True)}
     (photos / "noise" / "9.png").unlink()
-    keys.add(cache.cache_key(task, **usual))  # type: ignore[arg-type]
-    assert len(keys) == len(changes) + 1
+    keys.add(cache.cache_key(task, usual, vae_sha256="a"))
+    assert len(keys) == len(changes) + 3
+
+
+def test_in_bfloat16_they_are_others_nearly_the_same(vae: AutoencoderKL, tmp_path: Path) -> None:
+    task = Task("t", "garden:fish")
+    exact, rounded = (
+        cache_latents(task, vae, tmp_path, Selection(64, 4), vae_sha256="v", bf16=bf16) for bf16 in (False, True)
+    )
+    (mean, _), (rough, _) = exact.shards[0], rounded.shards[0]
+    assert not torch.equal(mean, rough)
+    torch.testing.assert_close(mean, rough, atol=5e-2, rtol=2e-2)
+    assert len(list(tmp_path.glob("t-train-*"))) == 2
+
+
+def test_a_stream_that_breaks_off_for_one_process_ends_them_all(vae: AutoencoderKL, tmp_path: Path) -> None:
+    class OtherReadTwo(Processes):
+        def together(self, work: Callable[[], object]) -> list[object]:  # type: ignore[override]
+            return [found := work(), 2 if isinstance(found, int) and not isinstance(found, bool) else found]
+
+    def encode_four(processes: Processes) -> Latents:
+        return cache_latents(
+            Task("t", "garden:fish"), vae, tmp_path, Selection(64, 4), vae_sha256="v", processes=processes
+        )
+
+    with pytest.raises(InputError, match="t: a stream broke off behind 2 samples: start again"):
+        encode_four(OtherReadTwo())
+    assert len(encode_four(ALONE)) == 4
 
 
 def test_a_source_without_one_good_image_says_why(vae: AutoencoderKL, tmp_path: Path) -> None:
@@ -117,7 +152,7 @@ def test_a_damaged_shard_is_named(vae: AutoencoderKL, tmp_path: Path) -> None:
 def test_runs_that_share_a_cache_at_once_find_each_others_captions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "TEXTS_A_SHARD", 2)
+    monkeypatch.setattr(text, "TEXTS_A_SHARD", 2)
     network = load_network(GARDEN_TEACHER, "text_encoder")
     ours, theirs = (TextEmbedder.of_teacher(GARDEN_TEACHER, network, tmp_path) for _ in range(2))
     theirs.prepare(["a", "b", "c", "d"])  # after we looked

@@ -19,18 +19,24 @@ from tests.forks import Fork
 from tests.train.test_loop import TASKS, config
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+SHARD = 5  # entries: of 12 the first process encodes 7
 WEIGHTS = "checkpoint/unet/diffusion_pytorch_model.safetensors"
 # What the processes run: the same configuration as `settings` below.
 PROGRAM = """
 import sys
 from pathlib import Path
+from kdc_edge.train.data import cache
 from kdc_edge.train.loop import Trainer
-from tests.train.test_distributed import scores, settings
+from tests.train.test_distributed import SHARD, scores, settings
 run = Path(sys.argv[1])
 trainer = Trainer(settings(), run)
 run.with_name(f"scores-{trainer.accelerator.process_index}").write_text(scores(trainer))
+cache.SHARD_ENTRIES = SHARD
+encode, encoded = cache.encode_images, []
+cache.encode_images = lambda vae, images, **options: encoded.append(len(images)) or encode(vae, images, **options)
 for _ in trainer.run():
     pass
+run.with_name(f"encoded-{trainer.accelerator.process_index}").write_text(str(sum(encoded)))
 """
 
 # The launcher starts these, which tell what it sets; forks that have PyTorch in memory compute in their place.
@@ -150,6 +156,8 @@ def test_two_gloo_processes_have_the_curve_and_the_scores_of_one(one_task: Path,
     assert [(tmp_path / f"scores-{rank}").read_text("utf-8") for rank in (0, 1)] == [expected] * 2
     torch.testing.assert_close(losses(tmp_path / "run"), losses(one_task), rtol=1e-4, atol=1e-6)
     assert distance(tmp_path / "run", one_task) < 1e-4
+    assert [(tmp_path / f"encoded-{rank}").read_text("utf-8") for rank in (0, 1)] == ["7", "5"]
+    assert len(list((tmp_path / "run" / "cache").glob("text-*/shard-*"))) == 2  # captions, a share each
 
 
 def test_two_processes_that_share_the_weights_out_have_it_too(one_task: Path, tmp_path: Path) -> None:

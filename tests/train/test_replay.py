@@ -13,7 +13,7 @@ import torch
 from kdc_edge.errors import CheckpointError
 from kdc_edge.train.config import ReplayPolicy
 from kdc_edge.train.data.batch import Batch, draw_batch, epoch_samples
-from kdc_edge.train.data.cache import Latents
+from kdc_edge.train.data.latents import Latents
 from kdc_edge.train.stepping import Stepper
 from kdc_edge.train.strategies.buffer import ReplayBuffer
 from tests.train.test_loop import config

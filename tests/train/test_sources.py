@@ -7,8 +7,11 @@ import io
 import json
 import pickle
 import tarfile
+import threading
 import zlib
 from collections import Counter
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +22,10 @@ from PIL import Image
 from kdc_edge.errors import InputError
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import TrainConfig
+from kdc_edge.train.data import source as contract
 from kdc_edge.train.data.flower_names import FLOWER_NAMES
 from kdc_edge.train.data.images import LeftOut, read_image
-from kdc_edge.train.data.source import Sample, Source, fill
+from kdc_edge.train.data.source import Sample, Selection, Source, fill, read_samples
 from kdc_edge.train.data.sources import SOURCES, open_source
 from kdc_edge.train.data.tasks import parse_tasks
 from kdc_edge.train.loop import Trainer
@@ -37,9 +41,10 @@ def save(path: Path, image: Image.Image | None = None, **options: object) -> Pat
     return path
 
 
-def everything(source: Source, **options: object) -> tuple[list[Sample], Counter[str]]:
-    """What is read, and how often each reason left something out."""
-    items = list(source.read(**({"size": 64, "samples": None, "seed": 0} | options)))  # type: ignore[arg-type]
+def everything(source: Source, start: int = 0, **options: object) -> tuple[list[Sample], Counter[str]]:
+    """What is read from number `start` on, and how often each reason left something out."""
+    pending = islice(source.pending(Selection(**({"size": 64} | options))), start, None)  # type: ignore[arg-type]
+    items = list(read_samples(pending))
     return [i for i in items if isinstance(i, Sample)], Counter(i.reason for i in items if isinstance(i, LeftOut))
 
 
@@ -412,6 +417,23 @@ def test_reading_is_repeatable_seeded_and_goes_on_from_any_entry(tmp_path: Path)
         assert names[0] == names[1]
         rest = [s.name for s in everything(source, samples=6, seed=3, start=4)[0]]
         assert rest == names[0][-len(rest) :]
+
+
+def test_samples_are_read_ahead_by_several_threads_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract, "cores", lambda: 2)
+    both, read = threading.Barrier(2), list[int]()
+
+    def pending(number: int) -> Sample:
+        both.wait(timeout=60)  # for another one that is read at the same time
+        read.append(number)
+        if number == 3:
+            raise LeftOut("3", "no image")
+        return Sample(str(number), np.zeros((1, 1, 3), np.uint8), "")
+
+    items = read_samples(partial(pending, number) for number in range(1000))
+    assert [next(items).name for _ in range(6)] == ["0", "1", "2", "3", "4", "5"]
+    items.close()  # type: ignore[attr-defined]
+    assert len(read) <= 12  # and no more than was ahead
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdc_edge.train.config import TrainConfig
-from kdc_edge.train.data.cache import Latents
+from kdc_edge.train.data.latents import Latents
 from kdc_edge.train.data.transfer import to_device
 from kdc_edge.train.strategies.buffer import ReplayBuffer, Take
 

@@ -11,13 +11,14 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from kdc_edge.errors import InputError, require
 from kdc_edge.text import printable
 from kdc_edge.train.data.flower_names import FLOWER_NAMES
-from kdc_edge.train.data.images import PICKLES, SUFFIXES, Crop, LeftOut, Shape, read_image
-from kdc_edge.train.data.source import Part, Sample, Template, fill, set_aside
+from kdc_edge.train.data.images import PICKLES, SUFFIXES
+from kdc_edge.train.data.source import Part, Pending, Selection, Template, fill, read_sample, set_aside
 
 
 @dataclass(frozen=True)
@@ -52,28 +53,13 @@ class FileSource:
             digest.update(f"{entry.path.relative_to(self.root)} {entry.caption!r} {entry.part} {facts}\n".encode())
         return digest.hexdigest()
 
-    def read(
-        self,
-        *,
-        size: int,
-        samples: int | None,
-        seed: int,
-        start: int = 0,
-        part: Part = "train",
-        crop: Crop = "center",
-        buckets: Sequence[Shape] = (),
-    ) -> Iterator[Sample | LeftOut]:
-        wanted: Part = part if self.has_test_part else "train"
+    def pending(self, selection: Selection) -> Iterator[Pending]:
+        wanted: Part = selection.part if self.has_test_part else "train"
         chosen = [entry for entry in self.entries if entry.part == wanted]
-        if samples is not None and samples < len(chosen):
-            chosen = random.Random(seed).sample(chosen, samples)
-        for entry in chosen[start:]:
-            name = str(entry.path.relative_to(self.root))
-            try:
-                image = read_image(entry.path, size=size, name=name, crop=crop, seed=seed, buckets=buckets)
-                yield Sample(name, image, entry.caption)
-            except LeftOut as problem:
-                yield problem
+        if selection.samples is not None and selection.samples < len(chosen):
+            chosen = random.Random(selection.seed).sample(chosen, selection.samples)
+        for entry in chosen:
+            yield partial(read_sample, entry.path, entry.caption, str(entry.path.relative_to(self.root)), selection)
 
     def caption_classes(self) -> dict[str, str]:
         return {entry.caption: entry.label for entry in self.entries if entry.label}

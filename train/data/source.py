@@ -1,6 +1,6 @@
 """The contract of a data source: images with captions, read lazily and repeatably.
 
-for item in source.read(size=512, samples=None, seed=0):     # Sample, or LeftOut with a reason
+for item in read_samples(source.pending(Selection(size=512))):     # Sample, or LeftOut with a reason
 """
 
 from __future__ import annotations
@@ -8,13 +8,18 @@ from __future__ import annotations
 import random
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
+from PIL import Image
 
-from kdc_edge.train.data.images import Crop, LeftOut, Shape
+from kdc_edge.hardware import cores
+from kdc_edge.train.data.images import Crop, LeftOut, Shape, read_image
 
 Part = Literal["train", "test"]
 
@@ -24,6 +29,19 @@ SET_ASIDE_SEED = 2024
 A_NAME = re.compile(r"\b([Aa]) \{name\}")
 AN = re.compile(r"(?!uni|eu|use|one\b)[aeiou]|hour|honest", re.IGNORECASE)  # names that take "an"
 MAX_CAPTION_CHARS = 1000  # CLIP reads 77 tokens
+READERS = 8  # threads at most: more than an encoder can keep up with
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which samples of a source are read, and how their images are cut."""
+
+    size: int  # pixels a side
+    samples: int | None = None  # at most; all where None
+    seed: int = 0  # of the samples that are drawn, and of random crops
+    part: Part = "train"
+    crop: Crop = "center"
+    buckets: tuple[Shape, ...] = ()  # shapes instead of the square, see `read_image`
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,9 @@ class Sample:
     name: str
     image: np.ndarray  # uint8 (size, size, 3), or of a bucket's shape
     caption: str
+
+
+Pending = Callable[[], Sample]  # a sample not read yet: calling it, in any thread, reads it, or raises LeftOut
 
 
 class Source(Protocol):
@@ -49,24 +70,11 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A key for caches: it changes whenever the samples of `read` change."""
+        """A key for caches: it changes whenever the samples of `pending` change."""
         ...
 
-    def read(
-        self,
-        *,
-        size: int,
-        samples: int | None,
-        seed: int,
-        start: int = 0,
-        part: Part = "train",
-        crop: Crop = "center",
-        buckets: Sequence[Shape] = (),
-    ) -> Iterator[Sample | LeftOut]:
-        """At most `samples` entries (all where None) from entry number `start` on, always in the same order.
-
-        `crop` and `buckets` are those of `read_image`.
-        """
+    def pending(self, selection: Selection) -> Iterator[Pending]:
+        """The selected samples, always in the same order, not read yet."""
         ...
 
     def caption_classes(self) -> dict[str, str]:
@@ -76,6 +84,37 @@ class Source(Protocol):
     def notes(self) -> list[str]:
         """Remarks on the data for the user before training: empty classes, rows without an image."""
         ...
+
+
+def read_samples(pending: Iterable[Pending]) -> Iterator[Sample | LeftOut]:
+    """The samples in their order, read ahead by threads: Pillow decodes and resizes without the interpreter's lock."""
+    threads = min(cores() or 1, READERS)
+    reading: deque[Future[Sample | LeftOut]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for sample in pending:
+                reading.append(pool.submit(_read, sample))
+                if len(reading) > 2 * threads:
+                    yield reading.popleft().result()
+            while reading:
+                yield reading.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _read(sample: Pending) -> Sample | LeftOut:
+    try:
+        return sample()
+    except LeftOut as problem:
+        return problem
+
+
+def read_sample(content: Path | bytes | Image.Image, caption: str, name: str, selection: Selection) -> Sample:
+    """An image of an untrusted file with its caption; raises LeftOut as `read_image` does."""
+    image = read_image(
+        content, size=selection.size, name=name, crop=selection.crop, seed=selection.seed, buckets=selection.buckets
+    )
+    return Sample(name, image, caption)
 
 
 def set_aside(count: int) -> frozenset[int]:

@@ -3,16 +3,17 @@
 `KIND:WHAT#FIRST-LAST` takes the classes of these numbers, counted from 0, of a source that has classes.
 
     source = open_source("oxford-flowers:data/flowers", caption="a photo of a {name}, a type of flower")
-    for item in source.read(size=512, samples=None, seed=0):     # Sample, or LeftOut with a reason
+    for item in read_samples(source.pending(Selection(size=512))):     # Sample, or LeftOut with a reason
 
-Reading is lazy and repeatable: `start` skips what an interrupted pass has read already, in the same order.
+Reading is lazy and repeatable: what an interrupted pass has read already can be passed over, in the same order.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,7 @@ from PIL import Image
 from kdc_edge.errors import InputError
 from kdc_edge.train.data.files import FileSource, open_butterflies, open_oxford_flowers
 from kdc_edge.train.data.folders import open_imagefolder
-from kdc_edge.train.data.images import Crop, LeftOut, Shape
-from kdc_edge.train.data.source import Part, Sample, Source, Template
+from kdc_edge.train.data.source import Pending, Sample, Selection, Source, Template
 from kdc_edge.train.data.streams import open_hf, open_webdataset
 from kdc_edge.train.garden import scenes as garden
 from kdc_edge.train.garden.scenes import PLURALS, Scene, Split, draw_scenes
@@ -47,31 +47,25 @@ class GardenSource:
     def fingerprint(self) -> str:
         return f"garden {' '.join(self.subjects)}"
 
-    def read(
-        self,
-        *,
-        size: int,
-        samples: int | None,
-        seed: int,
-        start: int = 0,
-        part: Part = "train",
-        crop: Crop = "center",
-        buckets: Sequence[Shape] = (),
-    ) -> Iterator[Sample | LeftOut]:
-        del crop, buckets  # its images are squares
-        count = GARDEN_SAMPLES if samples is None else samples
-        split: Split = "train" if part == "train" else "all"
-        for i, scene in enumerate(self.scenes(count, seed=seed, split=split)[start:], start):
-            image = garden.render(scene, np.random.default_rng([seed, i]))
-            if size != garden.SIZE:
-                image = image.resize((size, size), Image.Resampling.BICUBIC)
-            yield Sample(f"{scene.subject} {i}", np.array(image), scene.caption)
+    def pending(self, selection: Selection) -> Iterator[Pending]:
+        """Squares: crop and buckets say nothing here."""
+        count = GARDEN_SAMPLES if selection.samples is None else selection.samples
+        split: Split = "train" if selection.part == "train" else "all"
+        for i, scene in enumerate(self.scenes(count, seed=selection.seed, split=split)):
+            yield partial(_render, scene, i, selection)
 
     def caption_classes(self) -> dict[str, str]:
         return {}
 
     def notes(self) -> list[str]:
         return []
+
+
+def _render(scene: Scene, number: int, selection: Selection) -> Sample:
+    image = garden.render(scene, np.random.default_rng([selection.seed, number]))
+    if selection.size != garden.SIZE:
+        image = image.resize((selection.size, selection.size), Image.Resampling.BICUBIC)
+    return Sample(f"{scene.subject} {number}", np.array(image), scene.caption)
 
 
 def _garden(what: str, caption: Template) -> GardenSource:

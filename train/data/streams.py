@@ -12,7 +12,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,18 @@ from PIL import Image
 from kdc_edge.errors import InputError, require
 from kdc_edge.files import read_bounded
 from kdc_edge.text import one_line
-from kdc_edge.train.data.images import Crop, LeftOut, Shape, read_image
-from kdc_edge.train.data.source import SET_ASIDE_SEED, Part, Sample, Template, fill, set_aside
+from kdc_edge.train.data.images import LeftOut
+from kdc_edge.train.data.source import (
+    SET_ASIDE_SEED,
+    Part,
+    Pending,
+    Sample,
+    Selection,
+    Template,
+    fill,
+    read_sample,
+    set_aside,
+)
 from kdc_edge.train.data.tars import TarRows
 
 TARS = "webdataset"
@@ -58,34 +68,31 @@ class StreamSource:
     def _rows(self, part: Part) -> int:
         return _count_rows(self.name, self.loader, self._split(part), self.facts)
 
-    def _chosen(self, part: Part, samples: int | None, seed: int) -> Sequence[int]:
-        """The numbers of the rows that `read` takes, rising."""
-        numbers: Sequence[int] = range(self._rows(part))
+    def _chosen(self, selection: Selection) -> Sequence[int]:
+        """The numbers of the selected rows, rising."""
+        numbers: Sequence[int] = range(self._rows(selection.part))
         aside = set_aside(len(numbers)) if len(self.splits) == 1 else frozenset()
         if aside:
-            numbers = [n for n in numbers if (n in aside) == (part == "test")]
-        if samples is None or samples >= len(numbers):
+            numbers = [n for n in numbers if (n in aside) == (selection.part == "test")]
+        if selection.samples is None or selection.samples >= len(numbers):
             return numbers
-        return sorted(random.Random(seed).sample(numbers, samples))
+        return sorted(random.Random(selection.seed).sample(numbers, selection.samples))
 
-    def read(
-        self,
-        *,
-        size: int,
-        samples: int | None,
-        seed: int,
-        start: int = 0,
-        part: Part = "train",
-        crop: Crop = "center",
-        buckets: Sequence[Shape] = (),
-    ) -> Iterator[Sample | LeftOut]:
-        """In the data's own order, `samples` rows drawn over the whole."""
-        chosen = self._chosen(part, samples, seed)[start:]
-        rows = _load(self.name, self.loader, self._split(part))
+    def pending(self, selection: Selection) -> Iterator[Pending]:
+        """In the data's own order, rows drawn over the whole; every process streams them all."""
+        rows = _load(self.name, self.loader, self._split(selection.part))
         image_column, caption_column = find_columns(self.name, rows)
         names = _class_names(rows, caption_column)
+
+        def read(row: Any, label: str) -> Sample:
+            if isinstance(row, LeftOut):
+                raise row
+            content = _content(row.get(image_column), label)
+            caption = fill(self.template, "{name}", _text(row.get(caption_column), names, label), key=label)
+            return read_sample(content, caption, label, selection)
+
         stream, at = iter(_undecoded(rows, image_column)), 0
-        for number in chosen:
+        for number in self._chosen(selection):
             label = f"{self.name} row {number}"
             try:
                 row = next(islice(stream, number - at, None))
@@ -93,18 +100,9 @@ class StreamSource:
             except StopIteration:
                 return
             except Exception as error:  # a lost connection: what was read so far is kept
-                yield LeftOut(label, f"the stream breaks off: {one_line(error)}")
+                yield partial(read, LeftOut(label, f"the stream breaks off: {one_line(error)}"), label)
                 return
-            if isinstance(row, LeftOut):
-                yield row
-                continue
-            try:
-                content = _content(row.get(image_column), label)
-                image = read_image(content, size=size, name=label, crop=crop, seed=seed, buckets=buckets)
-                text = _text(row.get(caption_column), names, label)
-                yield Sample(label, image, fill(self.template, "{name}", text, key=label))
-            except LeftOut as problem:
-                yield problem
+            yield partial(read, row, label)
 
     def caption_classes(self) -> dict[str, str]:
         return {}

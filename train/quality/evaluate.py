@@ -30,7 +30,7 @@ from kdc_edge.runtimes import open_pipeline
 from kdc_edge.runtimes.torch import TorchComponent, load_network
 from kdc_edge.tokenizer import Tokenizer
 from kdc_edge.train.config import TrainConfig
-from kdc_edge.train.data.source import Sample
+from kdc_edge.train.data.source import Sample, Selection, read_samples
 from kdc_edge.train.data.sources import GardenSource
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.garden import scenes as garden
@@ -184,8 +184,8 @@ def ask(task: Task, count: int, *, size: int) -> Asked:
         chosen = evaluation_scenes(source, count)
         references = render_many(chosen, seed=EVALUATION_SEED)
         return Asked(tuple(s.caption for s in chosen), tuple(chosen), references, "renders of the same prompts")
-    found = source.read(size=size, samples=count, seed=EVALUATION_SEED, part="test")
-    samples = [item for item in found if isinstance(item, Sample)]
+    found = source.pending(Selection(size, count, EVALUATION_SEED, part="test"))
+    samples = [item for item in read_samples(found) if isinstance(item, Sample)]
     images = np.stack([s.image for s in samples]) if samples else None
     kind = f"images of the {'test' if source.has_test_part else 'training'} part"
     return Asked(tuple(s.caption for s in samples), (), images, kind, source.caption_classes())

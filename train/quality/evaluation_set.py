@@ -17,7 +17,7 @@ from safetensors.torch import save
 
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import write_atomic
-from kdc_edge.train.data.cache import Latents
+from kdc_edge.train.data.latents import Latents
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.quality.evaluate import Asked, ask
 

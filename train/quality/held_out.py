@@ -16,7 +16,7 @@ from kdc_edge.errors import InputError
 from kdc_edge.manifest import Model
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.batch import Batch, add_noise
-from kdc_edge.train.data.cache import Latents
+from kdc_edge.train.data.latents import Latents
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.distributed import any_process, on_main_process
 from kdc_edge.train.losses import mean_squared_error

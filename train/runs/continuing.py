@@ -19,11 +19,13 @@ import torch
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import refuse_foreign_folder, write_atomic
 from kdc_edge.train.config import TrainConfig, check_same
-from kdc_edge.train.data.cache import Write, write_here
 from kdc_edge.train.distributed import under
+from kdc_edge.train.processes import ALONE
 from kdc_edge.train.quality import evaluation_set
 from kdc_edge.train.runs.states import CHECKPOINTS, REPLAY_BEFORE, Position, list_states, load_state, save_state
 from kdc_edge.train.strategies.buffer import ReplayBuffer
+
+WriteOnce = Callable[[Callable[[], None]], None]
 
 
 def branch_run(source: Path, out: Path, config: TrainConfig) -> None:
@@ -33,13 +35,11 @@ def branch_run(source: Path, out: Path, config: TrainConfig) -> None:
     write_atomic(out / "config.json", json.dumps(config.as_json(), indent=2))
 
 
-def begin_stage(
-    source: Path, out: Path, config: TrainConfig, *, write_once: Callable[[Write], None] = write_here
-) -> TrainConfig:
+def begin_stage(source: Path, out: Path, config: TrainConfig, *, write_once: WriteOnce = ALONE.once) -> TrainConfig:
     """Prepare `out` for another objective over the tasks of the finished run `source`; then resume `out`.
 
     The student starts from the run's EMA weights, the replay buffer comes along, R starts anew. Of several processes
-    one writes: see `cache_latents`.
+    one writes: `write_once` is `Processes.once`.
     """
     saved, _ = _finished(source)
     _, tensors, replay = load_state(source)
@@ -120,14 +120,12 @@ def _finished(run: Path) -> tuple[TrainConfig, Path]:
     return saved, states[0]
 
 
-def continue_run(
-    source: Path, out: Path, config: TrainConfig, *, write_once: Callable[[Write], None] = write_here
-) -> TrainConfig:
+def continue_run(source: Path, out: Path, config: TrainConfig, *, write_once: WriteOnce = ALONE.once) -> TrainConfig:
     """Prepare `out` to go on from the finished run `source` with the tasks of `config` after its own.
 
     The replay buffer, the weights, their moving average, R and what it is measured on come along: nothing else is
     needed of the earlier tasks. Resume `out` with the configuration that is given back. Of several processes one
-    writes: see `cache_latents`. Raises CheckpointError for a run that is not finished, InputError for another student.
+    writes, as in `begin_stage`. Raises CheckpointError for a run that is not finished, InputError for another student.
     """
     saved, state = _finished(source)
     if saved.student != config.student:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kdc_edge.errors import CheckpointError
-from kdc_edge.train.data.cache import Latents
+from kdc_edge.train.data.latents import Latents
 
 Take = Callable[[Tensor], tuple[Tensor, Tensor]]  # numbers (n,) -> mean and std (n, C, h, w)
 

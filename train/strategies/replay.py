@@ -16,7 +16,7 @@ from kdc_edge.train.strategies.buffer import ReplayBuffer
 from kdc_edge.train.strategies.strategy import Strategy
 
 if TYPE_CHECKING:
-    from kdc_edge.train.data.cache import Latents
+    from kdc_edge.train.data.latents import Latents
     from kdc_edge.train.data.tasks import Task
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from kdc_edge.train.config import TrainConfig
     from kdc_edge.train.data.batch import Batch
-    from kdc_edge.train.data.cache import Latents
+    from kdc_edge.train.data.latents import Latents
     from kdc_edge.train.data.tasks import Task
     from kdc_edge.train.networks import Learning
 

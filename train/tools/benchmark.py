@@ -32,7 +32,7 @@ from kdc_edge.files import temporary_folder
 from kdc_edge.train.checkpoint import GARDEN_TEACHER, find_teacher
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.batch import Batch
-from kdc_edge.train.data.source import Sample
+from kdc_edge.train.data.source import Sample, Selection, read_samples
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.distributed import make_accelerator
 from kdc_edge.train.loop import Trainer
@@ -120,7 +120,8 @@ def measure_plain(config: TrainConfig, run: Path, steps: int, *, half: bool) -> 
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     source = config.tasks[0].open()
     wanted = min(config.samples or 256, 256)  # decoding is not what is compared: the images lie in memory
-    samples = [s for s in source.read(size=teacher.size, samples=wanted, seed=0) if isinstance(s, Sample)]
+    found = read_samples(source.pending(Selection(teacher.size, wanted)))
+    samples = [item for item in found if isinstance(item, Sample)]
 
     def step() -> None:
         with watch("data"), autocast():

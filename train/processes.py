@@ -1,0 +1,25 @@
+"""The processes of a run, as work that is shared among them sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Processes:
+    """This process among those of a run; here, the only one. All processes must call the methods together."""
+
+    index, count = 0, 1
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gives in each process, in order; where it fails in one, all fail."""
+        return [work()]
+
+    def once(self, work: Callable[[], None]) -> None:
+        """Run `work` in one process while the others wait; where it fails, all fail."""
+        work()
+
+
+ALONE = Processes()

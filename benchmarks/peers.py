@@ -7,6 +7,7 @@
 Every measurement is a process of its own, which makes one image, as a user's command does. Rounds alternate
 between the candidates, so that an hour in which the machine is slow is slow for all. Bundles are exported into
 the work folder once. The last line on stdout names the JSON file; the table beside it is made from it.
+With `--instructions AVX2` the engines compute as on a processor that has no more, where they can be told so.
 `--suite few-steps` has a student of four phases with the VAE's decoder and with small ones; with `--interop PYTHON`,
 of the environment that `make interop` makes, optimum-intel's pipelines too, which need older packages.
 """
@@ -28,6 +29,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+NARROWER = {  # the environment in which oneDNN, in OpenVINO and PyTorch, PyTorch and MKL use no other instructions
+    "AVX2": {
+        "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+}  # fmt: skip
 PROMPT = "a photo of a red flower"
 GUIDANCE = 7.5
 SIZE = 512
@@ -111,10 +117,11 @@ def run_diffusers(checkpoint: Path, dtype: str, steps: int, threads: int) -> Ste
         )  # fmt: skip
 
 
-def run_genai(folder: Path, steps: int, guidance: float, threads: int) -> Steps:
+def run_genai(folder: Path, steps: int, guidance: float, threads: int, exact: bool) -> Steps:
     import openvino_genai
 
-    pipeline = openvino_genai.Text2ImagePipeline(folder, "CPU", INFERENCE_NUM_THREADS=threads)
+    hint = {"INFERENCE_PRECISION_HINT": "f32"} if exact else {}
+    pipeline = openvino_genai.Text2ImagePipeline(folder, "CPU", INFERENCE_NUM_THREADS=threads, **hint)
     yield None
     while True:
         yield from _as_steps(
@@ -147,11 +154,11 @@ def run_optimum(folder: Path, kind: str, steps: int, guidance: float, threads: i
         )  # fmt: skip
 
 
-def run_ours(folder: Path, candidate: Candidate, steps: int, threads: int) -> Steps:
+def run_ours(folder: Path, candidate: Candidate, steps: int, threads: int, exact: bool) -> Steps:
     from kdc_edge.request import GuidanceMode, Request, made_for
     from kdc_edge.runtimes import open_pipeline
 
-    pipeline = open_pipeline(folder, threads=threads, low_memory=candidate.low_memory)
+    pipeline = open_pipeline(folder, threads=threads, low_memory=candidate.low_memory, exact=exact)
     yield None
     mode: GuidanceMode = "sequential" if candidate.low_memory else "batched"
     request = Request(PROMPT, guidance=GUIDANCE, width=SIZE, height=SIZE, guidance_mode=mode)
@@ -183,14 +190,15 @@ def work(
     """In a process of its own: one image, and what it took; with `again` a second one, when all is loaded."""
     started = time.time() - process_age_sec()
     steps = candidate.steps(asked)
+    exact = any(name in os.environ for name in NARROWER["AVX2"])  # OpenVINO would ask the processor for bfloat16
     if candidate.kind == "diffusers":
         generator = run_diffusers(checkpoint, candidate.what, steps, threads)
     elif candidate.kind == "genai":
-        generator = run_genai(candidate.folder(folder), steps, candidate.guidance, threads)
+        generator = run_genai(candidate.folder(folder), steps, candidate.guidance, threads, exact)
     elif candidate.elsewhere:
         generator = run_optimum(candidate.folder(folder), candidate.kind, steps, candidate.guidance, threads)
     else:
-        generator = run_ours(candidate.folder(folder), candidate, steps, threads)
+        generator = run_ours(candidate.folder(folder), candidate, steps, threads, exact)
     next(generator)
     loaded = time.time()
     ends = [tick or time.time() for tick in itertools.takewhile(lambda tick: tick != DONE, generator)]
@@ -326,6 +334,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="patterns of names to run: '*genai*' '*fp16'")
     parser.add_argument("--again", action="store_true", help="a second image in each process, all being loaded")
     parser.add_argument("--interop", type=Path, help="a Python with optimum-intel, for its rows")
+    parser.add_argument("--instructions", choices=NARROWER, help="use no others; ONNX Runtime's rows are left out")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     candidates = SUITES[args.suite]
@@ -337,17 +346,18 @@ def main() -> None:
 
     names = [n for n in candidates if any(fnmatch(n, pattern) for pattern in args.only or ["*"])]
     names = [n for n in names if args.interop or not candidates[n].elsewhere]
+    names = [n for n in names if not (args.instructions and candidates[n].what.startswith("onnx"))]
     for name in names:
         export(candidates[name], args.checkpoint, args.work)
-    out = args.work / f"{args.suite}.json"
+    out = args.work / f"{args.suite}{f'-{args.instructions}' if args.instructions else ''}.json"
     report = json.loads(out.read_text()) if out.exists() else {"rows": {}}  # rounds add up over calls
     report["conditions"] = {
         "checkpoint": args.checkpoint.resolve().name, "steps": args.steps, "guidance": GUIDANCE, "size": SIZE,
         "scheduler": "guided: DPM-Solver++ 2M, openvino_genai the checkpoint's; few steps: DDIM, trailing",
-        "threads": args.threads,
+        "threads": args.threads, "instructions": args.instructions or "all of the processor's",
         "machine": asdict(here()),
     }  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), **NARROWER.get(args.instructions, {})}
     for round_ in range(args.rounds):
         for name in names if round_ % 2 == 0 else reversed(names):
             python = args.interop if candidates[name].elsewhere else sys.executable

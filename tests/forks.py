@@ -18,8 +18,8 @@ from pathlib import Path
 
 MAIN = "from kdc_edge.cli import main\nmain()"
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["kdc_edge.train.loop", "kdc_edge.export.onnx.export", "kdc_edge.export.targets"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["kdc_edge.train.loop", "kdc_edge.export.onnx.export", "kdc_edge.export.targets"])
 
 
 class Fork:
@@ -31,7 +31,7 @@ class Fork:
         """`output`.out and `output`.err receive what it says; `environment` is added to this process's."""
         self._output = output
         given = {**os.environ, **(environment or {})}
-        self._process: ForkServerProcess = _context.Process(
+        self._process: ForkServerProcess = FORKS.Process(
             target=_execute, args=(code, [str(a) for a in arguments], str(cwd), str(output), given), daemon=True
         )
         self._process.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,13 @@ from kdc_edge.train.tools.experiments import (
     main,
     shared_first_task,
 )
+from tests.forks import FORKS
 from tests.train.test_loop import config
 
 
-def test_two_cells_run_share_their_first_task_and_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cells_run_side_by_side_share_their_first_task_and_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = [
         "--steps",
         "1",
@@ -39,9 +43,10 @@ def test_two_cells_run_share_their_first_task_and_are_kept(tmp_path: Path, capsy
         "1",
     ]
     command = ["--out", str(tmp_path), "--grid", "replay", "--condition", "teacher", "no replay", "replay 20 %", *small]
-    main(command)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: FORKS)  # which have PyTorch in memory
+    main([*command, "--jobs", "2"])
     first = capsys.readouterr().out
-    assert "3/3 replay-replay-20-percent-s0" in first
+    assert first.count("/3 replay-") == 3
     results = [json.loads(p.read_text("utf-8")) for p in sorted((tmp_path / "cells").glob("*/result.json"))]
     no_replay, replay, teacher = results
     assert no_replay["matrix"][0] == replay["matrix"][0]

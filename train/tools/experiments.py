@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -226,10 +227,16 @@ def remembered_bytes(trainer: Trainer) -> int:
 
 
 def training_seconds(trainer: Trainer) -> float:
-    """Of all steps, those of a shared first task too, and of the strategy's own work; not of the evaluations."""
+    """Of all steps, those of a shared first task too, and of the strategy's own work; not of the evaluations.
+
+    A step takes its task's median: a step during which the machine did something else does not count.
+    """
     log = trainer.run_folder / "metrics.jsonl"
-    lines = log.read_text("utf-8").splitlines() if log.is_file() else []
-    steps = sum(trainer.config.batch_size / float(json.loads(line)["samples_per_sec"]) for line in lines)
+    by_task: dict[str, list[float]] = {}
+    for line in log.read_text("utf-8").splitlines() if log.is_file() else []:
+        step = json.loads(line)
+        by_task.setdefault(step["task"], []).append(trainer.config.batch_size / step["samples_per_sec"])
+    steps = sum(len(times) * median(times) for times in by_task.values())
     return steps + trainer.watch.seconds.get("strategy", 0.0)
 
 

@@ -32,7 +32,7 @@ from kdc_edge.text import one_line
 
 _ov: Any = require("openvino", extra="openvino", purpose="running an OpenVINO bundle")
 
-TRIM_SEC = 0.02  # between two looks at the mapped weights while an engine compiles
+COMPILING_TRIM_SEC, CALL_TRIM_SEC = 0.02, 0.05  # between two looks at the mapped weights: 500 MB and 7 MB are read
 WORKING_BYTES = 300 * 2**20  # of one component beside its weights, about
 
 # Layers that multiply matrices, as the plugins name them, and formats.py's names for their dtypes.
@@ -75,7 +75,7 @@ class OpenVinoComponent:
             compiled = self._compiled_for({name: value.shape for name, value in inputs.items()})
             feeds = {i: np.ascontiguousarray(inputs[name], dtype) for i, (name, dtype) in enumerate(self._inputs)}
             try:
-                with compiled.weights.trimmed() if self._low_memory else nullcontext():
+                with compiled.weights.trimmed(CALL_TRIM_SEC) if self._low_memory else nullcontext():
                     found = compiled.request.infer(feeds, share_inputs=True, share_outputs=True)
             except RuntimeError as error:
                 raise BundleError(f"{self._path} cannot compute this: {one_line(error)}") from None
@@ -258,7 +258,7 @@ class MappedWeights:
         self._span = None if self._constant is None else _mapping(path, self._constant.data.ctypes.data)
 
     @contextmanager
-    def trimmed(self) -> Iterator[None]:
+    def trimmed(self, every_sec: float = COMPILING_TRIM_SEC) -> Iterator[None]:
         """Give the pages back while the engine reads them, and once more when it has."""
         if self._span is None:
             yield
@@ -269,7 +269,7 @@ class MappedWeights:
         trim = partial(libc.madvise, *self._span, mmap.MADV_DONTNEED)
 
         def watch() -> None:
-            while not done.wait(TRIM_SEC):
+            while not done.wait(every_sec):
                 trim()
 
         watcher = Thread(target=watch, daemon=True)

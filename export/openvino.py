@@ -29,7 +29,7 @@ from kdc_edge.export.rewrites.gates import split_gates
 from kdc_edge.export.rewrites.upsampling import split_upsampling
 from kdc_edge.export.targets import ExportRequest, NoOptions
 from kdc_edge.quiet import quiet
-from kdc_edge.runtimes.openvino import trimmed
+from kdc_edge.runtimes.openvino import MappedWeights
 
 _ov: Any = require("openvino", extra="export", purpose="an export to OpenVINO")
 _decoder: Any = require("openvino.frontend.pytorch.ts_decoder", extra="export", purpose="an export to OpenVINO")
@@ -93,7 +93,7 @@ def in_a_file(part: ExportComponent, folder: Path) -> Iterator[Any]:
         _ov.save_model(convert(part), path, compress_to_fp16=False)
         part.module.to("meta")
         model = _ov.Core().read_model(path)
-        with trimmed(path.with_suffix(".bin")):
+        with MappedWeights(model, path.with_suffix(".bin")).trimmed():
             yield model
 
 

@@ -15,7 +15,9 @@ import mmap
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
@@ -30,7 +32,7 @@ from kdc_edge.text import one_line
 
 _ov: Any = require("openvino", extra="openvino", purpose="running an OpenVINO bundle")
 
-TRIM_SEC = 0.02  # between two looks at the mapped weights while an engine compiles
+COMPILING_TRIM_SEC, CALL_TRIM_SEC = 0.02, 0.05  # between two looks at the mapped weights: 500 MB and 7 MB are read
 WORKING_BYTES = 300 * 2**20  # of one component beside its weights, about
 
 # Layers that multiply matrices, as the plugins name them, and formats.py's names for their dtypes.
@@ -41,26 +43,40 @@ NOT_FOLDED = "DisableConstantFolding_0"  # OpenVINO's mark on an operation that 
 DYNAMIC = "DYNAMIC_QUANTIZATION_GROUP_SIZE"  # activations that share a scale, where they are quantized at run time
 
 
-class OpenVinoComponent:
-    """One network, compiled anew for each set of shapes; the first output comes as float32."""
+@dataclass
+class _Compiled:
+    """A network for one set of shapes."""
 
-    def __init__(self, path: Path, model: Any, device: str, settings: Mapping[str, Any]) -> None:
+    request: Any
+    weights: MappedWeights
+
+
+class OpenVinoComponent:
+    """One network, compiled anew for each set of shapes; the first output comes as float32.
+
+    Raises BundleError for a file that the engine refuses.
+    """
+
+    def __init__(self, path: Path, device: str, settings: Mapping[str, Any], *, low_memory: bool = False) -> None:
         self._path = path
-        self._model = model
         self._device = device
         self._settings = settings
+        self._low_memory = low_memory
+        self._model = model = _read(path)
         # By place, because a compiled model may call its inputs by more names than these.
         self._inputs = [(port.any_name, port.element_type.to_dtype()) for port in model.inputs]
-        self._requests: dict[tuple[tuple[str, tuple[int, ...]], ...], Any] = {}
+        self._shapes = {port.any_name: port.get_partial_shape() for port in model.inputs}
+        self._compiled: dict[tuple[tuple[str, tuple[int, ...]], ...], _Compiled] = {}
         self._lock = Lock()  # a request computes for one thread at a time
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         """Compute; raises BundleError when the network does not take inputs of these names and shapes."""
         with self._lock:
-            request = self._request({name: value.shape for name, value in inputs.items()})
+            compiled = self._compiled_for({name: value.shape for name, value in inputs.items()})
             feeds = {i: np.ascontiguousarray(inputs[name], dtype) for i, (name, dtype) in enumerate(self._inputs)}
             try:
-                found = request.infer(feeds, share_inputs=True, share_outputs=True)
+                with compiled.weights.trimmed(CALL_TRIM_SEC) if self._low_memory else nullcontext():
+                    found = compiled.request.infer(feeds, share_inputs=True, share_outputs=True)
             except RuntimeError as error:
                 raise BundleError(f"{self._path} cannot compute this: {one_line(error)}") from None
             return np.array(found[0], np.float32)  # a copy: the engine writes there again
@@ -68,7 +84,7 @@ class OpenVinoComponent:
     def prepare(self, shapes: Shapes) -> None:
         """Compile for these shapes now."""
         with self._lock:
-            self._request(shapes)
+            self._compiled_for(shapes)
 
     def explain(self) -> Execution:
         """The device, and the dtypes that the compiled graph's matrix products compute in.
@@ -77,7 +93,7 @@ class OpenVinoComponent:
         weights of 8 and 4 bits, unless it was told not to.
         """
         quantizes = DYNAMIC not in self._settings and "VNNI" in (this_processor().features or ())
-        compiled = next(iter(self._requests.values())).get_compiled_model()
+        compiled = next(iter(self._compiled.values())).request.get_compiled_model()
         found: Counter[str] = Counter()
         for layer in compiled.get_runtime_model().get_ops():
             info = layer.get_rt_info()
@@ -90,7 +106,7 @@ class OpenVinoComponent:
         devices = ", ".join(compiled.get_property("EXECUTION_DEVICES"))
         return Execution(devices, ", ".join(name for name, _ in found.most_common()) or None)
 
-    def _request(self, shapes: Shapes) -> Any:
+    def _compiled_for(self, shapes: Shapes) -> _Compiled:
         names = [name for name, _ in self._inputs]
         if shapes.keys() != set(names):
             raise BundleError(
@@ -98,13 +114,13 @@ class OpenVinoComponent:
             )
         shapes = {name: self._fixed(name, shape) for name, shape in shapes.items()}
         key = tuple(sorted(shapes.items()))
-        if key not in self._requests:
-            self._requests[key] = self._compile(shapes).create_infer_request()
-        return self._requests[key]
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(shapes)
+        return self._compiled[key]
 
     def _fixed(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape with the network's own sizes in place of -1."""
-        own = self._model.input(name).partial_shape
+        own = self._shapes[name]
         try:
             return tuple(own[i].get_length() if n < 0 else n for i, n in enumerate(shape))
         except RuntimeError:
@@ -112,18 +128,31 @@ class OpenVinoComponent:
                 f"{self._path} takes {name} of {own}, which leaves open what must be fixed: export it again"
             ) from None
 
-    def _compile(self, shapes: Shapes) -> Any:
-        weights = self._path.with_suffix(".bin")
+    def _graph(self) -> Any:
+        """The network as it was read, to be given shapes.
+
+        The engine makes a graph of its own of it. With low memory this one is not kept beside that (9 MB), and read
+        again for other shapes.
+        """
+        if not self._low_memory:
+            return self._model.clone()
+        graph, self._model = self._model or _read(self._path), None
+        return graph
+
+    def _compile(self, shapes: Shapes) -> _Compiled:
+        model = self._graph()
         try:
-            model = self._model.clone()
             model.reshape({name: list(shape) for name, shape in shapes.items()})
         except RuntimeError as error:
-            made = ", ".join(f"{port.any_name} {port.partial_shape}" for port in self._model.inputs)
+            made = ", ".join(f"{name} {shape}" for name, shape in self._shapes.items())
             raise InputError(f"{self._path} was not made for this size ({one_line(error)}): it takes {made}") from None
+        weights = self._path.with_suffix(".bin")
         _demand_memory(weights)
+        mapped = MappedWeights(model, weights)
         try:
-            with trimmed(weights):
-                return _CORE.compile_model(model, self._device, self._settings)
+            with mapped.trimmed():
+                compiled = _CORE.compile_model(model, self._device, self._settings)
+            return _Compiled(compiled.create_infer_request(), mapped)
         except (RuntimeError, MemoryError) as error:
             if "bad_alloc" in str(error) or isinstance(error, MemoryError):
                 raise _too_little_memory(weights, None) from None
@@ -150,19 +179,23 @@ class OpenVinoRuntime:
             raise BundleError(
                 f"{path.with_suffix('.bin')} is missing: the bundle is incomplete; copy or export it again"
             )
-        try:
-            model = _CORE.read_model(path)
-        except RuntimeError as error:
-            raise BundleError(
-                f"{path} is refused by openvino {self.version}: {one_line(error)}; copy or export it again"
-            ) from None
-        _leave_tables(model)
         settings = _settings(
             chosen, options.threads, exact=options.exact or "fp32" in (bundle.manifest.precision, info.precision)
         )
         if options.cache is not None:
             settings |= _cache_settings(options.cache / f"openvino-{component}-{bundle.fingerprint(component)}", path)
-        return OpenVinoComponent(path, model, chosen, settings)
+        return OpenVinoComponent(path, chosen, settings, low_memory=options.low_memory)
+
+
+def _read(path: Path) -> Any:
+    try:
+        model = _CORE.read_model(path)
+    except RuntimeError as error:
+        raise BundleError(
+            f"{path} is refused by openvino {OpenVinoRuntime.version}: {one_line(error)}; copy or export it again"
+        ) from None
+    _leave_tables(model)
+    return model
 
 
 def _leave_tables(model: Any) -> None:
@@ -210,49 +243,57 @@ def _too_little_memory(weights: Path, free: int | None) -> KdcError:
     )
 
 
-@contextmanager
-def trimmed(weights: Path) -> Iterator[None]:
-    """Give the mapped weights' pages back, while the engine repacks them and once more when it has.
+class MappedWeights:
+    """The weights' file as one model has it mapped.
 
     The engine reads the file through a mapping and keeps its own copy in the layout of its kernels; the pages it
-    has read would count twice until the process ends. They are clean: what is read again comes from the file.
+    has read would count twice until the process ends. They are clean: what is read again comes from the file. Scales
+    and biases are, in every call: 2 MB of an int8 U-Net, 7 MB with the pages that Linux maps around each.
     """
-    spans = list(_mappings(weights))
-    if not spans:
-        yield
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    done = Event()
 
-    def trim() -> None:
-        for begin, length in spans:
-            libc.madvise(begin, length, mmap.MADV_DONTNEED)
+    def __init__(self, model: Any, path: Path) -> None:
+        constants = (node for node in model.get_ops() if node.get_type_name() == "Constant")
+        # Held, because the mapping lasts as long as one of its constants: later its addresses may be another's.
+        self._constant = max(constants, key=lambda node: node.get_byte_size(), default=None)
+        self._span = None if self._constant is None else _mapping(path, self._constant.data.ctypes.data)
 
-    def watch() -> None:
-        while not done.wait(TRIM_SEC):
+    @contextmanager
+    def trimmed(self, every_sec: float = COMPILING_TRIM_SEC) -> Iterator[None]:
+        """Give the pages back while the engine reads them, and once more when it has."""
+        if self._span is None:
+            yield
+            return
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        done = Event()
+        trim = partial(libc.madvise, *self._span, mmap.MADV_DONTNEED)
+
+        def watch() -> None:
+            while not done.wait(every_sec):
+                trim()
+
+        watcher = Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
             trim()
 
-    watcher = Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-        trim()
 
-
-def _mappings(path: Path) -> Iterator[tuple[int, int]]:
-    """Address and length of each read-only mapping of the file in this process; none where Linux does not tell."""
+def _mapping(path: Path, address: int) -> tuple[int, int] | None:
+    """Begin and length of the read-only mapping of the file around the address; None where Linux does not tell."""
     if not sys.platform.startswith("linux"):
-        return
+        return None
     name = str(path.resolve())
     for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
         fields = line.split(maxsplit=5)
         if len(fields) == 6 and fields[5] == name and "w" not in fields[1]:
-            begin, end = (int(address, 16) for address in fields[0].split("-"))
-            yield begin, end - begin
+            begin, end = (int(part, 16) for part in fields[0].split("-"))
+            if begin <= address < end:
+                return begin, end - begin
+    return None
 
 
 # Two threads that both ask for a dtype first wait for each other for ever: OpenVINO makes its table at the first call,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ from PIL import Image
 from kdc_edge import pipeline as path
 from kdc_edge.bundle import DEMO_BUNDLE, Bundle, kind_of
 from kdc_edge.checkpoints.assemble import is_single_file, open_checkpoint
-from kdc_edge.components import CHECKER, COMPONENTS, OPTIONAL
+from kdc_edge.components import CHECKER, COMPONENTS, OPTIONAL, Component
 from kdc_edge.diffusers_folder import optional_components, read_model
 from kdc_edge.editing import Edit
 from kdc_edge.errors import InputError, KdcWarning
@@ -126,13 +127,18 @@ class Pipeline(path.Pipeline):
             )
             for c in names
         }
-        if bundle and check:
-            bundle.check("tokenizer")
+        tokenizer = Tokenizer.from_folder(
+            folder / "tokenizer", check=partial(bundle.check, "tokenizer") if bundle and check else None
+        )
+
+        def load(component: str) -> Component:
+            if low_memory:
+                tokenizer.release()  # until the next image
+            return runtime.load(folder, component, options[component])
+
         components = LoadedComponents(
-            lambda c: runtime.load(folder, c, options[c]), low_memory=low_memory, compile_ahead=chosen.compiles_ahead,
-            check=early, names=names,
-        )  # fmt: skip
-        tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+            load, low_memory=low_memory, compile_ahead=chosen.compiles_ahead, check=early, names=names
+        )
         # A graph of fixed text length reads one chunk of a long prompt; ours for Core ML have one.
         inputs = bundle.component("unet")[0].inputs if bundle else {}
         text = inputs["encoder_hidden_states"].shape[1:2] if "encoder_hidden_states" in inputs else []

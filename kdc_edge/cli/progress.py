@@ -21,12 +21,11 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import rich.progress
-from rich.console import Console
-
 from kdc_edge.text import visible
 
 if TYPE_CHECKING:
+    import rich.progress
+
     from kdc_edge.bench.case import Case
     from kdc_edge.bench.runner import Doing
 
@@ -43,6 +42,9 @@ class ProgressBar:
         self._last_line = 0.0
         self._bar: rich.progress.Progress | None = None
         if sys.stderr.isatty():
+            import rich.progress  # 3 MB, for a terminal alone
+            from rich.console import Console
+
             self._bar = rich.progress.Progress(
                 rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(), rich.progress.TimeRemainingColumn(),
                 rich.progress.TextColumn("{task.description}", markup=False), console=Console(stderr=True),
@@ -117,6 +119,8 @@ class Stages:
     """
 
     def __init__(self) -> None:
+        from rich.console import Console
+
         self._console = Console(stderr=True)
         self._open = False  # a line that waits for its time
 
@@ -124,6 +128,8 @@ class Stages:
     def __call__(self, what: str) -> Iterator[None]:
         begin, shown = time.monotonic(), visible(what)
         if self._console.is_terminal:
+            import rich.progress
+
             with rich.progress.Progress(
                 rich.progress.SpinnerColumn(), rich.progress.TextColumn("{task.description}", markup=False),
                 rich.progress.TimeElapsedColumn(), console=self._console, transient=True,

@@ -393,3 +393,19 @@ def test_windows_line_ends_in_merges_change_nothing(tmp_path: Path) -> None:
 
 def test_the_vocabulary_ships_with_its_licence() -> None:
     assert "MIT License" in (CLIP_FOLDER / "LICENSE").read_text("utf-8")
+
+
+def test_a_vocabulary_that_was_let_go_is_checked_and_read_again(tmp_path: Path) -> None:
+    folder = shutil.copytree(GARDEN_FOLDER, tmp_path / "tokenizer")
+    checks: list[str] = []
+    tokenizer = Tokenizer.from_folder(folder, check=lambda: checks.append("once more"))
+    before = tokenizer.encode(["a red flower, [faint]", ""])
+    tokenizer.release()
+    assert len(checks) == 1  # not before it is needed
+    assert (tokenizer.encode(["a red flower, [faint]", ""]) == before).all()
+    assert tokenizer.size == Tokenizer.from_folder(folder).size
+    assert len(checks) == 2
+    tokenizer.release()
+    (folder / "vocab.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"vocab\.json"):
+        tokenizer.encode(["a red flower"])

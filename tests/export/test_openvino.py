@@ -24,6 +24,7 @@ from kdc_edge.manifest import list_files
 from kdc_edge.prompts import own_prompts, read_prompts
 from kdc_edge.request import Request
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline
+from kdc_edge.runtimes.openvino import MappedWeights
 from tests.export.editing import closeness_db
 from tests.runtimes.test_base import some_inputs
 
@@ -320,6 +321,45 @@ def test_the_mapped_weights_are_given_back(fp32: Path) -> None:
     resident = [m.rss for m in psutil.Process().memory_maps() if m.path == str(weights)]
     assert resident
     assert sum(resident) < 0.2 * weights.stat().st_size
+
+
+def test_low_memory_gives_them_back_in_every_call(fp32: Path) -> None:
+    """Same numbers, also in other shapes, for which the file is read again."""
+    weights = str((fp32 / "unet" / "openvino_model.bin").resolve())
+    rng = np.random.default_rng(0)
+    calls = [
+        {
+            "sample": rng.standard_normal((batch, 4, 8, 8), np.float32),
+            "timestep": np.array([500]),
+            "encoder_hidden_states": rng.standard_normal((batch, 77, 128), np.float32),
+        }
+        for batch in (1, 2, 1)
+    ]
+    load = get_runtime("openvino").load
+    usual = load(fp32, "unet", LoadOptions(threads=1))
+    expected = [usual(**call) for call in calls]
+    del usual  # with its mapping
+    frugal = load(fp32, "unet", LoadOptions(threads=1, low_memory=True))
+    for call, numbers in zip(calls, expected, strict=True):
+        assert np.array_equal(frugal(**call), numbers)
+        mapped = [m.rss for m in psutil.Process().memory_maps(grouped=False) if m.path == weights]
+        assert mapped
+        assert not any(mapped)
+
+
+def test_one_model_leaves_the_pages_of_another(fp32: Path) -> None:
+    """What another model has mapped may be unmapped at any time, and the addresses taken by other memory."""
+    path = fp32 / "unet" / "openvino_model.xml"
+    weights = path.with_suffix(".bin").resolve()
+    first, second = (ov.Core().read_model(path) for _ in range(2))
+    mapped = MappedWeights(first, weights)
+    del first  # its mapping stays as long as `mapped`
+    assert all(node.data.tobytes() for node in second.get_ops() if node.get_type_name() == "Constant")  # reads them
+    with mapped.trimmed():
+        pass
+    trimmed, other = sorted(m.rss for m in psutil.Process().memory_maps(grouped=False) if m.path == str(weights))
+    assert trimmed == 0
+    assert other > 0.9 * weights.stat().st_size
 
 
 def test_the_cache_is_opt_in(fp32: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import kdc_edge
-from kdc_edge import Pipeline, Request
+from kdc_edge import Pipeline, Request, tokenizer
 from kdc_edge.bundle import Bundle
 from kdc_edge.errors import InputError, KdcWarning
 from kdc_edge.image import preview
@@ -204,3 +204,17 @@ def test_threads_share_one_load(bundle_fp32: Path, monkeypatch: pytest.MonkeyPat
 def test_low_memory_takes_one_image_at_a_time(bundle_fp32: Path) -> None:
     frugal = Pipeline.open(bundle_fp32, low_memory=True)
     assert [len(b) for b in frugal.batches([Request("a", seed=s) for s in range(3)])] == [1, 1, 1]
+
+
+def test_low_memory_holds_no_vocabulary_beside_a_network(bundle_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Released before each network is loaded, so that it is read once an image; held else."""
+    read: list[Path] = []
+    read_vocabulary = tokenizer.read_vocabulary
+    monkeypatch.setattr(tokenizer, "read_vocabulary", lambda path: (read.append(path), read_vocabulary(path))[1])
+    for low_memory, times in ((False, 1), (True, 3)):
+        read.clear()
+        pipeline = Pipeline.open(bundle_fp32, threads=1, low_memory=low_memory)
+        first, second = (pipeline("a red flower", num_inference_steps=1).images[0] for _ in range(2))
+        assert first == second
+        pipeline.tokenizer.encode(["a"])
+        assert len(read) == times

@@ -44,6 +44,15 @@ def test_a_changed_vocabulary_is_refused(own_bundle: Path) -> None:
         open_pipeline(own_bundle)
 
 
+def test_a_vocabulary_that_changes_is_refused_where_it_is_read_for_each_image(own_bundle: Path) -> None:
+    pipeline = open_pipeline(own_bundle, low_memory=True)
+    pipeline.generate(REQUEST)
+    path = own_bundle / "tokenizer" / "vocab.json"
+    path.write_text(path.read_text("utf-8").replace('"red</w>"', '"der</w>"'))
+    with pytest.raises(BundleError, match=r"tokenizer/vocab\.json has changed"):
+        pipeline.generate(REQUEST)
+
+
 def test_every_way_of_loading_checks(own_bundle: Path) -> None:
     flip(own_bundle / "unet" / "model.onnx")
     with pytest.raises(BundleError, match="has changed"):

@@ -28,6 +28,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 NARROWER = {  # the environment in which oneDNN, in OpenVINO and PyTorch, PyTorch and MKL use no other instructions
     "AVX2": {
@@ -155,9 +156,13 @@ def run_optimum(folder: Path, kind: str, steps: int, guidance: float, threads: i
 
 
 def run_ours(folder: Path, candidate: Candidate, steps: int, threads: int, exact: bool) -> Steps:
+    from kdc_edge.hardware import this_processor
     from kdc_edge.request import GuidanceMode, Request, made_for
     from kdc_edge.runtimes import open_pipeline
 
+    if exact:  # as the processor that is asked for would
+        narrower = replace(this_processor(), features=("AVX2",))
+        mock.patch("kdc_edge.runtimes.openvino.this_processor", return_value=narrower).start()
     pipeline = open_pipeline(folder, threads=threads, low_memory=candidate.low_memory, exact=exact)
     yield None
     mode: GuidanceMode = "sequential" if candidate.low_memory else "batched"

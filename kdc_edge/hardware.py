@@ -74,6 +74,12 @@ class Processor:
     features: tuple[str, ...] | None  # of this architecture's table; None where the system does not tell
     absent: tuple[str, ...] | None  # the rest of that table
 
+    @property
+    def lacks_vnni(self) -> bool:
+        """Is it an x86 that multiplies 8-bit numbers in 16 bits, where their sums overflow?"""
+        features = self.features or ()
+        return "AVX2" in features and "VNNI" not in features
+
 
 @dataclass(frozen=True)
 class Machine:

@@ -20,7 +20,7 @@ from kdc_edge.bundle import Bundle
 from kdc_edge.components import Component, Execution
 from kdc_edge.errors import BundleError, InputError, KdcError, require
 from kdc_edge.files import atomic_folder
-from kdc_edge.hardware import Processor, this_processor
+from kdc_edge.hardware import this_processor
 from kdc_edge.runtimes.base import DEFAULTS, Device, LoadOptions, check_device, open_component
 from kdc_edge.text import one_line
 
@@ -125,7 +125,7 @@ class OnnxRuntime:
         provider = next(p for p in _PROVIDERS if p.device == chosen)
         threads, cache = options.threads, options.cache
         session = _session_options(provider, threads, low_memory=options.low_memory)
-        if bundle.manifest.precision == "int8" and component == "unet" and _overflows(this_processor()):
+        if bundle.manifest.precision == "int8" and component == "unet" and this_processor().lacks_vnni:
             session.add_session_config_entry("session.x64quantprecision", "1")  # in uint8 alone then: slower, right
         if cache is not None and provider.device == "CPU" and not options.low_memory:
             made = _cached(cache, bundle, component)
@@ -198,12 +198,6 @@ def _session_options(provider: _Provider, threads: int | None, *, low_memory: bo
         entry = "optimization.constant_folding_max_output_size_in_bytes"
         options.add_session_config_entry(entry, str(FOLD_BYTES_LOW_MEMORY))
     return options
-
-
-def _overflows(processor: Processor) -> bool:
-    """Do products of uint8 and int8 overflow in 16 bits, as they do on x86 without VNNI?"""
-    features = processor.features or ()
-    return "AVX2" in features and "VNNI" not in features
 
 
 RUNTIME = OnnxRuntime()

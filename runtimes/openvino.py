@@ -62,7 +62,7 @@ class OpenVinoComponent:
         self._device = device
         self._settings = settings
         self._low_memory = low_memory
-        self._model = model = _read(path)
+        self._model = model = _read(path, device)
         # By place, because a compiled model may call its inputs by more names than these.
         self._inputs = [(port.any_name, port.element_type.to_dtype()) for port in model.inputs]
         self._shapes = {port.any_name: port.get_partial_shape() for port in model.inputs}
@@ -136,7 +136,7 @@ class OpenVinoComponent:
         """
         if not self._low_memory:
             return self._model.clone()
-        graph, self._model = self._model or _read(self._path), None
+        graph, self._model = self._model or _read(self._path, self._device), None
         return graph
 
     def _compile(self, shapes: Shapes) -> _Compiled:
@@ -187,7 +187,7 @@ class OpenVinoRuntime:
         return OpenVinoComponent(path, chosen, settings, low_memory=options.low_memory)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, device: str) -> Any:
     try:
         model = _CORE.read_model(path)
     except RuntimeError as error:
@@ -195,6 +195,8 @@ def _read(path: Path) -> Any:
             f"{path} is refused by openvino {OpenVinoRuntime.version}: {one_line(error)}; copy or export it again"
         ) from None
     _leave_tables(model)
+    if device == "CPU" and this_processor().lacks_vnni:
+        _leave_attention(model)
     return model
 
 
@@ -206,6 +208,27 @@ def _leave_tables(model: Any) -> None:
     for node in model.get_ops():
         if node.get_type_name() == "Gather" and node.input_value(0).get_node().get_type_name() == "Convert":
             node.get_rt_info()[NOT_FOLDED] = True
+
+
+def _leave_attention(model: Any) -> None:
+    """Take queries and keys as they are, not rounded to 8 bits.
+
+    Without 8-bit dot products the engine has no kernel that computes attention of them part by part: it keeps all
+    scores, 0.5 GB at 512 pixels, and is no faster (docs/benchmarks/peers.md).
+    """
+    for node in model.get_ops():
+        if node.get_type_name() == "ScaledDotProductAttention":
+            for port in node.inputs()[:2]:
+                _bypass_rounding(port)
+
+
+def _bypass_rounding(port: Any) -> None:
+    """Connect an input to what is rounded before it, instead of to the rounded."""
+    source = port.get_source_output().get_node()
+    if source.get_type_name() == "FakeQuantize":
+        port.replace_source_output(source.input_value(0))
+    elif source.get_type_name() in ("Transpose", "Reshape"):
+        _bypass_rounding(source.input(0))
 
 
 def _cache_settings(folder: Path, path: Path) -> dict[str, Any]:

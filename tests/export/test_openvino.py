@@ -20,11 +20,12 @@ from kdc_edge.errors import BundleError, InputError, KdcError
 from kdc_edge.export.calibration import calibrate
 from kdc_edge.export.openvino import one_by_one
 from kdc_edge.export.targets import ExportRequest, export_checkpoint
+from kdc_edge.hardware import Processor
 from kdc_edge.manifest import list_files
 from kdc_edge.prompts import own_prompts, read_prompts
 from kdc_edge.request import Request
 from kdc_edge.runtimes import LoadOptions, get_runtime, open_pipeline
-from kdc_edge.runtimes.openvino import MappedWeights
+from kdc_edge.runtimes.openvino import MappedWeights, OpenVinoComponent
 from tests.export.editing import closeness_db
 from tests.runtimes.test_base import some_inputs
 
@@ -311,6 +312,25 @@ def test_too_little_memory_is_said_before_the_work(fp32: Path, monkeypatch: pyte
     with pytest.raises(KdcError, match=r"too little memory for .*20 MiB are free; close other programs") as caught:
         open_pipeline(fp32).generate(Request("a red flower", steps=1))
     assert one_line(caught)
+
+
+def test_without_8_bit_dot_products_attention_is_not_rounded(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = some_inputs("unet", 2, 16, 16)
+    load = get_runtime("openvino").load
+    exact = load(bundles["fp32"], "unet", LoadOptions(threads=1))(**inputs)
+    roundings, errors = [], []
+    for features in (("AVX2", "VNNI"), ("AVX2",)):
+        processor = Processor("a processor", "x86_64", features, None)
+        monkeypatch.setattr("kdc_edge.runtimes.openvino.this_processor", lambda processor=processor: processor)
+        unet = load(bundles["int8"], "unet", LoadOptions(threads=1))
+        errors.append(float(np.square(unet(**inputs) - exact).mean()))
+        assert isinstance(unet, OpenVinoComponent)
+        kinds = Counter(node.get_type_name() for node in unet._model.get_ops())
+        roundings.append(kinds["FakeQuantize"])
+    assert roundings[0] - roundings[1] == 2 * kinds["ScaledDotProductAttention"] > 0
+    assert 0 < errors[1] < errors[0]
 
 
 def test_the_mapped_weights_are_given_back(fp32: Path) -> None:

@@ -108,6 +108,14 @@ def test_the_key_changes_with_whatever_changes_the_latents(photos: Path) -> None
     assert len(keys) == len(changes) + 3
 
 
+def test_a_long_pass_says_how_far_it_is(vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(cache, "TELL_EVERY_SEC", -1.0)
+    task = Task("t", "garden:fish")
+    cache_latents(task, vae, tmp_path, Selection(64, 3), vae_sha256="v", say=said.append)
+    assert said == [f"t: {count} images encoded so far" for count in (0, 1, 2)]
+
+
 def test_in_bfloat16_they_are_others_nearly_the_same(vae: AutoencoderKL, tmp_path: Path) -> None:
     task = Task("t", "garden:fish")
     exact, rounded = (

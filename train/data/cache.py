@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -27,13 +29,14 @@ from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import write_atomic
 from kdc_edge.train.data.images import LeftOut, Shape
 from kdc_edge.train.data.latents import Latents, open_shard, shapes_in
-from kdc_edge.train.data.source import Pending, Selection, Source, read_samples
+from kdc_edge.train.data.source import Pending, Selection, read_samples
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.data.transfer import to_device
 from kdc_edge.train.processes import ALONE, Processes
 
 SHARD_BYTES = 64 * 2**20
 SHARD_ENTRIES = 1024  # at most
+TELL_EVERY_SEC = 30.0
 NAMES_KEPT = 20  # of the samples left out, in index.json
 ENCODED_ON_CPU = 2**22  # values of images at once: 5 of 512 pixels, which keeps the encoder's memory small
 ENCODED_ON_GPU = 2**23
@@ -77,10 +80,13 @@ def cache_latents(
     index = home / "index.json"
     if not all(processes.together(index.is_file)):  # another run may write it at this moment
         source = task.open()
-        if processes.index == 0:
-            for note in source.notes():
-                say(f"{task.name}: {note}")
-        read = processes.together(lambda: _encode_share(source, vae, home, selection, bf16, processes))
+        tell = say if processes.index == 0 else (lambda _: None)
+        for note in source.notes():
+            tell(f"{task.name}: {note}")
+        pending = _counted(source.pending(selection), lambda count: tell(f"{task.name}: {count} images encoded so far"))
+        encoder = _Encoder(vae, source.mirrored, bf16)
+        per_shard = max(1, min(SHARD_ENTRIES, SHARD_BYTES // (32 * selection.size**2 // 64)))
+        read = processes.together(lambda: _encode_share(pending, home, per_shard, encoder, processes))
         if len(set(read)) > 1:
             raise InputError(f"{task.name}: a stream broke off behind {min(read)} samples: start again, to go on there")
         processes.once(lambda: _write_index(task, index, say))
@@ -94,16 +100,44 @@ def cache_latents(
     return Latents(shards, captions)
 
 
+@dataclass(frozen=True)
+class _Encoder:
+    """Images of one shape to posterior mean and std (n, F, C, h, w) fp16."""
+
+    vae: AutoencoderKL
+    mirrored: bool  # encode their mirror images too
+    bf16: bool
+
+    @property
+    def values_at_once(self) -> int:
+        return ENCODED_ON_CPU if self.vae.device.type == "cpu" else ENCODED_ON_GPU
+
+    def __call__(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        batch = np.stack(images)
+        sides = [batch, np.ascontiguousarray(batch[:, :, ::-1])] if self.mirrored else [batch]
+        means, stds = zip(*(encode_images(self.vae, side, bf16=self.bf16) for side in sides), strict=True)
+        return torch.stack(means, 1), torch.stack(stds, 1)
+
+
+def _counted(pending: Iterable[Pending], tell: Callable[[int], None]) -> Iterator[Pending]:
+    """The same, and a line now and then that says how far it is."""
+    told = time.monotonic()
+    for count, sample in enumerate(pending):
+        if time.monotonic() - told > TELL_EVERY_SEC:
+            tell(count)
+            told = time.monotonic()
+        yield sample
+
+
 def _encode_share(
-    source: Source, vae: AutoencoderKL, home: Path, selection: Selection, bf16: bool, processes: Processes
+    pending: Iterable[Pending], home: Path, per_shard: int, encoder: _Encoder, processes: Processes
 ) -> int:
     """Write this process's shards, but for those that are there already; how many entries the source has."""
-    size = max(1, min(SHARD_ENTRIES, SHARD_BYTES // (32 * selection.size**2 // 64)))
     entries = 0
-    for shard, numbered in groupby(enumerate(source.pending(selection)), lambda entry: entry[0] // size):
+    for shard, numbered in groupby(enumerate(pending), lambda entry: entry[0] // per_shard):
         path = home / f"shard-{shard:05d}.safetensors"
         if shard % processes.count == processes.index and not _is_whole(path):
-            entries += _write_shard(path, vae, (sample for _, sample in numbered), source.mirrored, bf16)
+            entries += _write_shard(path, (sample for _, sample in numbered), encoder)
         else:
             entries += sum(1 for _ in numbered)
     return entries
@@ -117,16 +151,15 @@ def _is_whole(path: Path) -> bool:
         return "entries" in file.metadata()
 
 
-def _write_shard(path: Path, vae: AutoencoderKL, pending: Iterable[Pending], mirrored: bool, bf16: bool) -> int:
+def _write_shard(path: Path, pending: Iterable[Pending], encoder: _Encoder) -> int:
     """Encode samples, those of one shape together, while the next ones are read; how many there were."""
     entries, left = 0, list[tuple[str, str]]()
     captions: dict[Shape, list[str]] = {}
     images: dict[Shape, list[np.ndarray]] = {}  # not encoded yet
     encoded: dict[Shape, list[tuple[Tensor, Tensor]]] = {}
-    most = ENCODED_ON_CPU if vae.device.type == "cpu" else ENCODED_ON_GPU
 
     def encode(shape: Shape) -> None:
-        encoded.setdefault(shape, []).append(_encode_sides(vae, images.pop(shape), mirrored, bf16))
+        encoded.setdefault(shape, []).append(encoder(images.pop(shape)))
 
     for item in read_samples(pending):
         entries += 1
@@ -136,7 +169,7 @@ def _write_shard(path: Path, vae: AutoencoderKL, pending: Iterable[Pending], mir
         shape = item.image.shape[0], item.image.shape[1]
         captions.setdefault(shape, []).append(item.caption)
         images.setdefault(shape, []).append(item.image)
-        if len(images[shape]) == max(1, most // item.image.size):
+        if len(images[shape]) == max(1, encoder.values_at_once // item.image.size):
             encode(shape)
     for shape in list(images):
         encode(shape)
@@ -152,16 +185,6 @@ def _write_shard(path: Path, vae: AutoencoderKL, pending: Iterable[Pending], mir
     }
     write_atomic(path, save(tensors, metadata=texts))
     return entries
-
-
-def _encode_sides(
-    vae: AutoencoderKL, images: Sequence[np.ndarray], mirrored: bool, bf16: bool
-) -> tuple[Tensor, Tensor]:
-    """Posterior mean and std (n, F, C, h, w) fp16 of images of one shape and, where asked, of their mirror images."""
-    batch = np.stack(images)
-    sides = [batch, np.ascontiguousarray(batch[:, :, ::-1])] if mirrored else [batch]
-    means, stds = zip(*(encode_images(vae, side, bf16=bf16) for side in sides), strict=True)
-    return torch.stack(means, 1), torch.stack(stds, 1)
 
 
 def _write_index(task: Task, path: Path, say: Say) -> None:

@@ -330,7 +330,7 @@ def test_converting_is_quiet(checkpoint: Path, capfd: pytest.CaptureFixture[str]
 def test_the_482m_student(tmp_path: Path) -> None:
     """Names and sizes of the full size, and one pass of its U-Net in fp16 against PyTorch."""
     from kdc_edge.presets import find_preset
-    from kdc_edge.train.student import init_checkpoint
+    from kdc_edge.train.checkpoint import init_checkpoint
 
     source = tmp_path / "student"
     init_checkpoint(source, find_preset("kdc-482m"), None, seed=0)

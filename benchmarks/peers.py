@@ -107,12 +107,17 @@ def run_diffusers(checkpoint: Path, dtype: str, steps: int, threads: int) -> Ste
     torch.set_num_threads(threads)
     pipeline = StableDiffusionPipeline.from_pretrained(checkpoint, torch_dtype=getattr(torch, dtype))
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    yield from _run_pipeline(pipeline, steps, GUIDANCE)
+
+
+def _run_pipeline(pipeline: Any, steps: int, guidance: float) -> Steps:
+    """A pipeline of diffusers, or with its arguments."""
     pipeline.set_progress_bar_config(disable=True)
     yield None
     while True:
         yield from _as_steps(
             lambda tick: pipeline(
-                PROMPT, num_inference_steps=steps, guidance_scale=GUIDANCE, height=SIZE, width=SIZE,
+                PROMPT, num_inference_steps=steps, guidance_scale=guidance, height=SIZE, width=SIZE,
                 callback_on_step_end=lambda _p, _i, _t, kwargs: tick() or kwargs,
             )
         )  # fmt: skip
@@ -144,15 +149,7 @@ def run_optimum(folder: Path, kind: str, steps: int, guidance: float, threads: i
     pipeline = which.from_pretrained(folder, export=False, compile=False, safety_checker=None, ov_config=options)
     if kind == "optimum-lcm":
         pipeline.reshape(batch_size=1, height=SIZE, width=SIZE, num_images_per_prompt=1)
-    pipeline.set_progress_bar_config(disable=True)
-    yield None
-    while True:
-        yield from _as_steps(
-            lambda tick: pipeline(
-                PROMPT, num_inference_steps=steps, guidance_scale=guidance, height=SIZE, width=SIZE,
-                callback_on_step_end=lambda _p, _i, _t, kwargs: tick() or kwargs,
-            )
-        )  # fmt: skip
+    yield from _run_pipeline(pipeline, steps, guidance)
 
 
 def run_ours(folder: Path, candidate: Candidate, steps: int, threads: int, exact: bool) -> Steps:
@@ -367,16 +364,8 @@ def main() -> None:
         for name in names if round_ % 2 == 0 else reversed(names):
             python = args.interop if candidates[name].elsewhere else sys.executable
             command = [str(python), __file__, str(args.checkpoint), "--work", str(args.work)]
-            command += [
-                "--suite",
-                args.suite,
-                "--steps",
-                str(args.steps),
-                "--threads",
-                str(args.threads),
-                "--worker",
-                name,
-            ]
+            command += ["--suite", args.suite, "--steps", str(args.steps), "--threads", str(args.threads)]
+            command += ["--worker", name]
             command += ["--again"] if args.again else []
             found = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True)
             run = json.loads(found.stdout.splitlines()[-1])

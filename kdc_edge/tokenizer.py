@@ -39,15 +39,10 @@ class Tokenizer:
     """Texts to ids, each text framed by a start and an end token, cut and padded to `max_length`."""
 
     def __init__(
-        self,
-        read: Callable[[], tokenizers.Tokenizer],  # once more after each `release`
-        words: tokenizers.Tokenizer,
-        *,
-        start_id: int,
-        end_id: int,
-        pad_id: int,
-        max_length: int,
-    ) -> None:
+        self, read: Callable[[], tokenizers.Tokenizer], words: tokenizers.Tokenizer, *,
+        start_id: int, end_id: int, pad_id: int, max_length: int,
+    ) -> None:  # fmt: skip
+        """`words` is the vocabulary; `read` reads it once more after each `release`."""
         self._read = read
         self._held: tokenizers.Tokenizer | None = words
         self.start_id = start_id

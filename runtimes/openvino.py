@@ -223,7 +223,7 @@ def _leave_attention(model: Any) -> None:
 
 
 def _bypass_rounding(port: Any) -> None:
-    """Connect an input to what is rounded before it, instead of to the rounded."""
+    """Connect an input to the values before their rounding."""
     source = port.get_source_output().get_node()
     if source.get_type_name() == "FakeQuantize":
         port.replace_source_output(source.input_value(0))
@@ -270,8 +270,8 @@ class MappedWeights:
     """The weights' file as one model has it mapped.
 
     The engine reads the file through a mapping and keeps its own copy in the layout of its kernels; the pages it
-    has read would count twice until the process ends. They are clean: what is read again comes from the file. Scales
-    and biases are, in every call: 2 MB of an int8 U-Net, 7 MB with the pages that Linux maps around each.
+    has read would count twice until the process ends. They are clean: what is read again comes from the file. Every
+    call reads scales and biases there: 2 MB of an int8 U-Net, 7 MB with the pages that Linux maps around each.
     """
 
     def __init__(self, model: Any, path: Path) -> None:

@@ -33,7 +33,7 @@ class TextEmbedder:
         self._known: dict[str, Tensor] = {}
         self._shards: set[str] = set()  # that are read
         if home is not None:
-            self._read_shards()
+            self._read_shards(home)
 
     @classmethod
     def of_teacher(cls, teacher: Path, text_encoder: CLIPTextModel, cache: Path) -> TextEmbedder:
@@ -65,15 +65,14 @@ class TextEmbedder:
                 path = home / f"shard-{hashlib.sha256(texts.encode()).hexdigest()[:16]}.safetensors"
                 hidden = torch.stack(list(encoded.values()))
                 write_atomic(path, save({"hidden": hidden}, metadata={"captions": texts}))
-                self._read_shards()
+                self._read_shards(home)
 
         processes.together(encode)
-        self._read_shards()
+        self._read_shards(home)
 
-    def _read_shards(self) -> None:
+    def _read_shards(self, home: Path) -> None:
         """Those that were written since the last time."""
-        assert self.home is not None
-        for path in sorted(self.home.glob("shard-*.safetensors")):
+        for path in sorted(home.glob("shard-*.safetensors")):
             if path.name not in self._shards:
                 with open_shard(path) as file:
                     hidden = file.get_tensor("hidden")  # (n, 77, D) fp16, memory-mapped

@@ -349,6 +349,7 @@ def main() -> None:
     names = [n for n in candidates if any(fnmatch(n, pattern) for pattern in args.only or ["*"])]
     names = [n for n in names if args.interop or not candidates[n].elsewhere]
     names = [n for n in names if not (args.instructions and candidates[n].what.startswith("onnx"))]
+    args.work.mkdir(parents=True, exist_ok=True)
     for name in names:
         export(candidates[name], args.checkpoint, args.work)
     out = args.work / f"{args.suite}{f'-{args.instructions}' if args.instructions else ''}.json"

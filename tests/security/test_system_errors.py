@@ -172,6 +172,29 @@ def test_a_signal_that_an_import_swallows_still_ends_the_command(
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize(
+    ("whole", "limit_sec", "imported"),
+    [("imported_while_ended", 20.0, True), ("imported_while_ended", 0.1, False), ("torch", 20.0, False)],
+)
+def test_an_import_that_must_be_whole_is_not_cut_short_unless_it_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: str, limit_sec: float, imported: bool
+) -> None:
+    (tmp_path / "imported_while_ended.py").write_text(
+        "import os, pathlib, signal, time\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "time.sleep(0.5)\n"
+        "pathlib.Path('imported').touch()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("kdc_edge.cli.WHOLE_IMPORTS", {whole})
+    monkeypatch.setattr("kdc_edge.cli.LONGEST_IMPORT_SEC", limit_sec)
+    monkeypatch.setattr("kdc_edge.bundle.Bundle.open", lambda _: (__import__("imported_while_ended"), time.sleep(20)))
+    (tmp_path / "cwd").mkdir()
+    assert run("info", tmp_path, cwd=tmp_path / "cwd", code=143).stderr == "kdc-edge: terminated\n"
+    sys.modules.pop("imported_while_ended", None)
+    assert (tmp_path / "cwd" / "imported").exists() == imported
+
+
 class Finalized:
     """An object that is told to end while the interpreter removes it, where no exception can be raised."""
 

@@ -23,7 +23,7 @@ from kdc_edge.bundle import Bundle, unproved
 from kdc_edge.checkpoints.assemble import read_sources
 from kdc_edge.diffusers_folder import TINY_VAE, hash_checkpoint, read_model, training_note
 from kdc_edge.errors import BundleError, CheckpointError, ParityError
-from kdc_edge.export.calibration import Calibration, calibrate
+from kdc_edge.export.calibration import Calibration
 from kdc_edge.export.components import ExportComponent, describe, load_component
 from kdc_edge.export.optional import prove_optional
 from kdc_edge.export.parity import IN_32_BITS, check_parity, images_of
@@ -134,14 +134,6 @@ def write_bundle(
         manifest = manifest.model_copy(update={"files": files, "parity": parity})
         write_manifest(folder, manifest)  # the last file: what has none is no bundle
     return Bundle.open(out)
-
-
-def calibrate_for(request: ExportRequest) -> Calibration | None:
-    """Recorded U-Net inputs where the format is quantized on them."""
-    if not request.format.calibrated:
-        return None
-    with request.stage("recording the U-Net's inputs for calibration"):
-        return calibrate(request.checkpoint, request.calibration_prompts, request.calibration_samples)
 
 
 def spread(prompts: Sequence[str], count: int) -> list[str]:

@@ -10,18 +10,20 @@ prompts are many. Seeded: the same prompts give the same samples.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from kdc_edge.diffusers_folder import read_model
+from kdc_edge.diffusers_folder import hash_checkpoint, read_model
 from kdc_edge.editing import ENCODER
 from kdc_edge.errors import InputError
 from kdc_edge.export.examples import example_edit
+from kdc_edge.export.kept import Arrays, Inputs, hash_of, kept, pack_inputs, unpack_inputs
 from kdc_edge.export.reference import Recorder
-from kdc_edge.manifest import CalibrationInfo
+from kdc_edge.export.targets import ExportRequest
+from kdc_edge.manifest import CalibrationInfo, Model
 from kdc_edge.pipeline import Pipeline
 from kdc_edge.prompts import own_prompts
 from kdc_edge.request import Request, made_for
@@ -36,8 +38,41 @@ GUIDANCE = 7.5
 
 @dataclass(frozen=True)
 class Calibration:
-    inputs: list[dict[str, np.ndarray]]  # of U-Net calls, by name
+    inputs: list[Inputs]  # of U-Net calls
     info: CalibrationInfo
+
+    def arrays(self) -> Arrays:
+        """All of it, to be kept."""
+        return pack_inputs("unet", self.inputs) | {"info": np.array(self.info.model_dump_json())}
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> Calibration:
+        """What `arrays` gave. Raises KeyError where something is missing."""
+        return cls(unpack_inputs("unet", arrays), CalibrationInfo.model_validate_json(str(arrays["info"])))
+
+
+def calibrate_for(
+    request: ExportRequest, default_samples: int | None = None, *, samples_an_image: int = SAMPLES_AN_IMAGE
+) -> Calibration:
+    """The request's calibration, kept for the next export of the checkpoint. Raises as `calibrate` does."""
+    checkpoint, prompts = request.checkpoint, request.calibration_prompts
+    samples = default_samples if request.calibration_samples is None else request.calibration_samples
+    prompts = own_prompts(checkpoint) if prompts is None else prompts
+    base = base_request(read_model(checkpoint))
+    with request.stage("recording the U-Net's inputs for calibration") as tell:
+        key = hash_of(
+            "calibration", hash_checkpoint(checkpoint), list(prompts), samples, samples_an_image, requests=[base]
+        )
+        return kept(
+            Calibration,
+            key,
+            lambda: calibrate(checkpoint, prompts, samples, samples_an_image=samples_an_image, tell=tell),
+        )
+
+
+def base_request(model: Model) -> Request:
+    """What each image of a calibration is, but for prompt and seed."""
+    return made_for(model, Request("", steps=STEPS, guidance=GUIDANCE))
 
 
 def calibrate(
@@ -47,11 +82,12 @@ def calibrate(
     *,
     seed: int = 0,
     samples_an_image: int = SAMPLES_AN_IMAGE,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Calibration:
     """Generate in PyTorch from prompts drawn at random, and keep `samples` of the U-Net's calls.
 
     Without prompts, the checkpoint's own captions are taken. A few-step student's timesteps are its own. An inpainting
-    model repaints smooth random images.
+    model repaints smooth random images. `tell` gets how many samples there are, after each image.
 
     Raises InputError for no prompts or a count that cannot be used, CheckpointError for the checkpoint.
     """
@@ -69,22 +105,23 @@ def calibrate(
     names = ("text_encoder", ENCODER) if model.inpainting else ("text_encoder",)
     components = {name: runtime.load(checkpoint, name, LoadOptions(device="CPU")) for name in names} | {"unet": unet}
     pipeline = Pipeline(model, Tokenizer.from_folder(checkpoint / "tokenizer"), components)
-    base = made_for(pipeline.model, Request("", steps=STEPS, guidance=GUIDANCE))
+    base = base_request(model)
     samples_an_image = min(samples_an_image, base.steps)
-    inputs: list[dict[str, np.ndarray]] = []
+    inputs: list[Inputs] = []
     order = [p for _ in range(-(-samples // len(prompts))) for p in rng.permutation(np.array(prompts, object))]
     for number, prompt in enumerate(order):
         wanted = min(samples_an_image, samples - len(inputs))
         if wanted == 0:
             break
-        kept = sorted(rng.choice(base.steps, wanted, replace=False))
+        kept_steps = sorted(rng.choice(base.steps, wanted, replace=False))
         unet.calls.clear()
         edit = example_edit(model, seed + number)
         request = replace(base, prompt=str(prompt), seed=seed + number, edit=edit)
         for progress in pipeline.run(request):
-            if progress.stage == "unet" and progress.step > kept[-1]:
+            if progress.stage == "unet" and progress.step > kept_steps[-1]:
                 break  # the later steps, and the decoder, are not needed
-        inputs += [unet.calls[step][0] for step in kept]
+        inputs += [unet.calls[step][0] for step in kept_steps]
+        tell(f"{len(inputs)} of {samples} samples")
     text = "\n".join(prompts)
     info = CalibrationInfo(
         prompts_sha256=hashlib.sha256(text.encode()).hexdigest(),

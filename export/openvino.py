@@ -22,8 +22,8 @@ import numpy as np
 
 from kdc_edge.bundle import Bundle
 from kdc_edge.errors import require
-from kdc_edge.export.bundle_writer import calibrate_for, write_bundle
-from kdc_edge.export.calibration import Calibration
+from kdc_edge.export.bundle_writer import write_bundle
+from kdc_edge.export.calibration import Calibration, calibrate_for
 from kdc_edge.export.components import ExportComponent
 from kdc_edge.export.rewrites.gates import split_gates
 from kdc_edge.export.rewrites.upsampling import split_upsampling
@@ -41,7 +41,7 @@ W4_GROUP = 64  # weights of a row that share a scale; it divides every width of 
 def export(request: ExportRequest, _: NoOptions) -> Bundle:
     """Write and prove a bundle: see `export_checkpoint`."""
     precision = request.precision
-    calibration = calibrate_for(request)
+    calibration = calibrate_for(request) if request.format.calibrated else None
 
     def write(part: ExportComponent, folder: Path) -> list[str]:
         split_upsampling(part.module)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,9 +27,9 @@ from kdc_edge.components import COMPONENTS, Component
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import KdcError
 from kdc_edge.export.examples import example_edit
-from kdc_edge.export.kept import kept_reference, key_of
-from kdc_edge.export.reference import Call, record
-from kdc_edge.export.targets import Stage
+from kdc_edge.export.kept import hash_of, kept
+from kdc_edge.export.reference import Call, Reference, record
+from kdc_edge.export.targets import Stage, silent
 from kdc_edge.formats import Format
 from kdc_edge.manifest import Check, Model, Parity
 from kdc_edge.pipeline import Pipeline
@@ -53,7 +52,7 @@ def check_parity(
     row: Format,
     prompts: Sequence[str],
     decoder: Path | None = None,
-    stage: Stage = lambda _: nullcontext(),
+    stage: Stage = silent,
 ) -> Parity:
     """Compare the bundle with its checkpoint: one check a component, one for the images.
 
@@ -66,10 +65,9 @@ def check_parity(
     base, _ = own_request(model, base, sampler=None, steps=None, guidance=None)
     edit = example_edit(model)
     requests = [replace(base, prompt=prompt, seed=i, edit=edit) for i, prompt in enumerate(prompts)]
-    key = key_of(Bundle.open(bundle).manifest.provenance, requests)
-    reference = kept_reference(
-        key, lambda: record(checkpoint, requests, decoder, stage)
-    )  # its networks are gone by now
+    made = Bundle.open(bundle).manifest.provenance
+    key = hash_of("reference", made.checkpoint_sha256, made.decoder_sha256, requests=requests)
+    reference = kept(Reference, key, lambda: record(checkpoint, requests, decoder, stage))  # its networks are gone now
     subjects = [component_subject(name, reference.calls[name], row) for name in COMPONENTS]
     subjects.append(image_subject(reference.images, requests, row))
     checks = prove(subjects, partial(open_pipeline, bundle, safety_checker=False), row, stage)  # as the reference is
@@ -141,7 +139,7 @@ def prove(
     subjects: Sequence[Subject],
     open_bundle: Callable[..., Pipeline],
     row: Format,
-    stage: Stage = lambda _: nullcontext(),
+    stage: Stage = silent,
 ) -> list[Check]:
     """A check of each; in 32 bits as well where it misses its aim and the engine computes in fewer.
 

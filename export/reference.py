@@ -11,7 +11,6 @@ PyTorch networks takes its place, and `made_by` says so.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from kdc_edge.components import COMPONENTS, Component
 from kdc_edge.diffusers_folder import LCM_PIPELINE, read_model
 from kdc_edge.editing import ENCODER
 from kdc_edge.errors import CheckpointError, KdcError, require
-from kdc_edge.export.targets import Stage
+from kdc_edge.export.kept import Arrays, pack_inputs, unpack_inputs
+from kdc_edge.export.targets import Stage, silent
 from kdc_edge.files import read_json
 from kdc_edge.noise import initial_latents
 from kdc_edge.pipeline import Pipeline
@@ -60,12 +60,31 @@ class Reference:
     images: list[np.ndarray]  # uint8 (H, W, 3), one a request
     made_by: str  # the program and its noise schedule, in words
 
+    def arrays(self) -> Arrays:
+        """All of it, to be kept."""
+        found: Arrays = {"made_by": np.array(self.made_by)}
+        found |= {f"image/{i}": image for i, image in enumerate(self.images)}
+        for component, calls in self.calls.items():
+            found |= {f"{component}/{i}": output for i, (_, output) in enumerate(calls)}
+            found |= pack_inputs(component, [inputs for inputs, _ in calls])
+        return found
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> Reference:
+        """What `arrays` gave. Raises KeyError where something is missing."""
+        images = [arrays[f"image/{i}"] for i in range(sum(name.startswith("image/") for name in arrays))]
+        calls = {
+            name: [(inputs, arrays[f"{name}/{i}"]) for i, inputs in enumerate(unpack_inputs(name, arrays))]
+            for name in COMPONENTS
+        }
+        return cls(calls, images, str(arrays["made_by"]))
+
 
 def record(
     checkpoint: Path,
     requests: Sequence[Request],
     decoder: Path | None = None,
-    stage: Stage = lambda _: nullcontext(),
+    stage: Stage = silent,
 ) -> Reference:
     """Generate the images in fp32 on the CPU; the requests share a sampler.
 

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from kdc_edge.bundle import Bundle
 
 
-Stage = Callable[[str], AbstractContextManager[None]]
+# Told what runs now, it holds as long as that runs, and gives what is told how far it is.
+Stage = Callable[[str], AbstractContextManager[Callable[[str], None]]]
+
+
+def silent(_: str) -> AbstractContextManager[Callable[[str], None]]:
+    """A Stage that nobody watches."""
+    return nullcontext(lambda _: None)
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class ExportRequest:
     extra: Sequence[str] = ()  # optional components
     command: str | None = None  # for the record
     tell: Callable[[str], None] = lambda _: None  # gets decisions, a line each
-    stage: Stage = lambda _: nullcontext()  # gets what runs now, and holds as long as it runs
+    stage: Stage = silent
 
     def __post_init__(self) -> None:
         check_optional(self.extra)

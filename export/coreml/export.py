@@ -23,7 +23,7 @@ from kdc_edge.bundle import Bundle
 from kdc_edge.diffusers_folder import hash_checkpoint, optional_components, read_model
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.export.bundle_writer import Interface, write_bundle
-from kdc_edge.export.calibration import Calibration, calibrate
+from kdc_edge.export.calibration import Calibration, calibrate_for
 from kdc_edge.export.components import ExportComponent, load_component
 from kdc_edge.export.coreml.apple_modules import AppleNetwork, apple_network
 from kdc_edge.export.coreml.mixed import Budget, Search, Tell, apply_recipe, read_recipe
@@ -63,9 +63,7 @@ def export(request: ExportRequest, options: CoreMLOptions) -> Bundle:
     calibration = None
     if budget is not None:
         own = MIXED_SAMPLES if export.model.guided else 2 * MIXED_SAMPLES
-        samples = own if request.calibration_samples is None else request.calibration_samples
-        with request.stage("recording the U-Net's inputs for calibration"):
-            calibration = calibrate(request.checkpoint, request.calibration_prompts, samples, samples_an_image=1)
+        calibration = calibrate_for(request, own, samples_an_image=1)
         recipe = export.search(budget, calibration)
     return write_bundle(
         request,

@@ -20,7 +20,8 @@ from torch.export import Dim
 
 from kdc_edge.bundle import Bundle
 from kdc_edge.diffusers_folder import read_model
-from kdc_edge.export.bundle_writer import Interface, calibrate_for, optimum_interface, write_bundle
+from kdc_edge.export.bundle_writer import Interface, optimum_interface, write_bundle
+from kdc_edge.export.calibration import calibrate_for
 from kdc_edge.export.components import ExportComponent
 from kdc_edge.export.onnx.int8 import quantize_int8
 from kdc_edge.export.onnx.weights import store_bits, store_half
@@ -39,7 +40,7 @@ def export(request: ExportRequest, options: OnnxOptions) -> Bundle:
     """Write and prove a bundle: see `export_checkpoint`."""
     precision = request.precision
     sizes = static_sizes(read_model(request.checkpoint)) if options.static else {}
-    calibration = calibrate_for(request)
+    calibration = calibrate_for(request) if request.format.calibrated else None
 
     def write(part: ExportComponent, folder: Path) -> list[str]:
         if options.attention == "fused":

@@ -7,15 +7,15 @@ with MeasuringBar(cases) as progress:
     for found in run(cases, tell=progress.tell):
         progress.say(found.row.name)
 
-with Stages()("converting unet"):
-    ...
+with Stages()("converting unet") as tell:
+    tell("3 of 8 layers")
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kdc_edge.bench.runner import Doing
 
 LINE_EVERY_SEC = 5.0
+STAGE_TOLD_EVERY_SEC = 30.0
 DRAWINGS_A_SEC = 4  # of the bar: what is measured or trained beside it is to have the processor
 
 
@@ -115,7 +116,8 @@ def _steps(case: Case) -> int:
 class Stages:
     """Work of unknown length, stage by stage; each ends with the time that it took.
 
-    with stages("converting the unet"):                       # "converting the unet ... 31.2 s"
+    with stages("converting the unet") as tell:               # "converting the unet ... 31.2 s"
+        tell("3 of 8 layers")                                 # beside the spinner; behind the dots now and then
     """
 
     def __init__(self) -> None:
@@ -125,7 +127,7 @@ class Stages:
         self._open = False  # a line that waits for its time
 
     @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
+    def __call__(self, what: str) -> Iterator[Callable[[str], None]]:
         begin, shown = time.monotonic(), visible(what)
         if self._console.is_terminal:
             import rich.progress
@@ -134,14 +136,22 @@ class Stages:
                 rich.progress.SpinnerColumn(), rich.progress.TextColumn("{task.description}", markup=False),
                 rich.progress.TimeElapsedColumn(), console=self._console, transient=True,
             ) as spinner:  # fmt: skip
-                spinner.add_task(shown)
-                yield
+                task = spinner.add_task(shown)
+                yield lambda text: spinner.update(task, description=f"{shown}: {visible(text)}")
             self.say(self._done(shown, begin))
             return
         self._write(f"{shown} ... ")
         self._open = True
+        last = begin
+
+        def tell(text: str) -> None:
+            nonlocal last
+            if self._open and time.monotonic() - last >= STAGE_TOLD_EVERY_SEC:
+                last = time.monotonic()
+                self._write(f"{visible(text)} ... ")
+
         try:
-            yield
+            yield tell
         except BaseException:
             self._end_line()
             raise

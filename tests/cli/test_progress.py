@@ -67,6 +67,16 @@ def test_what_is_said_in_a_stage_has_its_own_line(capsys: pytest.CaptureFixture[
     assert re.fullmatch(r"converting unet: \d+\.\d s", lines[2])
 
 
+def test_a_long_stage_says_how_far_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("kdc_edge.cli.progress.time.monotonic", lambda: clock[0])
+    with Stages()("calibrating") as tell:
+        for done in range(1, 7):
+            clock[0] += 12.0
+            tell(f"{done} of 6")
+    assert capsys.readouterr().err == "calibrating ... 3 of 6 ... 6 of 6 ... 72.0 s\n"
+
+
 def test_a_stage_that_fails_ends_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     stages = Stages()
     with pytest.raises(ValueError, match="no"), stages("converting unet"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,13 @@ import pytest
 from kdc_edge.bundle import Bundle
 from kdc_edge.components import COMPONENTS
 from kdc_edge.export import kept
-from kdc_edge.export.kept import kept_reference, key_of
+from kdc_edge.export.calibration import calibrate_for
+from kdc_edge.export.kept import hash_of
 from kdc_edge.export.parity import check_parity
 from kdc_edge.export.reference import Reference
+from kdc_edge.export.targets import ExportRequest
 from kdc_edge.formats import find_format
+from kdc_edge.manifest import Provenance
 from kdc_edge.request import Request
 
 
@@ -31,7 +36,15 @@ def reference(value: float) -> Reference:
     )
 
 
-def never() -> Reference:
+def kept_reference(key: str, make: Callable[[], Reference]) -> Reference:
+    return kept.kept(Reference, key, make)
+
+
+def key_of(made: Provenance, requests: Sequence[Request]) -> str:
+    return hash_of("reference", made.checkpoint_sha256, made.decoder_sha256, requests=requests)
+
+
+def never(*_: object, **__: object) -> Any:
     raise AssertionError("computed again")
 
 
@@ -97,6 +110,29 @@ def test_whatever_decides_a_reference_is_in_its_key(bundle: Path, monkeypatch: p
     assert len(keys | {key_of(made, [request])}) == 11
     monkeypatch.undo()
     assert key_of(made, [request]) in keys
+
+
+def test_a_calibration_is_recorded_once_for_every_target(
+    cache: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def request(target: str, **more: Any) -> ExportRequest:
+        return ExportRequest(checkpoint, tmp_path / "out", target, "int8", **{"calibration_samples": 5} | more)
+
+    first = calibrate_for(request("onnx"))
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setattr("kdc_edge.export.calibration.calibrate", never)
+    again = calibrate_for(request("openvino"))
+    assert again.info == first.info
+    assert len(again.inputs) == len(first.inputs) == 5
+    for found, expected in zip(again.inputs, first.inputs, strict=True):
+        assert list(found) == list(expected)
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
+        assert all(found[name].dtype == expected[name].dtype for name in expected)
+    for other in ({"calibration_samples": 6}, {"calibration_prompts": ["a red flower"]}):
+        with pytest.raises(AssertionError, match="computed again"):
+            calibrate_for(request("openvino", **other))
+    with pytest.raises(AssertionError, match="computed again"):
+        calibrate_for(request("openvino"), samples_an_image=1)
 
 
 def test_the_next_precision_needs_no_reference_of_its_own(

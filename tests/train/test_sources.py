@@ -20,9 +20,9 @@ import scipy.io
 from PIL import Image
 
 from kdc_edge.errors import InputError
+from kdc_edge.train import processes
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import TrainConfig
-from kdc_edge.train.data import source as contract
 from kdc_edge.train.data.flower_names import FLOWER_NAMES
 from kdc_edge.train.data.images import LeftOut, read_image
 from kdc_edge.train.data.source import Sample, Selection, Source, fill, read_samples
@@ -420,7 +420,7 @@ def test_reading_is_repeatable_seeded_and_goes_on_from_any_entry(tmp_path: Path)
 
 
 def test_samples_are_read_ahead_by_several_threads_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contract, "cores", lambda: 2)
+    monkeypatch.setattr(processes, "cores", lambda: 2)
     both, read = threading.Barrier(2), list[int]()
 
     def pending(number: int) -> Sample:
@@ -434,6 +434,21 @@ def test_samples_are_read_ahead_by_several_threads_in_their_order(monkeypatch: p
     assert [next(items).name for _ in range(6)] == ["0", "1", "2", "3", "4", "5"]
     items.close()  # type: ignore[attr-defined]
     assert len(read) <= 12  # and no more than was ahead
+
+
+@pytest.mark.parametrize(("here", "most"), [("1", 4), ("2", 2), ("8", 1)])
+def test_processes_on_one_machine_divide_its_cores(monkeypatch: pytest.MonkeyPatch, here: str, most: int) -> None:
+    monkeypatch.setattr(processes, "cores", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    all_of_them, threads = threading.Barrier(most), set[int]()
+
+    def pending() -> Sample:
+        threads.add(threading.get_ident())
+        all_of_them.wait(timeout=60)
+        return Sample("", np.zeros((1, 1, 3), np.uint8), "")
+
+    assert len(list(read_samples([pending] * 4 * most))) == 4 * most
+    assert len(threads) == most
 
 
 @pytest.mark.parametrize(

@@ -306,20 +306,21 @@ def random_decoder(preset: str, work: Path) -> Path:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as markdown: medians over the rounds."""
+    """The report as markdown: medians over the rounds. The time between steps is empty where runs have one step."""
     lines = [
         "| | a U-Net step | an image, all in all | once loaded | process start to first step | peak RSS | on disk |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in report["rows"].items():
-        step = median(s for run in row["runs"] for s in run["step_sec"])
+        steps = [sec for run in row["runs"] for sec in run["step_sec"]]
+        step = f"{median(steps):.2f} s" if steps else ""
         total, first, peak = (
             median(run[key] for run in row["runs"]) for key in ("total_sec", "first_step_sec", "peak_rss_bytes")
         )
         again = [run["again_sec"] for run in row["runs"] if "again_sec" in run]
         loaded = f"{median(again):.1f} s" if again else ""
         lines.append(
-            f"| {name} | {step:.2f} s | {total:.1f} s | {loaded} | {first:.1f} s | {peak / 1e9:.2f} GB"
+            f"| {name} | {step} | {total:.1f} s | {loaded} | {first:.1f} s | {peak / 1e9:.2f} GB"
             f" | {row['size_bytes'] / 1e9:.2f} GB |"
         )
     return "\n".join(lines) + "\n"

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
+from kdc_edge.hardware import cores
+
 T = TypeVar("T")
+
+
+def cores_per_process() -> int:
+    """Logical processors, divided among a run's processes on this machine; at least 1.
+
+    torchrun and accelerate set LOCAL_WORLD_SIZE, the number of these processes.
+    """
+    return max(1, (cores() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class Processes:

@@ -24,8 +24,8 @@ from kdc_edge.request import Request, describe
 from kdc_edge.samplers import SAMPLERS, NoiseSchedule, make_sampler
 from kdc_edge.tokenizer import Tokenizer
 from tests.bench.rows import MODEL
+from tests.core.diffusers_runs import SD_CONFIG, SEED, SHAPE, denoiser, reference
 from tests.core.test_pipeline import Unet, decode, encode
-from tests.core.test_samplers import SD_CONFIG, SEED, SHAPE, denoiser, reference
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),

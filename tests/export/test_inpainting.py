@@ -28,7 +28,7 @@ from kdc_edge.serve.worker import Worker
 from kdc_edge.train.teachers import find_teacher
 from tests.cli.test_commands import complaint, run
 from tests.export.editing import PROMPT, SCHEDULERS, SEED, mask, photo
-from tests.serve.test_app import base64_of, message, pixels
+from tests.serve.client import base64_of, message, pixels
 
 # diffusers 0.42 hands torch tensors to numpy 2 in the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")

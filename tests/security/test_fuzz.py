@@ -31,7 +31,7 @@ from kdc_edge.train.runs.states import Position, load_state, save_state
 from kdc_edge.train.strategies.buffer import ReplayBuffer
 from tests.cli.test_commands import run
 from tests.security.fuzz import NASTY, Fuzzer, Target, mutate_bytes, mutate_json
-from tests.train.test_sources import plain
+from tests.train.layouts import plain
 
 ROOT = Path(__file__).parents[2]
 SEED = int(os.environ.get("KDC_EDGE_FUZZ_SEED", "16"))

@@ -16,7 +16,7 @@ from kdc_edge import image_files
 from kdc_edge.errors import InputError
 from kdc_edge.train.data.images import LeftOut, read_image
 from kdc_edge.train.data.sources import open_source
-from tests.train.test_sources import everything, plain
+from tests.train.layouts import everything, plain
 
 
 def png(width: int, height: int, bits: int, kind: int, rows: int) -> bytes:

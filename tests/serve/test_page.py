@@ -17,7 +17,7 @@ from kdc_edge.runtimes import open_pipeline
 from kdc_edge.serve.worker import Worker
 from tests.report.browser import Browser
 from tests.report.test_in_browser import PALE
-from tests.serve.test_app import listening
+from tests.serve.client import listening
 
 pytestmark = pytest.mark.browser
 

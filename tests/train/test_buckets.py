@@ -24,8 +24,8 @@ from kdc_edge.train.runs.continuing import begin_stage
 from kdc_edge.train.runs.states import list_states, load_state
 from kdc_edge.train.stepping import StepDone
 from kdc_edge.train.strategies.buffer import ReplayBuffer
+from tests.train.layouts import plain, save
 from tests.train.test_loop import config, logged, weights
-from tests.train.test_sources import plain, save
 
 TALL, SQUARE, WIDE = SHAPES = ((4, 10, 6), (4, 8, 8), (4, 6, 10))
 CUT = 4  # steps after which a copy of the run is taken: in the second task

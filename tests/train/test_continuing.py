@@ -26,8 +26,8 @@ from kdc_edge.train.runs.continuing import continue_run
 from kdc_edge.train.runs.states import list_states, load_state
 from kdc_edge.train.stepping import StepDone
 from tests.cli.test_commands import complaint, run
+from tests.train.layouts import class_folders
 from tests.train.test_loop import TASKS, config, logged, weights
-from tests.train.test_sources import class_folders
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

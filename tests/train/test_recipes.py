@@ -16,7 +16,7 @@ from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.recipes import FAMILY_DEFAULTS, RECIPES, Recipe
 from kdc_edge.train.tools.table import make_table
 from tests.cli.test_commands import complaint, run
-from tests.train.test_sources import butterflies, flowers
+from tests.train.layouts import butterflies, flowers
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "reproduce.sh"
 STUB = """#!/bin/sh

@@ -1,17 +1,12 @@
-"""Data in the layouts that people have, wrong files among them: each is handled or named, and all of them train."""
+"""Data sources of every other kind, and what all have in common: parts, tasks, captions, crops, threads."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import pickle
 import tarfile
 import threading
 import zlib
 from collections import Counter
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,290 +15,27 @@ import scipy.io
 from PIL import Image
 
 from kdc_edge.errors import InputError
+from kdc_edge.train import processes
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import TrainConfig
-from kdc_edge.train.data import source as contract
 from kdc_edge.train.data.flower_names import FLOWER_NAMES
 from kdc_edge.train.data.images import LeftOut, read_image
-from kdc_edge.train.data.source import Sample, Selection, Source, fill, read_samples
+from kdc_edge.train.data.source import Sample, fill, read_samples
 from kdc_edge.train.data.sources import SOURCES, open_source
 from kdc_edge.train.data.tasks import parse_tasks
 from kdc_edge.train.loop import Trainer
-
-
-def plain(color: tuple[int, int, int], size: tuple[int, int] = (80, 64)) -> Image.Image:
-    return Image.new("RGB", size, color)
-
-
-def save(path: Path, image: Image.Image | None = None, **options: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (image or plain((200, 30, 30))).save(path, **options)
-    return path
-
-
-def everything(source: Source, start: int = 0, **options: object) -> tuple[list[Sample], Counter[str]]:
-    """What is read from number `start` on, and how often each reason left something out."""
-    pending = islice(source.pending(Selection(**({"size": 64} | options))), start, None)  # type: ignore[arg-type]
-    items = list(read_samples(pending))
-    return [i for i in items if isinstance(i, Sample)], Counter(i.reason for i in items if isinstance(i, LeftOut))
-
-
-def class_folders(root: Path) -> Path:
-    for name, color in (("red_rose", (200, 20, 20)), ("blue bell", (20, 20, 200))):
-        for i in range(4):
-            save(root / name / f"{i}.jpg", plain(color))
-    (root / "empty").mkdir()
-    (root / "red_rose" / "notes.txt").write_text("not an image")
-    (root / "red_rose" / "broken.jpg").write_bytes(b"\xff\xd8 no image")
-    whole = save(root / "red_rose" / "cut.png", Image.effect_noise((64, 64), 50)).read_bytes()
-    (root / "red_rose" / "cut.png").write_bytes(whole[: len(whole) // 2])
-    save(root / "blue bell" / "tiny.png", plain((0, 0, 0), (8, 8)))
-    (root / "blue bell" / "weights.pkl").write_bytes(pickle.dumps([1]))
-    return root
-
-
-def flowers(root: Path) -> Path:
-    """Oxford's layout: twelve images, four of them the test part; number 3 is missing."""
-    for i in range(1, 13):
-        if i != 3:
-            save(root / "jpg" / f"image_{i:05d}.jpg", plain((i * 20, 60, 90)))
-    labels = np.array([[1, 77, 102, *[5] * 9]], dtype=np.uint8)
-    scipy.io.savemat(root / "imagelabels.mat", {"labels": labels})
-    parts = {"trnid": [[1, 2, 3, 4]], "valid": [[5, 6, 7, 8]], "tstid": [[9, 10, 11, 12]]}
-    scipy.io.savemat(root / "setid.mat", parts)
-    return root
-
-
-def butterflies(root: Path) -> Path:
-    rows = [["class id", "filepaths", "labels", "data set"]]
-    for part, count in (("train", 4), ("valid", 1), ("test", 2)):
-        for number, species in enumerate(("ADONIS", "RED POSTMAN")):
-            for i in range(count):
-                save(root / part / species / f"{i}.jpg")
-                rows.append([str(number), f"{part}/{species}/{i}.jpg", species, part])
-    rows[1][2] = "ADONIS BLUE"
-    with (root / "butterflies and moths.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    return root
-
-
-def metadata_folder(root: Path) -> Path:
-    lines = []
-    for i in range(6):
-        save(root / "images" / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"images/{i}.png", "text": f"image   number {i}\n"}))
-    lines[2:2] = ["no json", "[1]", "", json.dumps({"file_name": "images/none.png", "text": "gone"})]
-    lines.append(json.dumps({"file_name": 5, "text": "x"}))
-    (root / "metadata.jsonl").write_text("\n".join(lines))
-    return root
-
-
-def tars(root: Path) -> str:
-    root.mkdir(parents=True)
-    for number in range(2):
-        with tarfile.open(root / f"part-{number}.tar", "w") as tar:
-            for i in range(3):
-                content = io.BytesIO()
-                plain((90, 20 * i, 90)).save(content, "JPEG")
-                broken = number == 1 and i == 2
-                for name, data in (("jpg", b"nothing" if broken else content.getvalue()), ("txt", b"a violet square")):
-                    info = tarfile.TarInfo(f"{number}{i}.{name}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    return f"{root}/part-*.tar"
-
-
-def parquet(root: Path) -> str:
-    import datasets
-
-    rows: dict[str, list[object]] = {
-        "image": [plain((20 * i, 90, 20)) for i in range(6)],
-        "label": [0, 1, 0, 1, 0, 1],
-    }
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["oak", "red_elm"])})
-    root.mkdir(parents=True)
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(root / "train-00000-of-00001.parquet")
-    return str(root)
-
-
-def test_class_folders_name_their_images_and_bad_files_are_counted(tmp_path: Path) -> None:
-    source = open_source(f"imagefolder:{class_folders(tmp_path)}")
-    samples, left = everything(source)
-    assert Counter(s.caption for s in samples) == {"a photo of a red rose": 4, "a photo of a blue bell": 4}
-    assert left == {"cannot be read as an image": 2, "smaller than 16 pixels": 1}
-    assert source.notes() == [
-        "1 pickles or arrays were not opened: images alone are read", "class empty has no images",
-        "captions: 11 from folder names",
-        "such as 0.jpg: 'a photo of a blue bell'; 0.jpg: 'a photo of a red rose'; cut.png: 'a photo of a red rose'",
-    ]  # fmt: skip
-    assert all(s.image.shape == (64, 64, 3) and s.image.dtype == np.uint8 for s in samples)
-
-
-def test_metadata_gives_captions_and_its_bad_lines_are_counted(tmp_path: Path) -> None:
-    source = open_source(f"imagefolder:{metadata_folder(tmp_path)}", caption="a sketch: {name}")
-    samples, left = everything(source)
-    assert [s.caption for s in samples] == [f"a sketch: image number {i}" for i in range(6)]
-    assert left == {"missing": 1}
-    assert sum(int(note.split()[1]) for note in source.notes() if "lines left out" in note) == 3
-
-
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ({"file": "0.png", "caption": "x"}, "line 1 has the columns file, caption: file_name and text are needed"),
-        ({"file_name": "../secret.png", "text": "x"}, "leaves the folder"),
-        ({"file_name": "/etc/secret.png", "text": "x"}, "leaves the folder"),
-    ],
+from tests.train.layouts import (
+    butterflies,
+    captions,
+    class_folders,
+    everything,
+    flowers,
+    metadata_folder,
+    parquet,
+    plain,
+    save,
+    tars,
 )
-def test_metadata_that_cannot_be_is_refused(tmp_path: Path, row: dict[str, str], words: str) -> None:
-    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
-    with pytest.raises(InputError, match=words):
-        open_source(f"imagefolder:{tmp_path}")
-
-
-def rows_of(*rows: tuple[str, str], kind: str = "jsonl", text: str = "text") -> str:
-    if kind == "jsonl":
-        return "".join(json.dumps({"file_name": f, text: t}, ensure_ascii=False) + "\n" for f, t in rows)
-    content = io.StringIO()
-    csv.writer(content, lineterminator="\n").writerows([("file_name", text), *rows])
-    return content.getvalue()
-
-
-def folder_of(root: Path, *names: str, **files: str | bytes) -> Path:
-    """Images by these names, and a metadata file of each kind."""
-    root.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        save(root / name)
-    for kind, content in files.items():
-        path = root / f"metadata.{kind}"
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return root
-
-
-def captions(source: Source) -> dict[str, str]:
-    return {s.name: s.caption for s in everything(source)[0]}
-
-
-AB = (("a.png", "a red square"), ("b.png", 'a "second", square'))
-AS_WRITTEN = {
-    "jsonl": rows_of(*AB),
-    "csv": rows_of(*AB, kind="csv"),
-    "csv with semicolons": 'file_name;text\na.png;a red square\nb.png;"a ""second"", square"\n',
-    "csv with another column": 'id,File_Name,caption\n1,a.png,a red square\n2,b.png,"a ""second"", square"\n',
-    "jsonl, column caption": rows_of(*AB, text="caption"),
-    "csv, column prompt": rows_of(*AB, kind="csv", text="prompt"),
-    "jsonl, byte order mark": "\ufeff" + rows_of(*AB),
-    "csv, byte order mark": "\ufeff" + rows_of(*AB, kind="csv"),
-    "jsonl, Windows line ends": rows_of(*AB).replace("\n", "\r\n"),
-    "csv, Windows line ends": rows_of(*AB, kind="csv").replace("\n", "\r\n"),
-    "jsonl, several captions": '{"file_name": "a.png", "text": ["a red square", "x"]}\n' + rows_of(AB[1]),
-}
-
-
-@pytest.mark.parametrize("where", [".", "train"])
-@pytest.mark.parametrize("kind", AS_WRITTEN)
-def test_metadata_is_read_as_people_write_it(tmp_path: Path, kind: str, where: str) -> None:
-    suffix = "csv" if kind.startswith("csv") else "jsonl"
-    folder_of(tmp_path / where, "a.png", "b.png", **{suffix: AS_WRITTEN[kind]})
-    source = open_source(f"imagefolder:{tmp_path}")
-    prefix = "" if where == "." else "train/"
-    assert captions(source) == {f"{prefix}{name}": text for name, text in AB}
-    assert f"captions: 2 from {prefix}metadata.{suffix}" in source.notes()
-    assert source.notes()[-1] == "such as a.png: 'a red square'; b.png: 'a \"second\", square'"
-
-
-def test_names_in_metadata_are_files_names_of_every_kind(tmp_path: Path) -> None:
-    names = [
-        "x/y/a.png",
-        "x/z/a.png",
-        "gr\u00f6\u00dfe \u82b1 1.JPG",
-        "\u5199\u771f\u30001.png",
-        "12:30.png",
-        "line\nbreak.png",
-    ]
-    folder_of(tmp_path, *names, jsonl=rows_of(*((n.replace("/", "\\"), f"{i}") for i, n in enumerate(names))))
-    source = open_source(f"imagefolder:{tmp_path}")
-    assert captions(source) == {name: f"{i}" for i, name in enumerate(names)}
-    assert all("\n" not in note for note in source.notes())
-    assert source.fingerprint() == open_source(f"imagefolder:{tmp_path}").fingerprint()
-
-
-@pytest.mark.parametrize("name", ["x" * 300 + ".png", "nul\0.png", "", "."])
-def test_a_row_without_a_files_name_is_left_out_and_counted(tmp_path: Path, name: str) -> None:
-    folder_of(tmp_path, "a.png", jsonl=rows_of((name, "odd"), ("a.png", "x"), ("C:\\images\\a.png", "y")))
-    source = open_source(f"imagefolder:{tmp_path}")
-    samples, left = everything(source)
-    assert [s.caption for s in samples] == ["x"]
-    noted = sum("1 lines left out: file_name is no file's name (line 1 is the first)" in n for n in source.notes())
-    assert noted + sum(left.values()) == 2  # a path on another machine is a missing file
-
-
-def test_rows_and_images_that_have_no_other_half_are_said(tmp_path: Path) -> None:
-    lines = rows_of(("a.png", "one"), ("a.png", "three"), ("b.png", ""), ("b.png", " "))
-    folder_of(tmp_path, "a.png", "b.png", "more/c.png", jsonl=lines + '{"file_name": "b.png", "text": null}\n')
-    source = open_source(f"imagefolder:{tmp_path}")
-    assert [s.caption for s in everything(source)[0]] == ["one", "three"]
-    assert source.notes()[:-2] == [
-        "metadata.jsonl: 3 lines left out: no caption (line 3 is the first)",
-        "1 images have several rows in metadata.jsonl: each row is a sample",
-        "2 images have no row in metadata.jsonl: left out",
-        "captions are those of metadata.jsonl, not the names of folders",
-    ]
-
-
-def test_of_two_metadata_files_one_is_read(tmp_path: Path) -> None:
-    folder_of(tmp_path, "a.png", jsonl=rows_of(AB[0]), csv=rows_of(("a.png", "another"), kind="csv"))
-    source = open_source(f"imagefolder:{tmp_path}")
-    assert captions(source) == {"a.png": "a red square"}
-    assert "metadata.csv is not read: metadata.jsonl is" in source.notes()
-
-
-def test_metadata_that_links_out_of_the_folder_is_refused(tmp_path: Path) -> None:
-    secret = save(tmp_path / "secret.png")
-    folder_of(tmp_path / "data", jsonl=rows_of(("link.png", "x")))
-    (tmp_path / "data" / "link.png").symlink_to(secret)
-    with pytest.raises(InputError, match="is a link out of its folder"):
-        open_source(f"imagefolder:{tmp_path / 'data'}")
-
-
-def test_text_files_beside_images_are_captions(tmp_path: Path) -> None:
-    """Flat, as kohya's scripts and people have them; and in class folders, whose names serve the rest."""
-    folder_of(tmp_path, "flat.png", "bare.png", "10_oak/a.png", "10_oak/b.png", "2_red elm/c.jpg")
-    (tmp_path / "flat.txt").write_bytes("\ufeffa flat\r\nsquare\r\n".encode())
-    (tmp_path / "10_oak" / "a.txt").write_text("an oak, old")
-    (tmp_path / "10_oak" / "b.txt").write_text(" \n")
-    source = open_source(f"imagefolder:{tmp_path}")
-    assert captions(source) == {
-        "flat.png": "a flat square", "10_oak/a.png": "an oak, old", "10_oak/b.png": "a photo of an oak",
-        "2_red elm/c.jpg": "a photo of a red elm",
-    }  # fmt: skip
-    notes = " | ".join(source.notes())
-    assert "kohya" in notes
-    assert "1 images in" in notes
-    assert "captions: 2 from text files, 2 from folder names" in notes
-
-
-def test_splits_are_no_classes(tmp_path: Path) -> None:
-    folder_of(tmp_path, "train/oak/a.png", "train/elm/b.png", "test/oak/c.png", "validation/elm/d.png")
-    source = open_source(f"imagefolder:{tmp_path}")
-    assert captions(source) == {"train/elm/b.png": "a photo of an elm", "train/oak/a.png": "a photo of an oak"}
-    assert len(everything(source, part="test")[0]) == 2
-    folder_of(tmp_path / "vehicles", "train/a.png", "bus/b.png")
-    assert captions(open_source(f"imagefolder:{tmp_path / 'vehicles'}"))["train/a.png"] == "a photo of a train"
-    folder_of(tmp_path / "bare", "train/a.png")
-    with pytest.raises(InputError, match="a text file beside each image, or one folder a class"):
-        open_source(f"imagefolder:{tmp_path / 'bare'}")
-
-
-def test_the_first_frame_of_an_animation_is_taken_and_said(tmp_path: Path) -> None:
-    red, blue = plain((255, 0, 0), (64, 64)), plain((0, 0, 255), (64, 64))
-    for name in ("a.gif", "b.webp", "c.tif"):
-        save(tmp_path / "k" / name, red, save_all=True, append_images=[blue])
-    save(tmp_path / "k" / "still.gif", red)
-    source = open_source(f"imagefolder:{tmp_path}")
-    assert "3 animated images: the first frame of each is taken" in source.notes()
-    for sample in everything(source)[0]:
-        np.testing.assert_allclose(sample.image.mean((0, 1)), [255, 0, 0], atol=6)
 
 
 def test_oxford_flowers_have_their_official_names_and_parts(tmp_path: Path) -> None:
@@ -420,7 +152,7 @@ def test_reading_is_repeatable_seeded_and_goes_on_from_any_entry(tmp_path: Path)
 
 
 def test_samples_are_read_ahead_by_several_threads_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contract, "cores", lambda: 2)
+    monkeypatch.setattr(processes, "cores", lambda: 2)
     both, read = threading.Barrier(2), list[int]()
 
     def pending(number: int) -> Sample:
@@ -434,6 +166,21 @@ def test_samples_are_read_ahead_by_several_threads_in_their_order(monkeypatch: p
     assert [next(items).name for _ in range(6)] == ["0", "1", "2", "3", "4", "5"]
     items.close()  # type: ignore[attr-defined]
     assert len(read) <= 12  # and no more than was ahead
+
+
+@pytest.mark.parametrize(("here", "most"), [("1", 4), ("2", 2), ("8", 1)])
+def test_processes_on_one_machine_divide_its_cores(monkeypatch: pytest.MonkeyPatch, here: str, most: int) -> None:
+    monkeypatch.setattr(processes, "cores", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    all_of_them, threads = threading.Barrier(most), set[int]()
+
+    def pending() -> Sample:
+        threads.add(threading.get_ident())
+        all_of_them.wait(timeout=60)
+        return Sample("", np.zeros((1, 1, 3), np.uint8), "")
+
+    assert len(list(read_samples([pending] * 4 * most))) == 4 * most
+    assert len(threads) == most
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from kdc_edge.hardware import cores
 from kdc_edge.train.data.images import Crop, LeftOut, Shape, read_image
+from kdc_edge.train.processes import cores_per_process
 
 Part = Literal["train", "test"]
 
@@ -87,8 +87,11 @@ class Source(Protocol):
 
 
 def read_samples(pending: Iterable[Pending]) -> Iterator[Sample | LeftOut]:
-    """The samples in their order, read ahead by threads: Pillow decodes and resizes without the interpreter's lock."""
-    threads = min(cores() or 1, READERS)
+    """The samples in their order, read ahead by threads: Pillow decodes and resizes without the interpreter's lock.
+
+    Each thread holds one image at full size while it decodes it: 0.3 to 1.1 GB for the largest that is allowed.
+    """
+    threads = min(cores_per_process(), READERS)
     reading: deque[Future[Sample | LeftOut]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdc_edge.runtimes.mil.ops import KERNELS, MOVES
+from kdc_edge.runtimes.mil.moves import MOVES
+from kdc_edge.runtimes.mil.ops import KERNELS
 from kdc_edge.runtimes.mil.program import TensorType, unpack
 from kdc_edge.runtimes.mil.weights import CONSTEXPR
 

@@ -351,16 +351,18 @@ def main() -> None:
     names = [n for n in names if args.interop or not candidates[n].elsewhere]
     names = [n for n in names if not (args.instructions and candidates[n].what.startswith("onnx"))]
     args.work.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        export(candidates[name], args.checkpoint, args.work)
     out = args.work / f"{args.suite}{f'-{args.instructions}' if args.instructions else ''}.json"
-    report = json.loads(out.read_text()) if out.exists() else {"rows": {}}  # rounds add up over calls
-    report["conditions"] = {
+    conditions = {
         "checkpoint": args.checkpoint.resolve().name, "steps": args.steps, "guidance": GUIDANCE, "size": SIZE,
         "scheduler": "guided: DPM-Solver++ 2M, openvino_genai the checkpoint's; few steps: DDIM, trailing",
         "threads": args.threads, "instructions": args.instructions or "all of the processor's",
         "machine": asdict(here()),
     }  # fmt: skip
+    report = json.loads(out.read_text()) if out.exists() else {"conditions": conditions, "rows": {}}
+    if report["conditions"] != json.loads(json.dumps(conditions)):  # rounds add up over calls
+        parser.error(f"{out} has rounds under other conditions: move it, or name another --work")
+    for name in names:
+        export(candidates[name], args.checkpoint, args.work)
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), **NARROWER.get(args.instructions, {})}
     for round_ in range(args.rounds):
         for name in names if round_ % 2 == 0 else reversed(names):

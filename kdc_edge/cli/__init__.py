@@ -46,11 +46,15 @@ class _Ends:
         self.code: int | None = None
         self._since = 0.0
         self._again: threading.Timer | None = None
+        self._hook = sys.unraisablehook
+
+    def listen(self) -> None:
+        """Take the signals from now on."""
+        sys.unraisablehook = self._unraisable
         with contextlib.suppress(ValueError):  # not in the main thread, where nobody sends us signals
             if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(signal.SIGINT, self._end)
             signal.signal(signal.SIGTERM, self._end)
-        self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         if self.code is None:
@@ -103,9 +107,10 @@ def _package(frame: FrameType) -> str:
 
 def main() -> None:
     """Run the command that was typed; whatever ends it becomes one line and an exit code."""
-    ends = _Ends()  # before the imports, which take their time
+    ends = _Ends()
     arguments, debug = _without_debug(sys.argv[1:])
     try:
+        ends.listen()  # before the imports, which take their time
         code, line = _run(arguments), None
     except BaseException as error:  # a signal may come as any error: an import that it cuts short fails as it likes
         if debug:

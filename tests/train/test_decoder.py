@@ -192,6 +192,10 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path: Path, checkpoint
     assert "'taesd' does not fit" in complaint(*given, "garden", "--preset", "taesd", cwd=tmp_path, code=2)
     assert "belongs to no run" in complaint(*given, checkpoint, cwd=tmp_path)
     assert "unknown data source" in complaint(*given, "garden", "--task", "a=moon:x", cwd=tmp_path)
+    gone = (Task("photos", f"imagefolder:{tmp_path / 'gone'}"),)
+    with pytest.raises(InputError, match="gone is no folder"):
+        DecoderTrainer(config(tmp_path, tasks=gone), tmp_path / "decoder")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_settings_and_a_damaged_state_are_refused(trained: Path, cache: Path, tmp_path: Path) -> None:

@@ -108,8 +108,19 @@ def make_results(config: TrainConfig, position: Position, model: Model) -> dict[
         "by_class": position.by_class,
         "baseline_values": position.baselines,
         "references": position.references,
-        "conditions": f"{config.eval_images} images a task, {conditions}, averaged weights",
+        "conditions": f"{config.eval_images} images a task, {conditions}, averaged weights"
+        + _earlier_conditions(config, position, sampled=model.sampling is None),
     }
+
+
+def _earlier_conditions(config: TrainConfig, position: Position, *, sampled: bool) -> str:
+    """How rows of R were measured where it was otherwise than the last; few-step students have steps of their own."""
+    flags = ["--eval-images", *(["--eval-steps", "--eval-guidance"] if sampled else [])]
+    now, found = {option: value for _, option, value in config.table()}, ""
+    for task, then in position.settings.items():
+        other = [f"{f} {then[key]}" for f in flags if (key := f"`{f}`") in then and then[key] != now[key]]
+        found += f"; the row after {task}: {', '.join(other)}" if other else ""
+    return found
 
 
 def model_card(

@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
-from kdc_edge.diffusers_folder import read_model
+from kdc_edge.diffusers_folder import check_weights, read_model
 from kdc_edge.errors import CheckpointError, InputError, KdcError
 from kdc_edge.files import read_json, refuse_foreign_folder, write_atomic
 from kdc_edge.manifest import Model
@@ -81,6 +81,8 @@ def check_run(config: TrainConfig, run: Path, *, resume: bool) -> tuple[Accelera
     find_preset(config.student, "--student")
     model = read_model(config.teacher)
     image_size(config, model)
+    if config.start is not None:
+        check_weights(config.start)
     objective = find_objective(config.objective)
     objective.check(config, model)
     if config.cuda_graphs and not objective.same_work:

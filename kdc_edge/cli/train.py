@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from typer import Option
 from kdc_edge.cli.options import EmbeddingFiles, LoraFiles, PredictionType, Vae
 from kdc_edge.cli.project import LATEST, Config, need_training, new_run, point_latest, say
 from kdc_edge.cli.settings import Given, flags
-from kdc_edge.errors import InputError
+from kdc_edge.errors import InputError, KdcError
 from kdc_edge.settings import arguments, settings_of
 from kdc_edge.train.config import FEW_STEP_STAGE, TrainConfig
 
@@ -100,7 +101,12 @@ def train(
         accelerator.wait_for_everyone()  # all have seen that it is more before one writes
         on_main_process(accelerator, lambda: extend_run(run, settings))
         say(_said_of_more(settings))
-    trainer = Trainer(settings, run, resume=resume, say=say)
+    try:
+        trainer = Trainer(settings, run, resume=resume, say=say)
+    except KdcError:
+        if continue_from and os.environ.get("RANK", "0") == "0":  # the folder was made just now
+            shutil.rmtree(run)
+        raise
     if trainer.view.is_main_process:
         _announce(trainer, run)
     _follow(trainer)

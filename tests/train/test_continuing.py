@@ -134,6 +134,17 @@ def test_the_tasks_of_a_settings_file_are_no_new_ones(
         assert "--continue-from needs a --task" in str(refused.exception)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [("--objective", "distribution", "--replay-teacher", "student"), ("--task", "fish=garden:fish", "--strategy", "ewc")],
+)
+def test_what_the_new_run_refuses_leaves_no_folder(one_task: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    out = tmp_path / "out"
+    found = CliRunner().invoke(app, ["train", "--continue-from", str(one_task), "--out", str(out), *more])
+    assert isinstance(found.exception, InputError)
+    assert not out.exists()
+
+
 def test_replayed_samples_are_distilled_from_the_student_from_the_previous_task(one_task: Path, tmp_path: Path) -> None:
     """With itself as the previous student, the student's output loss is nothing on replayed samples alone."""
     trainer = Trainer(config(tasks=TASKS[:1]), tmp_path / "run")

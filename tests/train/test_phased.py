@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from kdc_edge.cli.project import find_checkpoint
 from kdc_edge.diffusers_folder import read_model
-from kdc_edge.errors import InputError
+from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.image import psnr_db
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.request import Request, made_for
@@ -191,5 +191,8 @@ def test_a_run_may_start_from_a_checkpoint_of_its_own_shape(two_tasks: Path, tmp
     trainer = Trainer(few_steps(start=two_tasks / "checkpoint"), tmp_path / "started")
     expected = weights(two_tasks)
     assert all(torch.equal(t, expected[n]) for n, t in trainer.student.network.state_dict().items())
+    with pytest.raises(CheckpointError, match="model_index.json is missing"):  # a run is no checkpoint
+        Trainer(few_steps(start=two_tasks), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     with pytest.raises(InputError, match="has a U-Net of another shape than --student"):
         Trainer(few_steps(start=GARDEN_TEACHER), tmp_path / "other")

@@ -136,7 +136,10 @@ def test_the_tasks_of_a_settings_file_are_no_new_ones(
 
 @pytest.mark.parametrize(
     "more",
-    [("--objective", "distribution", "--replay-teacher", "student"), ("--task", "fish=garden:fish", "--strategy", "ewc")],
+    [
+        ("--objective", "distribution", "--replay-teacher", "student"),
+        ("--task", "fish=garden:fish", "--strategy", "ewc"),
+    ],
 )
 def test_what_the_new_run_refuses_leaves_no_folder(one_task: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     out = tmp_path / "out"

@@ -191,7 +191,7 @@ def test_a_run_may_start_from_a_checkpoint_of_its_own_shape(two_tasks: Path, tmp
     trainer = Trainer(few_steps(start=two_tasks / "checkpoint"), tmp_path / "started")
     expected = weights(two_tasks)
     assert all(torch.equal(t, expected[n]) for n, t in trainer.student.network.state_dict().items())
-    with pytest.raises(CheckpointError, match="model_index.json is missing"):  # a run is no checkpoint
+    with pytest.raises(CheckpointError, match=r"model_index\.json is missing"):  # a run is no checkpoint
         Trainer(few_steps(start=two_tasks), tmp_path / "none")
     assert not (tmp_path / "none").exists()
     with pytest.raises(InputError, match="has a U-Net of another shape than --student"):

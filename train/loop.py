@@ -43,7 +43,7 @@ from kdc_edge.train.objective import Stopwatch
 from kdc_edge.train.objectives import find_objective
 from kdc_edge.train.quality import evaluation_set
 from kdc_edge.train.quality.evaluate import Score
-from kdc_edge.train.quality.held_out import Evaluator, check_quality
+from kdc_edge.train.quality.held_out import Evaluator, check_quality, lacking
 from kdc_edge.train.quality.matrix import choose_metric, quality_matrix, signed
 from kdc_edge.train.quality.metrics import ImageMetrics
 from kdc_edge.train.quality.report import STEP_0, TEACHER, make_results, model_card, so_far
@@ -135,6 +135,8 @@ class Trainer:
             self._restore()
             if config.quality == "auto" and self.position.metric and self.position.task < len(config.tasks):
                 check_quality(self.position.metric.lstrip("-"), config, metrics)
+                for line in lacking(self.position.metric.lstrip("-"), config, metrics):
+                    (say if self.accelerator.is_main_process else (lambda _: None))(line)
             for task in config.tasks[: self.position.task]:  # refused before training, not after it
                 self.evaluator.evaluation_set(task)
         self.tracker = Tracker(self.accelerator, config, run, since=self.position.total)

@@ -232,6 +232,15 @@ def test_a_run_is_continued_without_the_data_of_its_tasks(tmp_path: Path) -> Non
     assert "| photos | `--steps`" not in card
 
 
+def test_a_task_that_rs_metric_is_not_measured_on_is_named(one_task: Path, tmp_path: Path) -> None:
+    """The garden's run goes on with photographs, of which the judge knows nothing: R has no value there."""
+    photos = class_folders(tmp_path / "photos")
+    more = config(tasks=(parse_task(f"photos=imagefolder:{photos}"),))
+    said: list[str] = []
+    Trainer(continue_run(one_task, tmp_path / "run", more), tmp_path / "run", resume=True, say=said.append)
+    assert said == ["R is prompt_accuracy, which is not measured on photos: --quality loss is on all new rows"]
+
+
 def test_the_kept_evaluation_set_follows_eval_images_and_serves_eval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

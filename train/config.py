@@ -7,7 +7,7 @@ learning_rate(config, step=0)
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,6 +16,7 @@ from kdc_edge.files import read_json
 from kdc_edge.presets import DECODERS
 from kdc_edge.settings import Settings, setting, settings_of
 from kdc_edge.train.data.tasks import Task
+from kdc_edge.train.garden.assets import where_it_is
 
 StrategyName = Literal["replay", "captions", "generative", "ewc", "lwf"]  # train/strategies/registry.py
 ReplayPolicy = Literal["reservoir", "balanced"]
@@ -181,6 +182,11 @@ class TrainConfig(TaskConfig):
         if self.buckets and self.epochs:
             raise InputError("--buckets and --epochs exclude each other: a batch of one shape has no order of an epoch")
 
+    @classmethod
+    def from_json(cls, document: object) -> Self:
+        found = super().from_json(document)
+        return replace(found, teacher=where_it_is(found.teacher))
+
 
 @dataclass(frozen=True)
 class DecoderConfig(TaskConfig):
@@ -211,6 +217,11 @@ class DecoderConfig(TaskConfig):
         "auto", "Compute dtype; auto takes bf16 on CUDA, fp32 elsewhere.", "Performance"
     )
     save_every: int = setting(100, "Steps between saved states.", "Run", free=True, ge=1)
+
+    @classmethod
+    def from_json(cls, document: object) -> Self:
+        found = super().from_json(document)
+        return replace(found, checkpoint=where_it_is(found.checkpoint))
 
 
 # Settings of a few-step stage by the objective and the preset's family, where none are given by hand. Garden:
@@ -258,10 +269,10 @@ def learning_rate(config: TrainConfig | DecoderConfig, step: int) -> float:
 
 
 def check_same(config: TaskConfig, saved: dict[str, object]) -> None:
-    """Refuse to resume with another configuration than the run was started with."""
+    """Refuse to resume with another configuration than the run was started with, but for a teacher that has moved."""
     before = config.from_json(saved)
     pairs = [(s.option, s.of(config), s.of(before)) for s in settings_of(type(config)) if not s.free]
     tasks, learnt = (" ".join(map(str, c.tasks)) for c in (config, before))
     for option, now, then in [*pairs, ("--task", tasks, learnt)]:
-        if now != then:
+        if now != then and not (option == "--teacher" and not then.exists()):
             raise InputError(f"{option} is {now} and the run was started with {then}: resume with the same settings")

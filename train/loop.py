@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
-from kdc_edge.diffusers_folder import read_model
+from kdc_edge.diffusers_folder import check_weights, read_model
 from kdc_edge.errors import CheckpointError, InputError, KdcError
 from kdc_edge.files import read_json, refuse_foreign_folder, write_atomic
 from kdc_edge.manifest import Model
@@ -43,7 +43,7 @@ from kdc_edge.train.objective import Stopwatch
 from kdc_edge.train.objectives import find_objective
 from kdc_edge.train.quality import evaluation_set
 from kdc_edge.train.quality.evaluate import Score
-from kdc_edge.train.quality.held_out import Evaluator, check_quality
+from kdc_edge.train.quality.held_out import Evaluator, check_quality, lacking
 from kdc_edge.train.quality.matrix import choose_metric, quality_matrix, signed
 from kdc_edge.train.quality.metrics import ImageMetrics
 from kdc_edge.train.quality.report import STEP_0, TEACHER, make_results, model_card, so_far
@@ -81,6 +81,8 @@ def check_run(config: TrainConfig, run: Path, *, resume: bool) -> tuple[Accelera
     find_preset(config.student, "--student")
     model = read_model(config.teacher)
     image_size(config, model)
+    if config.start is not None:
+        check_weights(config.start)
     objective = find_objective(config.objective)
     objective.check(config, model)
     if config.cuda_graphs and not objective.same_work:
@@ -133,6 +135,8 @@ class Trainer:
             self._restore()
             if config.quality == "auto" and self.position.metric and self.position.task < len(config.tasks):
                 check_quality(self.position.metric.lstrip("-"), config, metrics)
+                for line in lacking(self.position.metric.lstrip("-"), config, metrics):
+                    (say if self.accelerator.is_main_process else (lambda _: None))(line)
             for task in config.tasks[: self.position.task]:  # refused before training, not after it
                 self.evaluator.evaluation_set(task)
         self.tracker = Tracker(self.accelerator, config, run, since=self.position.total)

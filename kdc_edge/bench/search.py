@@ -1,7 +1,7 @@
 """What to measure until it is known which bundle meets a budget.
 
 request = Request("a red flower")
-candidates = [Candidate.of(b, request) for b in matching_bundles(Path("bundles"), FORMATS, None, tell=print)]
+candidates = [Candidate.of(b, request) for b in matching_bundles(Path("bundles"), FORMATS, [], tell=print)]
 for state in search(candidates, Case(Path(), request), steps=[20, 12], budget=Budget(max_sec=10)):
     print(state.rows[-1].name)
 decide(state.rows, budget)
@@ -158,9 +158,9 @@ class SearchState:
 
 
 def matching_bundles(
-    folder: Path, wanted: Sequence[Format], checkpoint_sha256: str | None, *, tell: Callable[[str], None]
+    folder: Path, wanted: Sequence[Format], checkpoints: Sequence[str], *, tell: Callable[[str], None]
 ) -> list[Bundle]:
-    """The checkpoint's bundles of these formats (any checkpoint's without a hash), in order of name.
+    """The bundles of these formats and of the checkpoints with these hashes (of any without one), in order of name.
 
     `tell` is called with a line for each bundle that is left out for its damage or its checkpoint.
     """
@@ -173,7 +173,7 @@ def matching_bundles(
             continue
         if bundle.manifest.name not in names:
             continue
-        if checkpoint_sha256 not in (None, bundle.manifest.provenance.checkpoint_sha256):
+        if checkpoints and bundle.manifest.provenance.checkpoint_sha256 not in checkpoints:
             tell(f"left out: {path} was exported from another checkpoint")
         else:
             found.append(bundle)

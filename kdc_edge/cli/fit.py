@@ -35,8 +35,13 @@ DEFINITIONS = (
 
 
 def fit(
-    checkpoint: Annotated[
-        Path | None, Argument(help="A diffusers folder or .safetensors file; the latest run's, else the bundles alone.")
+    checkpoints: Annotated[
+        list[Path] | None,
+        Argument(
+            metavar="[CHECKPOINT]...",
+            help="A diffusers folder or .safetensors file; the latest run's, else the bundles alone. Of several, such"
+            " as a run's students of 20 and 4 steps, the bundles that are there.",
+        ),
     ] = None,
     max_size: Annotated[str | None, Option(metavar="SIZE", help="Of the bundle's folder, such as 300MB.")] = None,
     max_sec: Annotated[float | None, Option(help="For an image, warm, from the prompt to the PNG.")] = None,
@@ -109,15 +114,16 @@ def fit(
     first, more = first_and_more(prompt)
     request = make_request(first, guidance_mode=None, guidance_interval="0.0:1.0", seed=seed, low_memory=False)
     base = Case(Path(), request, repeats, warmup, device=device, threads=threads, more_prompts=more)
-    checkpoint = open_folder(local(checkpoint)) if checkpoint else None
-    if checkpoint is None and LATEST.exists():
-        checkpoint = latest_checkpoint()
-        say(f"no checkpoint given: {checkpoint.resolve()}")
-    found = _bundles(checkpoint, bundles, _wanted(formats), budget, export=export)
+    sources = [open_folder(local(checkpoint)) for checkpoint in checkpoints or ()]
+    if not sources and LATEST.exists():
+        sources = [latest_checkpoint()]
+        say(f"no checkpoint given: {sources[0].resolve()}")
+    found = _bundles(sources, bundles, _wanted(formats), budget, export=export)
     candidates = _candidates(
         found, budget, request, sampler=next(iter(samplers), None), steps=next(iter(counts), None), guidance=guidance
     )
-    reference = checkpoint if importlib.util.find_spec("torch") and importlib.util.find_spec("diffusers") else None
+    own = sources[0] if len(sources) == 1 else None  # of several, a bundle's proof says how near it is to its own
+    reference = own if importlib.util.find_spec("torch") and importlib.util.find_spec("diffusers") else None
     state, interrupted = None, False
     try:
         with MeasuringBar(first_level(candidates, base, counts, samplers, budget, reference)) as progress:
@@ -168,21 +174,21 @@ def _measurable(row: Format) -> bool:
 
 
 def _bundles(
-    checkpoint: Path | None, folder: Path, wanted: Sequence[Format], budget: Budget, *, export: bool
+    checkpoints: Sequence[Path], folder: Path, wanted: Sequence[Format], budget: Budget, *, export: bool
 ) -> list[Bundle]:
-    """The bundles of this checkpoint that run here, with those that are missing and could fit exported first."""
+    """The bundles of these checkpoints that run here; those of a single one that are missing and could fit are made."""
     from kdc_edge.bench.search import matching_bundles
     from kdc_edge.bench.tables import time_text
     from kdc_edge.bundle import Bundle
     from kdc_edge.diffusers_folder import hash_checkpoint, read_model
     from kdc_edge.request import refuse_inpainting
 
-    if checkpoint is not None:
+    for checkpoint in checkpoints:
         refuse_inpainting(read_model(checkpoint), "kdc-edge fit")
-    sha256 = None if checkpoint is None else hash_checkpoint(checkpoint)
-    bundles = matching_bundles(folder, wanted, sha256, tell=say)
+    bundles = matching_bundles(folder, wanted, [hash_checkpoint(c) for c in checkpoints], tell=say)
     there = {bundle.manifest.name for bundle in bundles}
-    if checkpoint is not None and export:
+    if len(checkpoints) == 1 and export:
+        (checkpoint,) = checkpoints
         weights = read_model(checkpoint).unet_parameters
         missing = [row for row in wanted if row.name not in there]
         for i, row in enumerate(missing, 1):
@@ -202,7 +208,8 @@ def _bundles(
                 say(f"{row.name}: exported in {time_text(time.monotonic() - begin)}")
                 bundles.append(Bundle.open(out))
     if not bundles:
-        raise InputError(f"there is nothing to measure: no bundle in {folder}/ of this checkpoint runs here")
+        whose = "these checkpoints" if len(checkpoints) > 1 else "this checkpoint"
+        raise InputError(f"there is nothing to measure: no bundle in {folder}/ of {whose} runs here")
     return bundles
 
 

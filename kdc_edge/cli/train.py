@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from typer import Option
 from kdc_edge.cli.options import EmbeddingFiles, LoraFiles, PredictionType, Vae
 from kdc_edge.cli.project import LATEST, Config, need_training, new_run, point_latest, say
 from kdc_edge.cli.settings import Given, flags
-from kdc_edge.errors import InputError
+from kdc_edge.errors import InputError, KdcError
 from kdc_edge.settings import arguments, settings_of
 from kdc_edge.train.config import FEW_STEP_STAGE, TrainConfig
 
@@ -53,14 +54,18 @@ def train(
     from kdc_edge.train.teachers import find_teacher
 
     given = _with_recipe(given, given.typed if resume or continue_from else given.named)
+    if (resume or continue_from) and "task" not in given.typed:  # those of kdc-edge.toml are of new runs
+        task = None
     more = False  # steps for a run
+    if resume and continue_from:
+        raise InputError("--resume goes on with a run, --continue-from begins another one behind it: give one of them")
     if resume and out is None and not LATEST.exists():
         raise InputError("there is no run to resume in runs/: start without --resume")
     run = out or (LATEST.resolve() if resume else new_run())
     if resume and not (run / "config.json").is_file():
         raise InputError(f"{run} holds no run to resume, it has no config.json: start without --resume")
     if resume:  # a flag given by hand is refused later where it changes the run
-        learnt: dict[str, Any] = {"tasks": parse_tasks(task or (), caption or ())} if "task" in given.typed else {}
+        learnt: dict[str, Any] = {"tasks": parse_tasks(task, caption or ())} if task else {}
         settings = given.change(given.kind.load(run), **learnt)
         more = settings.steps > given.kind.load(run).steps
     elif continue_from:
@@ -82,7 +87,7 @@ def train(
     from kdc_edge.train.runs.continuing import begin_stage, continue_run, extend_run
 
     if dry_run:
-        _dry_run(settings, run, resume=resume, more=more, source=continue_from, learns=bool(task))
+        _dry_run(settings, run, resume=resume, more=more, source=continue_from, learns=bool(continue_from and task))
         return
     if benchmark:
         _benchmark(settings, benchmark)
@@ -96,7 +101,12 @@ def train(
         accelerator.wait_for_everyone()  # all have seen that it is more before one writes
         on_main_process(accelerator, lambda: extend_run(run, settings))
         say(_said_of_more(settings))
-    trainer = Trainer(settings, run, resume=resume, say=say)
+    try:
+        trainer = Trainer(settings, run, resume=resume, say=say)
+    except KdcError:
+        if continue_from and os.environ.get("RANK", "0") == "0":  # the folder was made just now
+            shutil.rmtree(run)
+        raise
     if trainer.view.is_main_process:
         _announce(trainer, run)
     _follow(trainer)
@@ -139,7 +149,8 @@ def _continued(given: Given[TrainConfig], run: Path, tasks: tuple[Task, ...]) ->
     saved = given.kind.load(run)
     settings = saved
     stage = None if tasks else FEW_STEP_STAGE.get(given.values["objective"])
-    if not tasks and not {"objective", "phases"} & given.typed:
+    few_steps = {"objective", "phases"} if saved.objective in FEW_STEP_STAGE else {"objective"}
+    if not tasks and not few_steps & given.typed:
         raise InputError("--continue-from needs a --task NAME=SOURCE to add, or an --objective for another stage")
     if stage:
         settings = replace(settings, **arguments(settings, stage[find_preset(saved.student, "--student").family]))
@@ -156,6 +167,7 @@ def _dry_run(settings: TrainConfig, run: Path, *, resume: bool, more: bool, sour
     from kdc_edge.train.runs.continuing import begin_stage, continue_run
     from kdc_edge.train.tools.plan import make_plan
 
+    left = len(settings.tasks) if learns else None
     if source:
         prepare = continue_run if learns else begin_stage
         settings = prepare(source, run, settings, write_once=lambda _: None)
@@ -164,7 +176,7 @@ def _dry_run(settings: TrainConfig, run: Path, *, resume: bool, more: bool, sour
     for one in settings.tasks:
         one.open()
     if os.environ.get("RANK", "0") == "0":
-        typer.echo("\n".join(make_plan(settings).lines()))
+        typer.echo("\n".join(make_plan(settings, tasks=left).lines()))
 
 
 def _said_of_more(settings: TrainConfig) -> str:
@@ -231,14 +243,13 @@ def _follow(trainer: Trainer) -> None:
         stop = True
 
     signal.signal(signal.SIGTERM, on_sigterm)
-    total = trainer.config.steps * len(trainer.config.tasks)
     if not trainer.view.is_main_process:
         for _ in trainer.run():
             if trainer.any_process(stop):
                 trainer.save()
                 raise typer.Exit(143)
         return
-    with ProgressBar(total, done=trainer.position.total) as progress:
+    with ProgressBar(trainer.position.end(trainer.config), done=trainer.position.total) as progress:
         for event in trainer.run():
             if isinstance(event, StepDone):
                 progress.step(

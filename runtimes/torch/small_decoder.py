@@ -109,8 +109,9 @@ def new_decoder(preset: DecoderPreset, latent_channels: int) -> Any:
 
 
 def find_decoder_folder(name: str) -> Path:
-    """A folder of a small decoder, or a hub id. Raises CheckpointError."""
-    return find_checkpoint(name, FILES)
+    """A folder of a small decoder, one that train-decoder wrote, or a hub id. Raises CheckpointError."""
+    own = Path(name) / "decoder"
+    return own if (own / FILES[0]).is_file() else find_checkpoint(name, FILES)
 
 
 def load_decoder(folder: Path, model: Model) -> SmallDecoder:

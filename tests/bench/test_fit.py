@@ -19,6 +19,7 @@ from kdc_edge.bench.budget import Budget, choose, generate_command, nearest, qua
 from kdc_edge.bench.case import Case
 from kdc_edge.bench.record import Psnr, Row, Timings
 from kdc_edge.bench.search import MODES, Candidate, Mode, Trial, expected_sec, in_order, next_trial, search
+from kdc_edge.diffusers_folder import hash_checkpoint
 from kdc_edge.request import Request
 from tests.bench.rows import check, lines_until, make_bundle, make_row, timing
 from tests.cli.test_commands import complaint, run
@@ -263,6 +264,27 @@ def test_fit_names_a_bundle_and_writes_the_page(
     assert "nothing meets at most 1.0 MB of memory" in text.stderr
     assert "The nearest on this machine: onnx-fp" in text.stdout
     assert "low memory" in text.stdout  # it was tried
+
+
+def test_of_several_students_the_bundle_of_the_most_steps_within_the_budget_is_named(
+    checkpoint: Path, bundle: Path, tmp_path: Path
+) -> None:
+    """Each with its own steps; another checkpoint's bundle is left out, and nothing is exported."""
+    few = shutil.copytree(checkpoint, tmp_path / "few")
+    (few / "sampling.json").write_text('{"scheduler": "ddim", "steps": 1, "guidance": 1.0}')
+    for name, steps, source in (("guided", 2, checkpoint), ("few", 1, few), ("other", 1, None)):
+        made = shutil.copytree(bundle, tmp_path / "bundles" / name)
+        manifest = json.loads((made / "kdc-edge.json").read_text("utf-8"))
+        manifest["model"]["sampling"] = {"scheduler": "ddim", "steps": steps, "guidance": 1.0}
+        manifest["provenance"]["checkpoint_sha256"] = hash_checkpoint(source) if source else "0" * 64
+        (made / "kdc-edge.json").write_text(json.dumps(manifest))
+    done = run("fit", checkpoint, "few", "--repeats", 1, "--warmup", 0, "--json", cwd=tmp_path)
+    document = json.loads(done.stdout)
+    assert {(r["folder"], r["steps"]) for r in document["report"]["rows"]} == {
+        ("bundles/guided", 2), ("bundles/few", 1),
+    }  # fmt: skip
+    assert "--bundle bundles/guided --steps 2" in document["command"]
+    assert "left out: bundles/other was exported from another checkpoint" in done.stderr
 
 
 def test_a_bundle_for_another_machine_is_a_row_when_all_formats_are_asked_for(

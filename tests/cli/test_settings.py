@@ -143,6 +143,11 @@ def test_a_card_is_filled_in() -> None:
     assert "| flowers | exact 0.25 |" in card
     assert "- average: 0.5\n" in card
     assert "backward" not in card
+    assert "task after task, with latent replay.\n" in card
+    words = [({"replay": 0}, "without replay"), ({"strategy": "ewc"}, "with elastic weight consolidation")]
+    for changes, expected in words:
+        config = TrainConfig(teacher=GARDEN_TEACHER, tasks=TASKS, **changes)  # type: ignore[arg-type]
+        assert f"task after task, {expected}.\n" in model_card(config, model(), RESULTS)
 
 
 def test_a_flag_that_was_not_given_leaves_a_resumed_run_as_it_was(tmp_path: Path) -> None:

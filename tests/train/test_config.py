@@ -13,12 +13,25 @@ from typing import Literal
 import pytest
 
 from kdc_edge.errors import CheckpointError, InputError, UsageError
+from kdc_edge.files import write_atomic
 from kdc_edge.settings import settings_of
 from kdc_edge.train.config import LossWeights, TrainConfig, check_same
 from kdc_edge.train.data.tasks import Task
+from kdc_edge.train.garden.assets import GARDEN_TEACHER
 from kdc_edge.train.strategies.buffer import ReplayBuffer
 
 CONFIG = TrainConfig(teacher=Path("teacher"), tasks=(Task("flowers", "garden:flowers"),))
+
+
+def test_a_run_may_be_resumed_where_its_teacher_lies_elsewhere(tmp_path: Path) -> None:
+    """Of another installation's garden without a flag; of another folder that is gone by --teacher."""
+    moved = replace(CONFIG, teacher=Path("/elsewhere/kdc_edge/train/assets/garden-teacher"))
+    write_atomic(tmp_path / "config.json", json.dumps(moved.as_json()))
+    assert TrainConfig.load(tmp_path).teacher == GARDEN_TEACHER
+    here = replace(CONFIG, teacher=tmp_path)
+    check_same(here, replace(CONFIG, teacher=tmp_path / "gone").as_json())
+    with pytest.raises(InputError, match="--teacher is"):
+        check_same(here, replace(CONFIG, teacher=tmp_path.parent).as_json())
 
 
 def test_the_declaration_needs_neither_torch_nor_pydantic() -> None:

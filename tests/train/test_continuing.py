@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from kdc_edge.cli.app import app
 from kdc_edge.cli.project import find_checkpoint, run_of
 from kdc_edge.cli.train import _said_of_more
 from kdc_edge.diffusers_folder import read_model, training_note
@@ -77,7 +79,7 @@ def test_more_steps_end_with_the_weights_of_a_run_that_asked_for_them(tmp_path: 
 
 
 def test_a_checkpoint_of_every_task_and_of_a_run_that_goes_on(one_task: Path, tmp_path: Path) -> None:
-    joined = continue_run(one_task, tmp_path / "run", config(tasks=TASKS[1:]))
+    joined = continue_run(one_task, tmp_path / "run", config(tasks=TASKS[1:], steps=4))
     trainer = Trainer(joined, tmp_path / "run", resume=True)
     events = trainer.run()
     next(events)
@@ -91,7 +93,7 @@ def test_a_checkpoint_of_every_task_and_of_a_run_that_goes_on(one_task: Path, tm
     next(events)
     trainer.save()
     found = find_checkpoint(tmp_path / "run")
-    assert training_note(found) == "step 5 of 6, task butterflies; the run was not finished"
+    assert training_note(found) == "step 5 of 7, task butterflies; the run was not finished"
     average = trainer.unet().state_dict()
     assert all(torch.equal(average[name], t) for name, t in load_file(found / UNET).items())
     assert read_model(found).preset == "garden-student"
@@ -104,12 +106,46 @@ def test_what_cannot_be_continued_is_named(one_task: Path, tmp_path: Path) -> No
         continue_run(one_task, tmp_path / "then", config(student="garden-teacher"))
     with pytest.raises(InputError, match="same name"):
         continue_run(one_task, tmp_path / "then", config(tasks=TASKS[:1]))
+    with pytest.raises(InputError, match="with the run's own --objective distillation, not with --objective phased"):
+        continue_run(one_task, tmp_path / "then", config(tasks=TASKS[1:], objective="phased"))
     half = Trainer(config(tasks=TASKS[:1]), tmp_path / "half")
     next(iter(half.run()))
     half.save()
     with pytest.raises(CheckpointError, match="is not finished"):
         continue_run(tmp_path / "half", tmp_path / "then", config(tasks=TASKS[1:]))
     assert not (tmp_path / "then").exists()
+
+
+def test_the_tasks_of_a_settings_file_are_no_new_ones(
+    one_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a project whose kdc-edge.toml lists them; and phases without an objective are no stage of a distilled run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kdc-edge.toml").write_text('[train]\ntask = ["flowers=garden:flowers"]\n')
+
+    def dry_run(*more: str) -> Result:
+        return CliRunner().invoke(app, ["train", "--dry-run", "--continue-from", str(one_task), *more])
+
+    assert "steps 3, samples seen 12" in dry_run("--objective", "phased", "--steps", "3").output
+    assert "steps 5, samples seen 20" in dry_run("--task", "fish=garden:fish", "--steps", "5").output  # of the new task
+    for more in ((), ("--phases", "2")):
+        refused = dry_run(*more)
+        assert isinstance(refused.exception, InputError)
+        assert "--continue-from needs a --task" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--objective", "distribution", "--replay-teacher", "student"),
+        ("--task", "fish=garden:fish", "--strategy", "ewc"),
+    ],
+)
+def test_what_the_new_run_refuses_leaves_no_folder(one_task: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    out = tmp_path / "out"
+    found = CliRunner().invoke(app, ["train", "--continue-from", str(one_task), "--out", str(out), *more])
+    assert isinstance(found.exception, InputError)
+    assert not out.exists()
 
 
 def test_replayed_samples_are_distilled_from_the_student_from_the_previous_task(one_task: Path, tmp_path: Path) -> None:
@@ -174,7 +210,7 @@ def test_a_run_is_continued_without_the_data_of_its_tasks(tmp_path: Path) -> Non
     photos = class_folders(tmp_path / "photos")
     small = config(tasks=(parse_task(f"photos=imagefolder:{photos}"),), steps=1)
     finish(Trainer(small, tmp_path / "first"))
-    more = config(tasks=TASKS[:1], steps=1, learning_rate=2e-3, sample_every=1)
+    more = config(tasks=TASKS[:1], steps=1, learning_rate=2e-3, sample_every=1, eval_steps=2)
     finish(Trainer(continue_run(tmp_path / "first", tmp_path / "with", more), tmp_path / "with", resume=True))
     shutil.rmtree(photos)
     shutil.rmtree(tmp_path / "first" / "cache")
@@ -184,6 +220,7 @@ def test_a_run_is_continued_without_the_data_of_its_tasks(tmp_path: Path) -> Non
     )
     assert results == expected
     assert results["values"][1][0]["loss"] > 0
+    assert results["conditions"].endswith("averaged weights; the row after photos: --eval-steps 1")
     found = weights(tmp_path / "without")
     assert all(torch.equal(t, found[name]) for name, t in weights(tmp_path / "with").items())
     checkpoint = tmp_path / "without" / "checkpoint"
@@ -193,6 +230,15 @@ def test_a_run_is_continued_without_the_data_of_its_tasks(tmp_path: Path) -> Non
     assert "Earlier tasks were trained with other settings:" in card
     assert "| photos | `--learning-rate` | 0.001 |" in card
     assert "| photos | `--steps`" not in card
+
+
+def test_a_task_that_rs_metric_is_not_measured_on_is_named(one_task: Path, tmp_path: Path) -> None:
+    """The garden's run goes on with photographs, of which the judge knows nothing: R has no value there."""
+    photos = class_folders(tmp_path / "photos")
+    more = config(tasks=(parse_task(f"photos=imagefolder:{photos}"),))
+    said: list[str] = []
+    Trainer(continue_run(one_task, tmp_path / "run", more), tmp_path / "run", resume=True, say=said.append)
+    assert said == ["R is prompt_accuracy, which is not measured on photos: --quality loss is on all new rows"]
 
 
 def test_the_kept_evaluation_set_follows_eval_images_and_serves_eval(
@@ -229,8 +275,6 @@ def test_the_kept_evaluation_set_follows_eval_images_and_serves_eval(
 
 def test_resuming_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     """Instead of training the garden in it."""
-    from kdc_edge.cli.app import app
-
     (tmp_path / "run").mkdir()
     found = CliRunner().invoke(app, ["train", "--resume", "--out", str(tmp_path / "run"), "--dry-run"])
     assert isinstance(found.exception, InputError)

@@ -19,7 +19,7 @@ from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.presets import DECODERS, DecoderPreset, find_decoder
 from kdc_edge.quiet import quiet
-from kdc_edge.runtimes.torch.small_decoder import ThinDecoder, load_decoder, new_decoder
+from kdc_edge.runtimes.torch.small_decoder import ThinDecoder, find_decoder_folder, load_decoder, new_decoder
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import DecoderConfig, learning_rate
 from kdc_edge.train.data.cache import encode_images
@@ -115,6 +115,7 @@ def test_a_training_leaves_a_folder_that_diffusers_reads_a_sheet_and_results(tra
     assert (results["preset"], results["steps"]) == ("garden-decoder", 5)
     assert 5 < results["psnr_db"]["fish"] < 40
     assert {*results["prompt_accuracy"]["flowers"]} == {"vae", "small", "psnr_db"}
+    assert find_decoder_folder(str(trained)) == find_decoder_folder(str(trained / "decoder")) == trained / "decoder"
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4])
@@ -192,6 +193,10 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path: Path, checkpoint
     assert "'taesd' does not fit" in complaint(*given, "garden", "--preset", "taesd", cwd=tmp_path, code=2)
     assert "belongs to no run" in complaint(*given, checkpoint, cwd=tmp_path)
     assert "unknown data source" in complaint(*given, "garden", "--task", "a=moon:x", cwd=tmp_path)
+    gone = (Task("photos", f"imagefolder:{tmp_path / 'gone'}"),)
+    with pytest.raises(InputError, match="gone is no folder"):
+        DecoderTrainer(config(tmp_path, tasks=gone), tmp_path / "decoder")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_settings_and_a_damaged_state_are_refused(trained: Path, cache: Path, tmp_path: Path) -> None:

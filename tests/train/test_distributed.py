@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from kdc_edge.errors import InputError
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.loop import Trainer
+from kdc_edge.train.runs.states import list_states
 from tests.forks import Fork
 from tests.train.test_loop import TASKS, config
 
@@ -105,6 +107,21 @@ app(["train", "--device", "cpu", "--continue-from", str(run.parent / "first"), "
      "--steps", "1", "--out", str(run)], standalone_mode=False)
 """
 
+# The command line; the second process is killed behind a step.
+KILLED = """
+import os, signal, sys
+from kdc_edge.cli import main
+from kdc_edge.train.loop import Trainer
+step = Trainer._step
+def step_and_die(trainer, *arguments):
+    if trainer.position.total == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(trainer, *arguments)
+Trainer._step = step_and_die
+sys.argv = ["kdc-edge", "train", "--resume", "--out", sys.argv[1]]
+main()
+"""
+
 # One process writes the temporary run that both measure.
 BENCHMARK = """
 import contextlib, io, os, sys
@@ -178,6 +195,20 @@ def test_a_failure_of_the_main_process_ends_the_one_that_waits_for_it(tmp_path: 
     assert waiting == f"the main process failed: {main}"
 
 
+def test_a_killed_process_ends_the_other_with_a_line_and_the_run_goes_on(one_task: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(settings().as_json()))  # a state every 2 steps of 3
+    main, killed = start(KILLED, run, what_a_launcher_sets())
+    assert killed.wait() == -signal.SIGKILL
+    assert main.wait(timeout_sec=60) == 1
+    assert main.err.splitlines()[-1].startswith("kdc-edge: ")
+    assert [state.name for state in list_states(run)] == ["00000002-0"]
+    for _ in Trainer(settings(), run, resume=True).run():
+        pass
+    torch.testing.assert_close(losses(run), losses(one_task), rtol=1e-4, atol=1e-6)
+
+
 def test_two_processes_are_measured_together(tmp_path: Path) -> None:
     run_in_two_processes(BENCHMARK, tmp_path / "run")
     main, other = ((tmp_path / f"said-{rank}").read_text("utf-8") for rank in (0, 1))
@@ -204,11 +235,16 @@ def what_a_launcher_sets() -> list[dict[str, str]]:
     return [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
 
 
-def run_in_two_processes(program: str, folder: Path, environments: list[dict[str, str]] | None = None) -> None:
-    processes = [
+def start(program: str, folder: Path, environments: list[dict[str, str]]) -> list[Fork]:
+    """A process of the program for each environment."""
+    return [
         Fork(program, folder, cwd=folder.parent, output=folder.with_name(f"rank-{rank}"), environment=environment)
-        for rank, environment in enumerate(environments or what_a_launcher_sets())
+        for rank, environment in enumerate(environments)
     ]
+
+
+def run_in_two_processes(program: str, folder: Path, environments: list[dict[str, str]] | None = None) -> None:
+    processes = start(program, folder, environments or what_a_launcher_sets())
     assert [process.wait() for process in processes] == [0, 0], [process.err[-2000:] for process in processes]
 
 

@@ -12,14 +12,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+from kdc_edge.cli.project import find_checkpoint
 from kdc_edge.diffusers_folder import read_model
-from kdc_edge.errors import InputError
+from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.image import psnr_db
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.request import Request, made_for
 from kdc_edge.runtimes import open_pipeline
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import FewSteps, TrainConfig
+from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.loop import Trainer
 from kdc_edge.train.objectives.phased import Grid, Jump, Phased, phase_ends, pseudo_huber
 from kdc_edge.train.runs.continuing import begin_stage
@@ -111,6 +113,25 @@ def test_a_stage_begins_with_the_runs_average_and_memory(two_tasks: Path, tmp_pa
     assert len(event.by_timestep) == 2  # a value a phase
 
 
+def test_a_stage_has_checkpoints_of_its_own_and_the_teacher_that_is_given(two_tasks: Path, tmp_path: Path) -> None:
+    """The run's are not sampled in few steps; a teacher's folder may have moved."""
+    moved = shutil.copytree(GARDEN_TEACHER, tmp_path / "teacher")
+    assert begin_stage(two_tasks, tmp_path / "stage", few_steps(teacher=moved)).teacher == moved
+    with pytest.raises(InputError, match="has no checkpoint of --task flowers: it has none yet"):
+        find_checkpoint(tmp_path / "stage", "flowers")
+    with pytest.raises(InputError, match="is not the run's garden-student"):
+        begin_stage(two_tasks, tmp_path / "other", few_steps(student="garden-teacher"))
+
+
+def test_a_stage_of_a_run_whose_data_is_gone_is_refused_at_once(two_tasks: Path, tmp_path: Path) -> None:
+    shutil.copytree(two_tasks, tmp_path / "run")
+    tasks = (TASKS[0], Task(TASKS[1].name, f"imagefolder:{tmp_path / 'gone'}"))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config(tasks=tasks).as_json()))
+    with pytest.raises(InputError, match="gone is no folder"):
+        begin_stage(tmp_path / "run", tmp_path / "stage", few_steps())
+    assert not (tmp_path / "stage").exists()
+
+
 def test_the_checkpoint_says_how_it_is_sampled_and_diffusers_makes_its_images(stage: Path) -> None:
     model = read_model(stage / "checkpoint")
     request = made_for(model, Request("a red flower", seed=3))
@@ -170,5 +191,8 @@ def test_a_run_may_start_from_a_checkpoint_of_its_own_shape(two_tasks: Path, tmp
     trainer = Trainer(few_steps(start=two_tasks / "checkpoint"), tmp_path / "started")
     expected = weights(two_tasks)
     assert all(torch.equal(t, expected[n]) for n, t in trainer.student.network.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"model_index\.json is missing"):  # a run is no checkpoint
+        Trainer(few_steps(start=two_tasks), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     with pytest.raises(InputError, match="has a U-Net of another shape than --student"):
         Trainer(few_steps(start=GARDEN_TEACHER), tmp_path / "other")

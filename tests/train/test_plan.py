@@ -16,6 +16,7 @@ from PIL import Image
 from kdc_edge.errors import InputError, MissingPackageError
 from kdc_edge.presets import find_preset
 from kdc_edge.train.checkpoint import init_checkpoint
+from kdc_edge.train.config import LossWeights
 from kdc_edge.train.loop import Trainer
 from kdc_edge.train.stepping import StepDone
 from kdc_edge.train.tools.benchmark import OURS, PLAIN_FP32, measure, measure_run
@@ -49,6 +50,23 @@ def test_the_plan_counts_what_the_run_will_do() -> None:
     at_least = 4 * teacher + 20 * plan.student_parameters
     assert at_least < plan.weights_bytes < at_least + 20e6
     assert plan.state_bytes == 16 * plan.student_parameters
+
+
+def test_the_plan_counts_what_an_objective_and_a_strategy_keep() -> None:
+    """Block features, a score network with its optimizer, an earlier student, Fisher information."""
+    plain, ours = make_plan(config()), find_preset("garden-student").unet_parameters
+    assert plain.activation_bytes > make_plan(config(loss=LossWeights(feature=0.0))).activation_bytes
+    found = {
+        name: make_plan(config(**changes))
+        for name, changes in {
+            "score": {"objective": "distribution"}, "previous": {"replay_teacher": "student"},
+            "lwf": {"strategy": "lwf"}, "ewc": {"strategy": "ewc"},
+        }.items()
+    }  # fmt: skip
+    more = {name: (plan.weights_bytes - plain.weights_bytes) / ours for name, plan in found.items()}
+    assert more == {"score": 16, "previous": 4, "lwf": 4, "ewc": 8}
+    saved = {name: (plan.state_bytes - plain.state_bytes) / ours for name, plan in found.items()}
+    assert saved == {"score": 12, "previous": 4, "lwf": 4, "ewc": 8}
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing() -> None:

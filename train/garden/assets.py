@@ -28,3 +28,9 @@ def need_garden(purpose: str) -> None:
     """Raise MissingPackageError unless the weights are there."""
     if not ASSETS.is_dir():
         require(PACKAGE, extra="garden", purpose=purpose)
+
+
+def where_it_is(folder: Path) -> Path:
+    """This installation's teacher where a saved run names that of another one, which is not here."""
+    of_garden = folder.name == GARDEN_TEACHER.name and folder.parent.name in ("assets", PACKAGE)
+    return GARDEN_TEACHER if of_garden and not folder.is_dir() else folder

@@ -62,7 +62,7 @@ class Distribution(Phased):
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise InputError("--objective distribution trains on one process: its score network is not shared")
         if config.replay_teacher == "student":
-            raise InputError("--objective distribution remembers by captions: leave out --replay-teacher student")
+            raise InputError("--objective distribution remembers by captions: give --replay-teacher teacher")
 
     def __call__(self, student: nn.Module, batch: Batch, text: Tensor) -> dict[str, Tensor]:
         watch = self.setup.watch

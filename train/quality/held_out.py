@@ -46,6 +46,15 @@ def check_quality(name: str, config: TrainConfig, metrics: ImageMetrics) -> None
         raise InputError(f"--quality {name} cannot be measured on these tasks: use {', '.join(sorted(known))}{lacking}")
 
 
+def lacking(name: str, config: TrainConfig, metrics: ImageMetrics) -> list[str]:
+    """A line for the tasks on which R's metric is not measured, which R, average and forgetting leave out."""
+    tasks = [t.name for t in config.tasks if name not in measurable([t], metrics, config.eval_images)]
+    if not tasks:
+        return []
+    every = set.intersection(*({*measurable([t], metrics, config.eval_images), "loss"} for t in config.tasks))
+    return [f"R is {name}, which is not measured on {', '.join(tasks)}: --quality {min(every)} is on all new rows"]
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """Scores U-Nets on tasks, with the teacher's other networks."""

@@ -34,6 +34,14 @@ from kdc_edge.version import __version__
 
 TEACHER, STEP_0 = "teacher", "step 0"  # rows beside R: the teacher, the student before training
 
+# How a student was kept from forgetting, by strategy; of those with a buffer where it may hold something.
+BUFFERED = {
+    "replay": "with latent replay",
+    "captions": "with replay of captions, which the teacher makes images of",
+    "generative": "with generative replay",
+}
+OTHERWISE = {"ewc": "with elastic weight consolidation", "lwf": "by learning without forgetting"}
+
 CARD = Template("""\
 ---
 library_name: diffusers
@@ -45,7 +53,7 @@ tags: ["stable-diffusion", "knowledge-distillation", "continual-learning", "kdc-
 # $student, distilled
 
 A `$student` U-Net distilled from `$teacher` by kdc-edge $version
-($prediction prediction), task after task, with latent replay.
+($prediction prediction), task after task, $memory.
 $sources
 ## Trained on
 
@@ -108,8 +116,19 @@ def make_results(config: TrainConfig, position: Position, model: Model) -> dict[
         "by_class": position.by_class,
         "baseline_values": position.baselines,
         "references": position.references,
-        "conditions": f"{config.eval_images} images a task, {conditions}, averaged weights",
+        "conditions": f"{config.eval_images} images a task, {conditions}, averaged weights"
+        + _earlier_conditions(config, position, sampled=model.sampling is None),
     }
+
+
+def _earlier_conditions(config: TrainConfig, position: Position, *, sampled: bool) -> str:
+    """How rows of R were measured where it was otherwise than the last; few-step students have steps of their own."""
+    flags = ["--eval-images", *(["--eval-steps", "--eval-guidance"] if sampled else [])]
+    now, found = {option: value for _, option, value in config.table()}, ""
+    for task, then in position.settings.items():
+        other = [f"{f} {then[key]}" for f in flags if (key := f"`{f}`") in then and then[key] != now[key]]
+        found += f"; the row after {task}: {', '.join(other)}" if other else ""
+    return found
 
 
 def model_card(
@@ -142,6 +161,7 @@ def model_card(
         teacher=label(config.teacher),
         sources=_sources(config.teacher),
         version=__version__,
+        memory=_memory(config),
         prediction=model.scheduler.get("prediction_type", "epsilon"),
         tasks="\n".join(f"{i}. {t.name}: `{t.source}`" for i, t in enumerate(config.tasks, 1)),
         settings=markdown_table(("group", "setting", "value"), config.table()),
@@ -153,6 +173,12 @@ def model_card(
         last=markdown_table(("task", "values"), last),
         conditions="; ".join([results["conditions"], *(f"compared with {kind}" for kind in references)]),
     )
+
+
+def _memory(config: TrainConfig) -> str:
+    """What was done against forgetting, in words."""
+    room = config.replay if config.replay_mb is None else config.replay_mb
+    return OTHERWISE.get(config.strategy) or (BUFFERED[config.strategy] if room else "without replay")
 
 
 def _sources(teacher: Path) -> str:

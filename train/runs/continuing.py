@@ -18,7 +18,7 @@ import torch
 
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import refuse_foreign_folder, write_atomic
-from kdc_edge.train.config import TrainConfig, check_same
+from kdc_edge.train.config import FEW_STEP_STAGE, TrainConfig, check_same
 from kdc_edge.train.distributed import under
 from kdc_edge.train.processes import ALONE
 from kdc_edge.train.quality import evaluation_set
@@ -38,22 +38,26 @@ def branch_run(source: Path, out: Path, config: TrainConfig) -> None:
 def begin_stage(source: Path, out: Path, config: TrainConfig, *, write_once: WriteOnce = ALONE.once) -> TrainConfig:
     """Prepare `out` for another objective over the tasks of the finished run `source`; then resume `out`.
 
-    The student starts from the run's EMA weights, the replay buffer comes along, R starts anew. Of several processes
-    one writes: `write_once` is `Processes.once`.
+    The student starts from the run's EMA weights, the replay buffer comes along, R and the tasks' checkpoints start
+    anew. Of several processes one writes: `write_once` is `Processes.once`. Raises CheckpointError for a run that is
+    not finished, InputError for another student, and where the data of a task is gone, which the stage trains on.
     """
     saved, _ = _finished(source)
+    _check_student(saved, config)
+    for task in saved.tasks:
+        task.open()
     _, tensors, replay = load_state(source)
     weights = {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith("ema/")}
     kept = {n: t for n, t in tensors.items() if n.startswith("student/")}  # also what no average is taken of
     start = {n: weights.get(n.partition("/")[2], t).clone() for n, t in kept.items()}  # a file holds no tensor twice
     start |= {f"ema/{n}": t for n, t in weights.items()}
     start["generator"] = torch.Generator().manual_seed(config.seed).get_state()
-    joined = replace(config, tasks=saved.tasks, student=saved.student, teacher=saved.teacher)
+    joined = replace(config, tasks=saved.tasks)
 
     def write() -> None:
         refuse_foreign_folder(out, None)
         out.mkdir(parents=True, exist_ok=True)
-        _take_along(source, out)
+        _take_evaluation_sets(source, out)
         save_state(out, Position(), start, replay, keep=1)
         write_atomic(out / "config.json", json.dumps(joined.as_json(), indent=2))
 
@@ -90,15 +94,19 @@ def extend_run(run: Path, config: TrainConfig) -> None:
     write_atomic(run / "config.json", json.dumps(config.as_json(), indent=2))
 
 
-def _take_along(source: Path, out: Path) -> None:
-    """Copy what the tasks of a run are evaluated on, and link the checkpoints of its tasks, which never change."""
+def _take_evaluation_sets(source: Path, out: Path) -> None:
+    """Copy what the tasks of a run are evaluated on."""
     if (source / evaluation_set.FOLDER).is_dir():
         shutil.copytree(source / evaluation_set.FOLDER, out / evaluation_set.FOLDER)
-    kept = {path.name: path for path in (source / CHECKPOINTS).glob("[!.]*")}
-    if (source / "checkpoint").is_dir():
-        kept[TrainConfig.load(source).tasks[-1].name] = source / "checkpoint"
+
+
+def _take_checkpoints(source: Path, out: Path, saved: TrainConfig) -> None:
+    """Link the checkpoints of a run's tasks, which never change."""
+    kept = {task.name: source / CHECKPOINTS / task.name for task in saved.tasks[:-1]}
+    kept[saved.tasks[-1].name] = source / "checkpoint"
     for name, checkpoint in kept.items():
-        shutil.copytree(checkpoint, out / CHECKPOINTS / name, copy_function=_link)
+        if checkpoint.is_dir():
+            shutil.copytree(checkpoint, out / CHECKPOINTS / name, copy_function=_link)
 
 
 def _link(source: str, target: str) -> None:
@@ -107,6 +115,17 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def _check_student(saved: TrainConfig, config: TrainConfig) -> None:
+    if saved.student != config.student:
+        raise InputError(f"--student {config.student} is not the run's {saved.student}: leave it as it was")
+
+
+def _sampling(config: TrainConfig) -> str:
+    """The flags that decide how a run's students are sampled."""
+    few = config.objective in FEW_STEP_STAGE
+    return f"--objective {config.objective}{f' --phases {config.few_steps.phases}' if few else ''}"
 
 
 def _finished(run: Path) -> tuple[TrainConfig, Path]:
@@ -125,17 +144,23 @@ def continue_run(source: Path, out: Path, config: TrainConfig, *, write_once: Wr
 
     The replay buffer, the weights, their moving average, R and what it is measured on come along: nothing else is
     needed of the earlier tasks. Resume `out` with the configuration that is given back. Of several processes one
-    writes, as in `begin_stage`. Raises CheckpointError for a run that is not finished, InputError for another student.
+    writes, as in `begin_stage`. Raises CheckpointError for a run that is not finished, InputError for another student
+    and for one that is sampled otherwise, whose quality is not to be compared with that of earlier tasks.
     """
     saved, state = _finished(source)
-    if saved.student != config.student:
-        raise InputError(f"--student {config.student} is not the run's {saved.student}: leave it as it was")
+    _check_student(saved, config)
+    if _sampling(saved) != _sampling(config):
+        raise InputError(
+            f"a --task is learnt with the run's own {_sampling(saved)}, not with {_sampling(config)}, for R compares"
+            " one way of sampling: add the task first, then --continue-from that run with the --objective alone"
+        )
     joined = replace(config, tasks=(*saved.tasks, *config.tasks))
 
     def write() -> None:
         refuse_foreign_folder(out, None)
         out.mkdir(parents=True, exist_ok=True)
-        _take_along(source, out)
+        _take_evaluation_sets(source, out)
+        _take_checkpoints(source, out, saved)
         shutil.copytree(state, out / "state" / state.name)
         if (source / "metrics.jsonl").is_file():
             shutil.copy(source / "metrics.jsonl", out)

@@ -31,10 +31,9 @@ def write_snapshot(run: Path) -> Path:
     """
     config = TrainConfig.load(run)
     position, tensors, _ = load_state(run)
-    total = config.steps * len(config.tasks)
     out = run / CHECKPOINTS / f"step.{position.total}"  # no task has a dot in its name
     task = config.tasks[min(position.task, len(config.tasks) - 1)]
-    note = f"step {position.total} of {total}, task {task.name}; the run was not finished"
+    note = f"step {position.total} of {position.end(config)}, task {task.name}; the run was not finished"
     with torch.device("meta"):
         teacher = UNet2DConditionModel(**_plain(config.teacher / "unet" / "config.json"))
     unet = UNet2DConditionModel(**student_config(find_preset(config.student), teacher))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,10 @@ class Position:
     references: dict[str, str] = field(default_factory=dict)  # of each task: what images are compared with
     settings: dict[str, dict[str, str]] = field(default_factory=dict)  # of each finished task: flag -> value
     prompts: dict[str, list[str]] = field(default_factory=dict)  # of each finished task: captions for an export
+
+    def end(self, config: TrainConfig) -> int:
+        """What `total` will be when all tasks are learnt; those of a run that was continued had steps of their own."""
+        return self.total - self.step + config.steps * (len(config.tasks) - self.task)
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,8 @@ def load_state(run: Path) -> tuple[Position, dict[str, Tensor], ReplayBuffer]:
 def claim_run(run: Path, config: TrainConfig, accelerator: Accelerator, *, resume: bool) -> None:
     """Write a new run's configuration, or refuse a folder that is not this run's. Collective.
 
-    What a kill in the middle of a write left is removed; a run that was killed before its first state starts again.
+    What a kill in the middle of a write left is removed, and a teacher that has moved is noted; a run that was killed
+    before its first state starts again.
     """
     path = run / "config.json"
     if resume and accelerator.is_main_process:
@@ -125,6 +130,9 @@ def claim_run(run: Path, config: TrainConfig, accelerator: Accelerator, *, resum
         for half in run.glob(".*.json.*"):
             half.unlink()
     if resume and path.is_file():
+        saved = TrainConfig.load(run)
+        if accelerator.is_main_process and saved.teacher != config.teacher:  # which has moved: `check_same`
+            write_atomic(path, json.dumps(replace(saved, teacher=config.teacher).as_json(), indent=2))
         return
 
     def claim() -> None:

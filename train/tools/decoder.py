@@ -74,6 +74,8 @@ class DecoderTrainer:
         self.model = read_model(config.checkpoint)
         self.preset = find_decoder(config.preset, self.model.vae_scale)
         self.metrics = ImageMetrics(config.metric_weights)
+        for task in config.tasks:
+            task.open()
         self._claim_folder(resume)  # after what can be refused at once
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         self.device = torch.device(chosen)
@@ -105,8 +107,9 @@ class DecoderTrainer:
             return
         saved = read_json(path, CheckpointError)
         check_same(self.config, saved)
-        if saved["checkpoint"] != str(self.config.checkpoint):
-            raise InputError(f"--from is {self.config.checkpoint} and the run was started with {saved['checkpoint']!s}")
+        before = DecoderConfig.from_json(saved).checkpoint
+        if before != self.config.checkpoint:
+            raise InputError(f"--from is {self.config.checkpoint} and the run was started with {before}")
 
     def _find_features(self) -> Features | None:
         """What images are compared by beside their pixels, on the device."""

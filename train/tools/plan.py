@@ -44,7 +44,7 @@ class Plan:
     student_parameters: int
     teacher_parameters: int
     image_size: int
-    weights_bytes: int  # teacher, VAE, text encoder, student, gradients, Adam's moments, moving average
+    weights_bytes: int  # teacher, VAE, text encoder, student, gradients, Adam's moments, moving average, Kept
     activation_bytes: int  # of one micro-batch, with the weights' copies in 16 bits, features and what is recomputed
     peak_bytes: int  # activations go before all gradients are there
     processes: int
@@ -72,8 +72,8 @@ class Plan:
         ]
 
 
-def make_plan(config: TrainConfig) -> Plan:
-    """The plan of a run; reads configurations and the headers of weight files only."""
+def make_plan(config: TrainConfig, *, tasks: int | None = None) -> Plan:
+    """The plan of a run, of its last `tasks` where given; reads configurations and the headers of weight files only."""
     model = read_model(config.teacher)
     size = config.resolution or model.latent_size * model.vae_scale
     side = size // model.vae_scale
@@ -85,16 +85,18 @@ def make_plan(config: TrainConfig) -> Plan:
     theirs = sum(p.numel() for p in teacher.parameters())
     frozen = sum(count_parameters(config.teacher / part) for part in ("vae", "text_encoder"))
     adam = 2 if config.optimizer == "adamw8bit" else 8
-    weights = theirs * (2 if low else 4) + frozen * 4 + ours * (4 + 4 + adam + 4)
+    kept = kept_networks(config, 2 if low else 4)
+    weights = theirs * (2 if low else 4) + frozen * 4 + ours * (4 + 4 + adam + 4 + kept.memory)
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # as accelerate launch says
     micro_batch = max(1, config.batch_size // (config.accumulate * processes))
     activations = step_bytes(
         student.config, micro_batch, side, config.gradient_checkpointing, torch.bfloat16 if low else None,
-        features=config.objective == "distill" and config.loss.feature > 0,
+        features=config.objective == "distillation" and config.loss.feature > 0,
     )  # fmt: skip
+    steps = config.steps * (len(config.tasks) if tasks is None else tasks)
     return Plan(
-        steps=config.steps * len(config.tasks),
-        samples_seen=config.steps * len(config.tasks) * config.batch_size,
+        steps=steps,
+        samples_seen=steps * config.batch_size,
         student_parameters=ours,
         teacher_parameters=theirs,
         image_size=size,
@@ -102,7 +104,7 @@ def make_plan(config: TrainConfig) -> Plan:
         activation_bytes=activations,
         peak_bytes=peak_bytes(weights, 4 * ours, activations, accumulates=config.accumulate > 1),
         processes=processes,
-        state_bytes=ours * (4 + 4 + adam),
+        state_bytes=ours * (4 + 4 + adam + kept.disk),
         keep=config.keep,
         checkpoint_bytes=4 * (ours + frozen) * (len(config.tasks) if config.task_checkpoints else 1),
         latents_bytes_per_sample=2 * 2 * 2 * model.latent_channels * side * side,
@@ -110,6 +112,22 @@ def make_plan(config: TrainConfig) -> Plan:
         settings=config.as_flags(),
         recipe=f"{config.recipe}: {find_recipe(config.recipe).source}" if config.recipe else None,
     )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes for each of the student's parameters, of what an objective and a strategy keep beside the student."""
+
+    memory: int
+    disk: int
+
+
+def kept_networks(config: TrainConfig, frozen: int) -> Kept:
+    """Of a frozen network, `frozen` bytes a parameter; of a score network, also gradients and Adam's moments."""
+    previous = config.strategy == "lwf" or config.replay_teacher == "student"
+    score = config.objective == "distribution"
+    fisher = 8 if config.strategy == "ewc" else 0  # and the weights that it holds on to
+    return Kept(previous * frozen + score * 16 + fisher, previous * frozen + score * 12 + fisher)
 
 
 def _plain(config: TrainConfig, part: str) -> dict[str, Any]:

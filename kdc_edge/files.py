@@ -158,6 +158,22 @@ def exclusive(lock: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def check_writable(path: Path) -> None:
+    """Raise InputError for a file that could not be written, before the work whose result it is to hold."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        nearest = next(parent for parent in path.absolute().parents if parent.exists())
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> InputError:
+    """The line for a file that cannot be written."""
+    return InputError(f"{path} cannot be written: {error.strerror or error}; choose another place")
+
+
 def recover_folder(out: Path) -> None:
     """Put back the folder that a process left aside when it was killed in the middle of `_take_place`."""
     old = _beside(out, OLD)
@@ -216,14 +232,15 @@ def _beside(out: Path, suffix: str) -> Path:
 def _new_part(part: Path) -> int:
     """An empty folder and its lock's descriptor; BlockingIOError while another process has it."""
     while True:
-        with suppress(FileNotFoundError):  # taken for left over between these two lines: once more
-            try:
-                part.mkdir()
-            except FileExistsError:
+        try:
+            part.mkdir()
+        except FileExistsError:
+            with suppress(FileNotFoundError):  # another process was faster
                 lock = _lock(part)
                 shutil.rmtree(part)
                 os.close(lock)
-            else:
+        else:
+            with suppress(FileNotFoundError):  # taken for left over between these two lines: once more
                 return _lock(part)
 
 

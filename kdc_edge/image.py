@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from kdc_edge.errors import InputError
-from kdc_edge.files import write_atomic
+from kdc_edge.files import unwritable, write_atomic
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 
@@ -93,7 +93,7 @@ def save_png(path: Path | str, pixels: Pixels, parameters: Mapping[str, object] 
     try:
         write_atomic(Path(path), encode_png(pixels, parameters))
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
+        raise unwritable(Path(path), error) from None
 
 
 def encode_png(pixels: Pixels, parameters: Mapping[str, object] | None = None) -> bytes:

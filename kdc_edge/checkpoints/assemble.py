@@ -30,7 +30,7 @@ from kdc_edge.diffusers_folder import PICKLES, SOURCES_FILE, hash_checkpoint, re
 from kdc_edge.errors import CheckpointError, InputError, require, unknown_choice
 from kdc_edge.files import atomic_folder, exclusive, read_json, sha256, user_cache, write_atomic
 from kdc_edge.hub import find_checkpoint
-from kdc_edge.manifest import Source
+from kdc_edge.manifest import MANIFEST, Source
 from kdc_edge.noise_schedule import PREDICTION_TYPES
 from kdc_edge.quiet import quiet
 from kdc_edge.text import megabytes
@@ -95,6 +95,8 @@ def open_checkpoint(
     `as_teacher` refuses what can be exported but is no teacher: see `read_model`.
     """
     path = Path(source)
+    if path.is_file() and path.name in (MANIFEST, MODEL_INDEX):
+        raise CheckpointError(f"{path} is one file of a bundle or a checkpoint: name its folder, {path.parent}")
     if is_single_file(path):
         original = read_single_file(path, additions.prediction_type)
         additions.check()

@@ -104,6 +104,7 @@ def _package(frame: FrameType) -> str:
 def main() -> None:
     """Run the command that was typed; whatever ends it becomes one line and an exit code."""
     ends = _Ends()  # before the imports, which take their time
+    _replace_closed_streams()
     arguments, debug = _without_debug(sys.argv[1:])
     try:
         code, line = _run(arguments), None
@@ -118,6 +119,13 @@ def main() -> None:
             print(f"kdc-edge: {line}", file=sys.stderr, flush=True)
     ends.restore()
     sys.exit(code)
+
+
+def _replace_closed_streams() -> None:
+    """Let stdin, stdout and stderr that the caller closed be empty ones: else the next file opened has their number."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: PTH123, SIM115 (no Path yet)
 
 
 def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:

@@ -94,12 +94,15 @@ def bench(
     from kdc_edge.bench.record import Report, here
     from kdc_edge.bench.reference import compare_images
     from kdc_edge.bench.values import Limit
+    from kdc_edge.files import check_writable
 
     if format not in get_args(ReportFormat):
         raise unknown_choice("--format", format, get_args(ReportFormat))
     if compare is not None:
         _write(_compared(*compare, format), out)
         return
+    if out:
+        check_writable(out)
     limits = [Limit.parse(text, "under") for text in fail_under or ()]
     limits += [Limit.parse(text, "over") for text in fail_over or ()]
     if budget_sec is not None and not budget_sec > 0:

@@ -90,6 +90,7 @@ def fit(
     from kdc_edge.bench.case import Case, first_and_more
     from kdc_edge.bench.search import MODES, first_level, search
     from kdc_edge.cli.progress import MeasuringBar
+    from kdc_edge.files import check_writable
     from kdc_edge.hub import local
     from kdc_edge.noise_schedule import NoiseSchedule
     from kdc_edge.samplers import DEFAULT_SAMPLER, make_sampler
@@ -106,6 +107,7 @@ def fit(
     for path in out or ():
         if path.suffix not in FILES:
             raise InputError(f"--out {path} is of no known kind: give it a name that ends in {', '.join(FILES)}")
+        check_writable(path)
     first, more = first_and_more(prompt)
     request = make_request(first, guidance_mode=None, guidance_interval="0.0:1.0", seed=seed, low_memory=False)
     base = Case(Path(), request, repeats, warmup, device=device, threads=threads, more_prompts=more)

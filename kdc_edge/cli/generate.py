@@ -29,6 +29,7 @@ from kdc_edge.cli.options import (
 )  # fmt: skip
 from kdc_edge.cli.project import Config, best_bundle, open_folder, say
 from kdc_edge.errors import InputError
+from kdc_edge.files import check_writable
 
 _CHANGE, _SAMPLING, _SIZE = "Change an image", "Sampling", "Size"  # groups of options
 NAME_CHARS, NAME_BYTES = 60, 150  # of a prompt in a file's name
@@ -201,11 +202,13 @@ def prompts_and_seeds(prompts: list[str], images: int | None, seeds: list[int]) 
 def check_out(out: Path | None, images: int) -> None:
     """Raise InputError for a place that cannot take so many images."""
     if out is None or (not out.suffix and not out.is_file()):
+        check_writable((out or Path()) / "image.png")
         return
     if out.suffix.lower() != ".png":
         raise InputError(f"--out {out} is no PNG file: give it a name that ends in .png, or name a folder")
     if images > 1:
         raise InputError(f"--out {out} is one file for {images} images: name a folder")
+    check_writable(out)
 
 
 def free_name(folder: Path, prompt: str, seed: int) -> Path:

@@ -124,6 +124,16 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
     assert "kdc-edge export" in complaint("bench", cwd=tmp_path)
     assert "kdc-edge train" in complaint("export", cwd=tmp_path)
     assert "nowhere" in complaint("export", "nowhere", cwd=tmp_path)
+    (tmp_path / "sd15" / "unet").mkdir(parents=True)
+    for name in ("sd15/model_index.json", "sd15/unet/config.json"):
+        (tmp_path / name).write_text("{}")
+    assert "name the checkpoint's folder, sd15" in complaint("export", "sd15/unet", cwd=tmp_path)
+    (tmp_path / "many" / "a").mkdir(parents=True)
+    (tmp_path / "many" / "a" / "kdc-edge.json").write_text("{}")
+    assert "many is no bundle: kdc-edge.json is missing; name one that it holds, such as many/a" in complaint(
+        "generate", "x", "--bundle", "many", cwd=tmp_path
+    )
+    assert "name its folder, many/a" in complaint("generate", "x", "--bundle", "many/a/kdc-edge.json", cwd=tmp_path)
     assert "int3" in complaint("export", "nowhere", "--precision", "int3", cwd=tmp_path, code=2)
     assert "abacus" in complaint("export", "nowhere", "--target", "abacus", cwd=tmp_path, code=2)
     assert "nowhere" in complaint("train", "--teacher", "nowhere", cwd=tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 
 from kdc_edge.cli.generate import free_name, prompts_and_seeds
 from kdc_edge.image import read_parameters
+from kdc_edge.prompts import read_prompts
 from tests.cli.test_commands import complaint, run
 
 
@@ -68,6 +71,52 @@ def test_several_images_are_those_of_their_seeds(bundle_fp32: Path, tmp_path: Pa
 )
 def test_what_is_refused(bundle: Path, tmp_path: Path, arguments: list[object], words: str) -> None:
     assert words in complaint("generate", *arguments, "--bundle", bundle, cwd=tmp_path)
+
+
+def test_a_prompts_file_from_windows_holds_the_prompts_alone(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa red flower\r\n\r\n  \r\na blue fish\r\n".encode())
+    assert read_prompts(tmp_path / "prompts.txt") == ["a red flower", "a blue fish"]
+    (tmp_path / "prompts.txt").write_text("a red flower", "utf-16")
+    assert "save it as UTF-8" in complaint("generate", "--prompts", "prompts.txt", cwd=tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_an_image_is_made(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    for out in ("folder.png", "/dev/null", "/dev/null/x.png", "/proc/x.png", "x" * 300 + ".png"):
+        done = run("generate", "x", "--out", out, "--bundle", bundle, cwd=tmp_path, code=1)
+        assert "cannot be written" in done.stderr
+        assert len(done.stderr.splitlines()) == 1  # no step was taken
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_a_tilde_is_the_home_folder(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, work = tmp_path / "home", tmp_path / "work"
+    home.mkdir()
+    work.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    (home / "b").symlink_to(bundle)
+    (work / "kdc-edge.toml").write_text('[generate]\nbundle = "~/b"\n')
+    run("generate", "x", "--steps", 1, "--out=~/x.png", cwd=work)
+    assert (home / "x.png").is_file()
+    assert [path.name for path in work.iterdir()] == ["kdc-edge.toml"]
+
+
+def test_closed_streams_lose_their_lines_alone(bundle: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "kdc_edge",
+        "generate",
+        "x",
+        "--steps",
+        "1",
+        "--bundle",
+        str(bundle),
+        "-o",
+        "x.png",
+    ]
+    subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], cwd=tmp_path, check=True)
+    Image.open(tmp_path / "x.png").load()
 
 
 def test_a_prompt_or_a_file_of_them(tmp_path: Path) -> None:

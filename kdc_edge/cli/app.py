@@ -27,7 +27,9 @@ from kdc_edge.cli import (
 )
 
 EXAMPLES = {  # at the end of a command's help
-    "train": ["kdc-edge train --student kdc-482m --teacher ./sd15 --task roses=./roses --task tulips=./tulips"],
+    "train": [
+        "kdc-edge train --teacher sd15 --student kdc-482m --task roses=imagefolder:roses --task fish=imagefolder:fish"
+    ],
     "export": ["kdc-edge export -t openvino -p int8", "kdc-edge export -t coreml --with safety_checker --swift"],
     "generate": [
         'kdc-edge generate "a red flower with five petals" -n 4 -o images',

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from kdc_edge.cli import main
+from kdc_edge.cli.app import EXAMPLES
 from tests.forks import MAIN, Fork
 
 
@@ -140,6 +142,15 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
     assert "kdc-9000" in complaint("train", "--student", "kdc-9000", cwd=tmp_path, code=2)
     assert "no run to resume" in complaint("train", "--resume", cwd=tmp_path)
     assert "nowhere.toml" in complaint("bench", "--config", "nowhere.toml", cwd=tmp_path)
+
+
+def test_an_images_folder_needs_its_kind_which_the_help_shows(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    said = complaint("train", "--task", "a=photos", cwd=tmp_path)
+    assert said == "kdc-edge: photos is a folder: write imagefolder:photos for images with captions in it"
+    assert "letters, digits" in complaint("train", "--task", "two words=imagefolder:photos", cwd=tmp_path)
+    example = shlex.split(EXAMPLES["train"][0])[1:]
+    assert "roses is no folder" in complaint(*example, cwd=tmp_path)
 
 
 def test_settings_that_do_not_exist_are_named(tmp_path: Path) -> None:

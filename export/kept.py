@@ -44,7 +44,8 @@ def kept_reference(key: str, make: Callable[[], Reference]) -> Reference:
     with contextlib.suppress(OSError, RuntimeError):  # no home folder, or one that cannot be written
         path = user_cache() / "references" / f"{key}.npz"
         if (found := _read(path)) is not None:
-            path.touch()
+            with contextlib.suppress(OSError):  # another user's
+                path.touch()
             return found
     made = make()
     with contextlib.suppress(OSError, RuntimeError):

@@ -176,8 +176,10 @@ def unwritable(path: Path, error: OSError) -> InputError:
 
 def recover_folder(out: Path) -> None:
     """Put back the folder that a process left aside when it was killed in the middle of `_take_place`."""
+    if out.exists():  # also "." and "..", which nothing can lie beside by name
+        return
     old = _beside(out, OLD)
-    if out.exists() or not old.exists():
+    if not old.exists():
         return
     with suppress(BlockingIOError):  # its writer lives, and is about to
         lock = _new_part(part := _beside(out, PART))

@@ -168,10 +168,13 @@ def _outcome(error: BaseException) -> tuple[int, str | None]:
         return getattr(error, "exit_code", 1), message(explain(error))
     _suggest_ours(error)
     command = getattr(getattr(error, "ctx", None), "command_path", "kdc-edge")
+    words = usage().rstrip(".")
+    if command == "kdc-edge generate" and "unexpected extra argument" in words:
+        words += ": put quotes around the prompt"
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()  # type: ignore[attr-defined]
         return 2, None
-    return 2, message(f"{usage().rstrip('.')}: see {command} -h")
+    return 2, message(f"{words}: see {command} -h")
 
 
 def _suggest_ours(error: BaseException) -> None:

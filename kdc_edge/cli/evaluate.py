@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -146,7 +147,8 @@ def _find(what: Path | None) -> tuple[Path, Path | None]:
     what = local(what) if what else LATEST.resolve()
     checkpoint = what / "checkpoint" if (what / "checkpoint").is_dir() else what
     if (what / "config.json").is_file() and checkpoint == what:
-        raise InputError(f"{what} is not finished, it has no checkpoint: kdc-edge train --resume --out {what} first")
+        resume = f"kdc-edge train --resume --out {shlex.quote(str(what))}"
+        raise InputError(f"{what} is not finished, it has no checkpoint: {resume} first")
     return checkpoint, run_of(checkpoint)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -63,7 +64,6 @@ def _measurements(path: Path, folder: Path) -> str:
         wanted = (made.target, made.precision, made.provenance.checkpoint_sha256)
         same = [row for row in report.rows if (row.target, row.precision, row.checkpoint_sha256) == wanted]
     if not same:
-        raise InputError(
-            f"--bench {path} has no row of {folder}: measure it with kdc-edge bench {folder} --format json"
-        )
+        measure = f"kdc-edge bench {shlex.quote(str(folder))} --format json"
+        raise InputError(f"--bench {path} has no row of {folder}: measure it with {measure}")
     return as_markdown(show(same), report.environment)

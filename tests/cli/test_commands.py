@@ -8,6 +8,7 @@ import json
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -132,9 +133,11 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
     assert "name the checkpoint's folder, sd15" in complaint("export", "sd15/unet", cwd=tmp_path)
     (tmp_path / "many" / "a").mkdir(parents=True)
     (tmp_path / "many" / "a" / "kdc-edge.json").write_text("{}")
-    assert "many is no bundle: kdc-edge.json is missing; name one that it holds, such as many/a" in complaint(
-        "generate", "x", "--bundle", "many", cwd=tmp_path
-    )
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint" / "model_index.json").write_text("{}")
+    for folder, held in (("many", "many/a"), ("run", "run/checkpoint")):
+        said = complaint("generate", "x", "--bundle", folder, cwd=tmp_path)
+        assert f"{folder} is no bundle: kdc-edge.json is missing; name what it holds, such as {held}" in said
     assert "name its folder, many/a" in complaint("generate", "x", "--bundle", "many/a/kdc-edge.json", cwd=tmp_path)
     assert "int3" in complaint("export", "nowhere", "--precision", "int3", cwd=tmp_path, code=2)
     assert "abacus" in complaint("export", "nowhere", "--target", "abacus", cwd=tmp_path, code=2)
@@ -151,6 +154,16 @@ def test_an_images_folder_needs_its_kind_which_the_help_shows(tmp_path: Path) ->
     assert "letters, digits" in complaint("train", "--task", "two words=imagefolder:photos", cwd=tmp_path)
     example = shlex.split(EXAMPLES["train"][0])[1:]
     assert "roses is no folder" in complaint(*example, cwd=tmp_path)
+
+
+def test_a_server_that_cannot_listen_says_why(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("serve", "--port", port, cwd=tmp_path, code=1)
+    assert f"127.0.0.1:{port}: Address already in use: choose another" in done.stderr
+    assert "ERROR" not in done.stderr
+    for token in ("", "a b", "a\nb", "ü"):
+        assert "--token is empty, or has characters" in complaint("serve", "--token", token, cwd=tmp_path)
 
 
 def test_settings_that_do_not_exist_are_named(tmp_path: Path) -> None:

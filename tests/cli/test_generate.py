@@ -121,4 +121,5 @@ def test_closed_streams_lose_their_lines_alone(bundle: Path, tmp_path: Path) -> 
 
 def test_a_prompt_or_a_file_of_them(tmp_path: Path) -> None:
     assert "give a prompt" in run("generate", cwd=tmp_path, code=2).stderr
+    assert "put quotes around the prompt" in run("generate", "a", "red", "flower", cwd=tmp_path, code=2).stderr
     assert "give a prompt" in run("generate", "x", "--prompts", "y.txt", cwd=tmp_path, code=2).stderr

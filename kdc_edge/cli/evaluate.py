@@ -27,15 +27,19 @@ IMAGES = 64  # of each task
 def evaluate(
     what: Annotated[Path | None, Argument(help="A run, or a checkpoint; the latest run.")] = None,
     task: Annotated[
-        list[str] | None, Option(metavar="NAME=SOURCE", help="What to ask for; the run's own tasks.")
+        list[str] | None, Option(metavar="NAME=SOURCE", help="A task to measure; the run's own by default.")
     ] = None,
     caption: Annotated[list[str] | None, Option(metavar="[TASK=]TEMPLATE", help="As in kdc-edge train.")] = None,
     bundles: Annotated[
         list[Path] | None,
-        Option(metavar="DIR", help="Bundles of this checkpoint, or a folder of them: does a precision forget more?"),
+        Option(
+            metavar="DIR",
+            help="Bundles of this checkpoint, or a folder of them: measure the forgetting that a precision adds.",
+        ),
     ] = None,
     images: Annotated[
-        int | None, Option(help=f"Of each task. Default: as many as the run kept of its data, {IMAGES} of the garden.")
+        int | None,
+        Option(help=f"Images of each task. Default: as many as the run kept of its data, {IMAGES} of the garden."),
     ] = None,
     teacher: Annotated[str | None, Option(help="Compare with this checkpoint's images (LPIPS).")] = None,
     metric_weights: Annotated[Path | None, Option(help="Folder with the weight files of FID, LPIPS, CLIP.")] = None,
@@ -49,7 +53,7 @@ def evaluate(
         str | None,
         Option(help="As in kdc-edge generate; DPM-Solver++ 2M, or a few-step student's own, when not given."),
     ] = None,
-    seed: Annotated[int, Option(help="Of the noise.")] = 7,
+    seed: Annotated[int, Option(help="Seed of the noise.")] = 7,
     vae: Vae = None,
     lora: LoraFiles = None,
     embedding: EmbeddingFiles = None,
@@ -57,7 +61,7 @@ def evaluate(
     as_json: Json = False,
     config: Config = None,
 ) -> None:
-    """Measure a checkpoint: of the garden offline, of other data with what weight files are here."""
+    """Measure a checkpoint: on the garden offline, on other data by the metrics whose weight files are here."""
     del config
     need_training("kdc-edge eval")
     from kdc_edge.checkpoints import Additions, open_checkpoint

@@ -83,7 +83,9 @@ def generate(
     guidance_interval: GuidanceInterval = "0.0:1.0",
     seed: Annotated[
         str,
-        Option(help="Of the noise. One counts up from image to image; a list, 1,2,3, holds for each prompt."),
+        Option(
+            help="Seed of the noise. One seed counts up from image to image; a list, 1,2,3, is used for each prompt."
+        ),
     ] = "0",
     scheduler: Annotated[
         str | None,

@@ -39,7 +39,7 @@ def serve(
     exact: Exact = False,
     config: Config = None,
 ) -> None:
-    """Serve a page that draws while one types, and images in the shape of OpenAI's interface."""
+    """Serve a page that draws while you type, and an HTTP interface in the shape of OpenAI's."""
     del config
     import socket
 

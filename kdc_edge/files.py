@@ -81,8 +81,11 @@ def user_cache() -> Path:
     return Path(base) / "kdc-edge"
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place, flush it to the disk, and rename it in."""
+def write_atomic(path: Path, content: str | bytes, *, new: bool = False) -> None:
+    """Write a file beside its place, flush it to the disk, and rename it in.
+
+    With `new`, raises FileExistsError where another process took the name before, and leaves its file.
+    """
     data = content.encode() if isinstance(content, str) else content
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -90,6 +93,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     part = path.with_name(f".{path.name}.part")
     with os.fdopen(_lock(part, wait=True, flags=os.O_RDWR | os.O_CREAT), "wb") as file:
         try:
+            if new and path.exists():  # looked at under the lock, which every writer of this name takes
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
             file.truncate()
             file.write(data)
             file.flush()

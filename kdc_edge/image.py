@@ -87,12 +87,16 @@ def grid(images: Sequence[Pixels], columns: int) -> Pixels:
     return cells.reshape(rows * height, columns * width, 3)
 
 
-def save_png(path: Path | str, pixels: Pixels, parameters: Mapping[str, object] | None = None) -> None:
+def save_png(
+    path: Path | str, pixels: Pixels, parameters: Mapping[str, object] | None = None, *, new: bool = False
+) -> None:
     """Write pixels, uint8 (H, W, 3), as a PNG: whole, or not at all. Raises InputError as `encode_png` does, and
-    for a place that cannot be written."""
+    for a place that cannot be written; with `new`, FileExistsError where there is a file of this name."""
     try:
-        write_atomic(Path(path), encode_png(pixels, parameters))
+        write_atomic(Path(path), encode_png(pixels, parameters), new=new)
     except OSError as error:
+        if new and Path(path).is_file():
+            raise
         raise unwritable(Path(path), error) from None
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kdc_edge.cli import generate
 from kdc_edge.cli.generate import free_name, prompts_and_seeds
 from kdc_edge.image import read_parameters
 from kdc_edge.prompts import read_prompts
@@ -87,6 +88,18 @@ def test_a_place_that_cannot_be_written_is_refused_before_an_image_is_made(bundl
         assert "cannot be written" in done.stderr
         assert len(done.stderr.splitlines()) == 1  # no step was taken
     assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_a_name_that_another_process_takes_meanwhile_is_left_to_it(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x-0.png").write_bytes(b"of another process")
+    answers = iter([tmp_path / "x-0.png"])  # free when it was looked at
+    monkeypatch.setattr(generate, "free_name", lambda *asked: next(answers, None) or free_name(*asked))
+    done = run("generate", "x", "--steps", 1, "--bundle", bundle, cwd=tmp_path)
+    assert done.stdout == "x-0-2.png\n"
+    assert (tmp_path / "x-0.png").read_bytes() == b"of another process"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-0-2.png", "x-0.png"]
 
 
 def test_a_tilde_is_the_home_folder(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

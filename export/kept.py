@@ -54,7 +54,8 @@ def kept(kind: type[T], key: str, make: Callable[[], T]) -> T:
     with contextlib.suppress(OSError, RuntimeError):  # no home folder, or one that cannot be written
         path = user_cache() / FOLDER / f"{key}.npz"
         if (found := _read(kind, path)) is not None:
-            path.touch()
+            with contextlib.suppress(OSError):  # another user's
+                path.touch()
             return found
     made = make()
     with contextlib.suppress(OSError, RuntimeError):

@@ -56,7 +56,9 @@ class Bundle:
         if not root.is_dir():
             raise BundleError(f"no bundle at {root}: make one with kdc-edge export")
         if not (root / MANIFEST).is_file():
-            raise BundleError(f"{root} is no bundle: {MANIFEST} is missing; make one with kdc-edge export")
+            held = [*find_bundles(root), *(p for p in [root / "checkpoint"] if kind_of(p))]  # many bundles, or a run
+            remedy = f"name what it holds, such as {held[0]}" if held else "make one with kdc-edge export"
+            raise BundleError(f"{root} is no bundle: {MANIFEST} is missing; {remedy}")
         bundle = cls(root, read_manifest(root))
         bundle._check_files()
         return bundle

@@ -81,8 +81,11 @@ def user_cache() -> Path:
     return Path(base) / "kdc-edge"
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place, flush it to the disk, and rename it in."""
+def write_atomic(path: Path, content: str | bytes, *, new: bool = False) -> None:
+    """Write a file beside its place, flush it to the disk, and rename it in.
+
+    With `new`, raises FileExistsError where another process took the name before, and leaves its file.
+    """
     data = content.encode() if isinstance(content, str) else content
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -90,6 +93,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     part = path.with_name(f".{path.name}.part")
     with os.fdopen(_lock(part, wait=True, flags=os.O_RDWR | os.O_CREAT), "wb") as file:
         try:
+            if new and path.exists():  # looked at under the lock, which every writer of this name takes
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
             file.truncate()
             file.write(data)
             file.flush()
@@ -158,10 +163,28 @@ def exclusive(lock: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def check_writable(path: Path) -> None:
+    """Raise InputError for a file that could not be written, before the work whose result it is to hold."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        nearest = next(parent for parent in path.absolute().parents if parent.exists())
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> InputError:
+    """The line for a file that cannot be written."""
+    return InputError(f"{path} cannot be written: {error.strerror or error}; choose another place")
+
+
 def recover_folder(out: Path) -> None:
     """Put back the folder that a process left aside when it was killed in the middle of `_take_place`."""
+    if out.exists():  # also "." and "..", which nothing can lie beside by name
+        return
     old = _beside(out, OLD)
-    if out.exists() or not old.exists():
+    if not old.exists():
         return
     with suppress(BlockingIOError):  # its writer lives, and is about to
         lock = _new_part(part := _beside(out, PART))
@@ -216,14 +239,15 @@ def _beside(out: Path, suffix: str) -> Path:
 def _new_part(part: Path) -> int:
     """An empty folder and its lock's descriptor; BlockingIOError while another process has it."""
     while True:
-        with suppress(FileNotFoundError):  # taken for left over between these two lines: once more
-            try:
-                part.mkdir()
-            except FileExistsError:
+        try:
+            part.mkdir()
+        except FileExistsError:
+            with suppress(FileNotFoundError):  # another process was faster
                 lock = _lock(part)
                 shutil.rmtree(part)
                 os.close(lock)
-            else:
+        else:
+            with suppress(FileNotFoundError):  # taken for left over between these two lines: once more
                 return _lock(part)
 
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from kdc_edge.errors import InputError
-from kdc_edge.files import write_atomic
+from kdc_edge.files import unwritable, write_atomic
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 
@@ -87,13 +87,17 @@ def grid(images: Sequence[Pixels], columns: int) -> Pixels:
     return cells.reshape(rows * height, columns * width, 3)
 
 
-def save_png(path: Path | str, pixels: Pixels, parameters: Mapping[str, object] | None = None) -> None:
+def save_png(
+    path: Path | str, pixels: Pixels, parameters: Mapping[str, object] | None = None, *, new: bool = False
+) -> None:
     """Write pixels, uint8 (H, W, 3), as a PNG: whole, or not at all. Raises InputError as `encode_png` does, and
-    for a place that cannot be written."""
+    for a place that cannot be written; with `new`, FileExistsError where there is a file of this name."""
     try:
-        write_atomic(Path(path), encode_png(pixels, parameters))
+        write_atomic(Path(path), encode_png(pixels, parameters), new=new)
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
+        if new and Path(path).is_file():
+            raise
+        raise unwritable(Path(path), error) from None
 
 
 def encode_png(pixels: Pixels, parameters: Mapping[str, object] | None = None) -> bytes:

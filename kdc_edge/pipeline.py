@@ -256,7 +256,7 @@ class Pipeline:
                 raise InputError(
                     f"--{name} {pixels} cannot be made: this bundle's sizes are fixed, leave --width and --height out"
                 )
-            sides.append(pixels // self.model.vae_scale)
+            sides.append(int(pixels) // self.model.vae_scale)  # 64.0 is a size too
         return (1, self.model.latent_channels, sides[0], sides[1])
 
     def _initial_latents(self, requests: Sequence[Request], noise: NormalStreams) -> np.ndarray:

@@ -15,12 +15,14 @@ MAX_BYTES = 10 * 2**20
 def read_prompts(path: Path) -> list[str]:
     """One prompt a line; empty lines do not count. Raises InputError."""
     try:
-        text = read_bounded(path, MAX_BYTES, InputError).decode()
+        text = read_bounded(path, MAX_BYTES, InputError).decode("utf-8-sig")  # Windows' editors write the mark
         found = [line.strip() for line in text.splitlines() if line.strip()]
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give a text file with one prompt a line") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as text: {error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} cannot be read as text: {error}; save it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}; give a text file") from None
     if not found:
         raise InputError(f"{path} holds no prompts: write one a line")
     return found

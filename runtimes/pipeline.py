@@ -156,7 +156,7 @@ class Pipeline(path.Pipeline):
         image: ImageLike | None = None,
         strength: float | None = None,
         mask_image: ImageLike | None = None,
-        negative_prompt: str = Request.negative_prompt,
+        negative_prompt: str | None = Request.negative_prompt,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
@@ -181,7 +181,7 @@ class Pipeline(path.Pipeline):
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         seeds = spread_seeds(seed, len(prompts))
         request = self._own(
-            Request("", negative_prompt, width=width, height=height, weighted=not plain_prompt),
+            Request("", negative_prompt or "", width=width, height=height, weighted=not plain_prompt),
             sampler=scheduler, steps=num_inference_steps, guidance=guidance_scale,
         )  # fmt: skip
         request = replace(request, edit=self._edit(request, image, strength, mask_image))
@@ -197,7 +197,7 @@ class Pipeline(path.Pipeline):
         image: ImageLike | None = None,
         strength: float | None = None,
         mask_image: ImageLike | None = None,
-        negative_prompt: str = Request.negative_prompt,
+        negative_prompt: str | None = Request.negative_prompt,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int = Request.seed,
@@ -208,7 +208,7 @@ class Pipeline(path.Pipeline):
     ) -> Iterator[Step]:
         """Make one image, yielding after each step; the last one has the image. Stop by closing the generator."""
         request = self._own(
-            Request(prompt, negative_prompt, seed=seed, width=width, height=height, weighted=not plain_prompt),
+            Request(prompt, negative_prompt or "", seed=seed, width=width, height=height, weighted=not plain_prompt),
             sampler=scheduler, steps=num_inference_steps, guidance=guidance_scale,
         )  # fmt: skip
         request = replace(request, edit=self._edit(request, image, strength, mask_image))
@@ -253,7 +253,7 @@ def spread_seeds(seed: int | Sequence[int], count: int) -> list[int]:
         if len(seed) != count:
             raise InputError(f"{len(seed)} seeds are given for {count} images: give one an image, or a single one")
         return list(seed)
-    return [seed + i for i in range(count)]
+    return list(range(seed, seed + count)) if isinstance(seed, int | np.integer) else [seed] * count  # refused later
 
 
 def split_devices(device: str | None) -> dict[str, str]:

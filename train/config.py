@@ -94,8 +94,10 @@ class TrainConfig(TaskConfig):
     resolution: int | None = setting(None, "Image side in pixels; the teacher's by default.", "Data", ge=1)
     crop: Literal["center", "random"] = setting("center", "Square that an image is cut to.", "Data")
     buckets: bool = setting(False, "Group images by aspect ratio instead of cutting squares.", "Data")
-    noise_offset: float = setting(0.0, "Offset noise: a share of noise that is one for a channel.", "Data", ge=0, lt=1)
-    epochs: bool = setting(False, "Draw every new sample once an epoch, instead of each from all.", "Data")
+    noise_offset: float = setting(
+        0.0, "Weight of additional noise that is constant over a channel.", "Data", ge=0, lt=1
+    )
+    epochs: bool = setting(False, "Draw every new sample once an epoch, instead of at random from all.", "Data")
     caption_dropout: float = setting(0.1, "Share of captions emptied, for guidance.", "Data", ge=0, lt=1)
     cache: Path | None = setting(None, "Folder of encoded latents; the run's own by default.", "Data", free=True)
 

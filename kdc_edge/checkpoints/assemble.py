@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +29,9 @@ from kdc_edge.checkpoints.single_file import (
 from kdc_edge.diffusers_defaults import Settings
 from kdc_edge.diffusers_folder import PICKLES, SOURCES_FILE, hash_checkpoint, read_model
 from kdc_edge.errors import CheckpointError, InputError, require, unknown_choice
-from kdc_edge.files import atomic_folder, exclusive, read_json, sha256, user_cache, write_atomic
+from kdc_edge.files import atomic_folder, check_writable, exclusive, read_json, sha256, user_cache, write_atomic
 from kdc_edge.hub import find_checkpoint
-from kdc_edge.manifest import Source
+from kdc_edge.manifest import MANIFEST, Source
 from kdc_edge.noise_schedule import PREDICTION_TYPES
 from kdc_edge.quiet import quiet
 from kdc_edge.text import megabytes
@@ -95,6 +96,8 @@ def open_checkpoint(
     `as_teacher` refuses what can be exported but is no teacher: see `read_model`.
     """
     path = Path(source)
+    if path.is_file() and path.name in (MANIFEST, MODEL_INDEX):
+        raise CheckpointError(f"{path} is one file of a bundle or a checkpoint: name its folder, {path.parent}")
     if is_single_file(path):
         original = read_single_file(path, additions.prediction_type)
         additions.check()
@@ -146,18 +149,34 @@ def _key(path: Path, additions: Additions) -> str:
 def _assembled(path: Path, original: Original | None, additions: Additions, say: Say) -> Path:
     """The folder in the cache, made where it is not there yet; other processes wait for it."""
     name = path.resolve()
-    home = user_cache() / CHECKPOINTS
+    home = _cache()
     out = home / f"{name.stem if original else name.name}-{_key(path, additions)}"
-    with exclusive(home / f".{out.name}.lock"):
-        if not (out / SOURCES_FILE).is_file():
-            require("torch", extra="train", purpose="a single file or an addition to a checkpoint")
-            with quiet():
-                parts = Parts(path) if original is None else convert(original)
-            _assemble(out, path, parts, original, additions, say)
-            size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
-            say(f"assembled in {out}, {megabytes(size)}")
+    if not (out / SOURCES_FILE).is_file():  # else whole: another user's cache serves too, which cannot be locked
+        with _writing(home / f".{out.name}.lock"):
+            if not (out / SOURCES_FILE).is_file():
+                require("torch", extra="train", purpose="a single file or an addition to a checkpoint")
+                with quiet():
+                    parts = Parts(path) if original is None else convert(original)
+                _assemble(out, path, parts, original, additions, say)
+                size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+                say(f"assembled in {out}, {megabytes(size)}")
     read_model(out)
     return out
+
+
+def _cache() -> Path:
+    try:
+        return user_cache() / CHECKPOINTS
+    except RuntimeError:
+        raise InputError("there is no home folder for the cache: let KDC_EDGE_CACHE name a folder") from None
+
+
+def _writing(lock: Path) -> AbstractContextManager[None]:
+    try:
+        check_writable(lock)
+    except InputError as error:
+        raise InputError(f"{error}, by KDC_EDGE_CACHE") from None
+    return exclusive(lock)
 
 
 def _assemble(out: Path, path: Path, parts: Parts, original: Original | None, additions: Additions, say: Say) -> None:

@@ -108,6 +108,7 @@ def _package(frame: FrameType) -> str:
 def main() -> None:
     """Run the command that was typed; whatever ends it becomes one line and an exit code."""
     ends = _Ends()
+    _replace_closed_streams()
     arguments, debug = _without_debug(sys.argv[1:])
     try:
         ends.listen()  # before the imports, which take their time
@@ -123,6 +124,13 @@ def main() -> None:
             print(f"kdc-edge: {line}", file=sys.stderr, flush=True)
     ends.restore()
     sys.exit(code)
+
+
+def _replace_closed_streams() -> None:
+    """Let stdin, stdout and stderr that the caller closed be empty ones: else the next file opened has their number."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: PTH123, SIM115 (no Path yet)
 
 
 def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
@@ -165,10 +173,13 @@ def _outcome(error: BaseException) -> tuple[int, str | None]:
         return getattr(error, "exit_code", 1), message(explain(error))
     _suggest_ours(error)
     command = getattr(getattr(error, "ctx", None), "command_path", "kdc-edge")
+    words = usage().rstrip(".")
+    if command == "kdc-edge generate" and "unexpected extra argument" in words:
+        words += ": put quotes around the prompt"
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()  # type: ignore[attr-defined]
         return 2, None
-    return 2, message(f"{usage().rstrip('.')}: see {command} -h")
+    return 2, message(f"{words}: see {command} -h")
 
 
 def _suggest_ours(error: BaseException) -> None:

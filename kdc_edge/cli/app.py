@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import typer
 
 from kdc_edge.cli import (
@@ -21,7 +27,9 @@ from kdc_edge.cli import (
 )
 
 EXAMPLES = {  # at the end of a command's help
-    "train": ["kdc-edge train --student kdc-482m --teacher ./sd15 --task roses=./roses --task tulips=./tulips"],
+    "train": [
+        "kdc-edge train --teacher sd15 --student kdc-482m --task roses=imagefolder:roses --task fish=imagefolder:fish"
+    ],
     "export": ["kdc-edge export -t openvino -p int8", "kdc-edge export -t coreml --with safety_checker --swift"],
     "generate": [
         'kdc-edge generate "a red flower with five petals" -n 4 -o images',
@@ -42,21 +50,38 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("quickstart")(quickstart.quickstart)
-app.command("train", epilog=_examples("train"))(train.train)
-app.command("train-decoder")(train_decoder.train_decoder)
-app.command("init")(init.init)
-app.command("export", epilog=_examples("export"))(export.export)
-app.command("generate", epilog=_examples("generate"))(generate.generate)
-app.command("serve")(serve.serve)
-app.command("bench", epilog=_examples("bench"))(bench.bench)
-app.command("fit")(fit.fit)
-app.command("eval")(evaluate.evaluate)
-app.command("verify")(inspect.verify)
-app.command("info")(inspect.info)
-app.command("push")(push.push)
-app.command("devices")(devices.devices)
-app.command("formats")(inspect.formats)
+
+
+def _at_home(value: Any) -> Any:
+    """`~` in a path as the home folder, also where no shell put it in: in kdc-edge.toml, and behind `--out=`."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_at_home, value))
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value  # noqa: PTH111 (no home: as it is)
+
+
+def _add(name: str, command: Callable[..., Any]) -> None:
+    @functools.wraps(command)
+    def run(**values: Any) -> Any:
+        return command(**{key: _at_home(value) for key, value in values.items()})
+
+    app.command(name, epilog=_examples(name))(run)
+
+
+_add("quickstart", quickstart.quickstart)
+_add("train", train.train)
+_add("train-decoder", train_decoder.train_decoder)
+_add("init", init.init)
+_add("export", export.export)
+_add("generate", generate.generate)
+_add("serve", serve.serve)
+_add("bench", bench.bench)
+_add("fit", fit.fit)
+_add("eval", evaluate.evaluate)
+_add("verify", inspect.verify)
+_add("info", inspect.info)
+_add("push", push.push)
+_add("devices", devices.devices)
+_add("formats", inspect.formats)
 
 
 def _version(asked: bool) -> None:

@@ -51,37 +51,39 @@ def bench(
         str | None,
         Option(metavar="NAME[,NAME]", help="As in kdc-edge generate, in turn; the bundle's own when not given."),
     ] = None,
-    seed: Annotated[int, Option(help="Of the initial noise.")] = 0,
+    seed: Annotated[int, Option(help="Seed of the initial noise.")] = 0,
     width: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     height: Annotated[int | None, Option(help="Pixels; the model's own when not given.")] = None,
     repeats: Annotated[
         int | None,
-        Option(help="Images that count, in one process. Not given: 5 or more, in three processes when they are short."),
+        Option(help="Images to measure, in one process. Not given: 5 or more, in three processes when they are short."),
     ] = None,
-    warmup: Annotated[int, Option(help="Images before that, which do not count.")] = 1,
+    warmup: Annotated[int, Option(help="Images before the measured ones.")] = 1,
     engine: Engine = None,
     device: Annotated[
-        str | None, Option(metavar="NAME[,NAME]", help="In turn; or one a component, unet=GPU,text_encoder=CPU.")
+        str | None,
+        Option(metavar="NAME[,NAME]", help="Devices in turn; or one for each component, unet=GPU,text_encoder=CPU."),
     ] = None,
-    threads: Annotated[str | None, Option(metavar="N[,N]", help="Of the engine.")] = None,
+    threads: Annotated[str | None, Option(metavar="N[,N]", help="Threads of the engine.")] = None,
     low_memory: LowMemory = False,
     check: Check = True,
-    budget_sec: Annotated[
-        float | None, Option(help="For the whole; what is not reached is a row that says so.")
-    ] = None,
+    budget_sec: Annotated[float | None, Option(help="Seconds for all rows; rows that are not reached say so.")] = None,
     reference: Annotated[
         str | None, Option(help="A bundle or checkpoint whose images the others are compared with.")
     ] = None,
     prompts: Annotated[
-        Path | None, Option(help="A prompt a line: prompt accuracy of the garden's captions, else the CLIP score.")
+        Path | None,
+        Option(help="File of prompts to score, one a line: prompt accuracy of garden captions, else the CLIP score."),
     ] = None,
     metric_weights: Annotated[Path | None, Option(help="Folder with the weight files of CLIP.")] = None,
-    fail_under: Annotated[list[str] | None, Option(metavar="NAME=VALUE", help="Exit with 1, as psnr=30.")] = None,
+    fail_under: Annotated[
+        list[str] | None, Option(metavar="NAME=VALUE", help="Exit with 1 below a value, such as psnr=30.")
+    ] = None,
     fail_over: Annotated[
-        list[str] | None, Option(metavar="NAME=VALUE", help="Exit with 1, as end_to_end_sec=10.")
+        list[str] | None, Option(metavar="NAME=VALUE", help="Exit with 1 above a value, such as end_to_end_sec=10.")
     ] = None,
     compare: Annotated[
-        tuple[Path, Path] | None, Option(metavar="OLD.json NEW.json", help="Measure nothing: two reports side by side.")
+        tuple[Path, Path] | None, Option(metavar="OLD.json NEW.json", help="Compare two reports instead of measuring.")
     ] = None,
     format: Annotated[str, Option(help="table, md, json, csv or html.")] = "table",
     out: Annotated[Path | None, Option(help="Write to this file instead of stdout.")] = None,
@@ -94,12 +96,15 @@ def bench(
     from kdc_edge.bench.record import Report, here
     from kdc_edge.bench.reference import compare_images
     from kdc_edge.bench.values import Limit
+    from kdc_edge.files import check_writable
 
     if format not in get_args(ReportFormat):
         raise unknown_choice("--format", format, get_args(ReportFormat))
     if compare is not None:
         _write(_compared(*compare, format), out)
         return
+    if out:
+        check_writable(out)
     limits = [Limit.parse(text, "under") for text in fail_under or ()]
     limits += [Limit.parse(text, "over") for text in fail_over or ()]
     if budget_sec is not None and not budget_sec > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -26,15 +27,19 @@ IMAGES = 64  # of each task
 def evaluate(
     what: Annotated[Path | None, Argument(help="A run, or a checkpoint; the latest run.")] = None,
     task: Annotated[
-        list[str] | None, Option(metavar="NAME=SOURCE", help="What to ask for; the run's own tasks.")
+        list[str] | None, Option(metavar="NAME=SOURCE", help="A task to measure; the run's own by default.")
     ] = None,
     caption: Annotated[list[str] | None, Option(metavar="[TASK=]TEMPLATE", help="As in kdc-edge train.")] = None,
     bundles: Annotated[
         list[Path] | None,
-        Option(metavar="DIR", help="Bundles of this checkpoint, or a folder of them: does a precision forget more?"),
+        Option(
+            metavar="DIR",
+            help="Bundles of this checkpoint, or a folder of them: measure the forgetting that a precision adds.",
+        ),
     ] = None,
     images: Annotated[
-        int | None, Option(help=f"Of each task. Default: as many as the run kept of its data, {IMAGES} of the garden.")
+        int | None,
+        Option(help=f"Images of each task. Default: as many as the run kept of its data, {IMAGES} of the garden."),
     ] = None,
     teacher: Annotated[str | None, Option(help="Compare with this checkpoint's images (LPIPS).")] = None,
     metric_weights: Annotated[Path | None, Option(help="Folder with the weight files of FID, LPIPS, CLIP.")] = None,
@@ -48,7 +53,7 @@ def evaluate(
         str | None,
         Option(help="As in kdc-edge generate; DPM-Solver++ 2M, or a few-step student's own, when not given."),
     ] = None,
-    seed: Annotated[int, Option(help="Of the noise.")] = 7,
+    seed: Annotated[int, Option(help="Seed of the noise.")] = 7,
     vae: Vae = None,
     lora: LoraFiles = None,
     embedding: EmbeddingFiles = None,
@@ -56,7 +61,7 @@ def evaluate(
     as_json: Json = False,
     config: Config = None,
 ) -> None:
-    """Measure a checkpoint: of the garden offline, of other data with what weight files are here."""
+    """Measure a checkpoint: on the garden offline, on other data by the metrics whose weight files are here."""
     del config
     need_training("kdc-edge eval")
     from kdc_edge.checkpoints import Additions, open_checkpoint
@@ -146,7 +151,8 @@ def _find(what: Path | None) -> tuple[Path, Path | None]:
     what = local(what) if what else LATEST.resolve()
     checkpoint = what / "checkpoint" if (what / "checkpoint").is_dir() else what
     if (what / "config.json").is_file() and checkpoint == what:
-        raise InputError(f"{what} is not finished, it has no checkpoint: kdc-edge train --resume --out {what} first")
+        resume = f"kdc-edge train --resume --out {shlex.quote(str(what))}"
+        raise InputError(f"{what} is not finished, it has no checkpoint: {resume} first")
     return checkpoint, run_of(checkpoint)
 
 

@@ -60,7 +60,7 @@ def export(
         Path | None,
         Argument(help="A run, finished or not, a diffusers folder, or a .safetensors file. Default: the latest run."),
     ] = None,
-    task: Annotated[str | None, Option(help="The run's checkpoint after this task.")] = None,
+    task: Annotated[str | None, Option(help="Export the run's checkpoint after this task.")] = None,
     target: Annotated[str, Option("--target", "-t", help=f"One of {', '.join(targets())}.")] = "onnx",
     precision: Annotated[
         str | None, Option("--precision", "-p", help=f"See kdc-edge formats. Default: {DEFAULT_PRECISION}.")

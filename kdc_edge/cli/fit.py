@@ -43,18 +43,22 @@ def fit(
             " as a run's students of 20 and 4 steps, the bundles that are there.",
         ),
     ] = None,
-    max_size: Annotated[str | None, Option(metavar="SIZE", help="Of the bundle's folder, such as 300MB.")] = None,
-    max_sec: Annotated[float | None, Option(help="For an image, warm, from the prompt to the PNG.")] = None,
-    max_memory: Annotated[str | None, Option(metavar="SIZE", help="At the peak, such as 1GB.")] = None,
-    min_psnr: Annotated[float, Option(help="Of the image against PyTorch's, in dB.")] = GOOD_PSNR_DB,
+    max_size: Annotated[
+        str | None, Option(metavar="SIZE", help="Limit for the bundle's folder, such as 300MB.")
+    ] = None,
+    max_sec: Annotated[
+        float | None, Option(help="Limit for a warm image's seconds, from the prompt to the PNG.")
+    ] = None,
+    max_memory: Annotated[str | None, Option(metavar="SIZE", help="Limit for the peak memory, such as 1GB.")] = None,
+    min_psnr: Annotated[float, Option(help="Least PSNR of the image against PyTorch's, in dB.")] = GOOD_PSNR_DB,
     formats: Annotated[
         str | None,
         Option(
             metavar="NAME[,NAME]",
-            help="Such as onnx-fp16,openvino-int8; those that run here. `all`: what does not, too.",
+            help="Such as onnx-fp16,openvino-int8; those that run here by default, `all` for the others too.",
         ),
     ] = None,
-    bundles: Annotated[Path, Option(metavar="DIR", help="Where they are, and where exports go.")] = BUNDLES,
+    bundles: Annotated[Path, Option(metavar="DIR", help="Folder of the bundles; exports go there too.")] = BUNDLES,
     export: Annotated[bool, Option("--export/--no-export", help="Make the bundles that are missing.")] = True,
     prompt: Annotated[
         str | None, Option(help="What the images show. Not given: one of eight prompts after the other.")
@@ -63,7 +67,7 @@ def fit(
         str | None,
         Option(
             metavar="N[,N]",
-            help="The most that the budget allows is taken; 20, or a few-step student's own, when not given.",
+            help="Counts to choose from, the largest first; 20, or a few-step student's own, when not given.",
         ),
     ] = None,
     scheduler: Annotated[
@@ -71,20 +75,26 @@ def fit(
     ] = None,
     guidance: Guidance = None,
     guidance_mode: Annotated[
-        str, Option(metavar="MODE[,MODE]", help="sequential, and then low memory, where batched takes too much.")
+        str,
+        Option(
+            metavar="MODE[,MODE]",
+            help="Modes to try; sequential, and then --low-memory, only where batched takes too much memory.",
+        ),
     ] = "batched,sequential",
-    device: Annotated[str | None, Option(help="See kdc-edge devices.")] = None,
-    threads: Annotated[int | None, Option(help="Of the engine.")] = None,
-    seed: Annotated[int, Option(help="Of the initial noise.")] = 0,
+    device: Annotated[str | None, Option(help="Device of the engine; see kdc-edge devices.")] = None,
+    threads: Annotated[int | None, Option(help="Threads of the engine.")] = None,
+    seed: Annotated[int, Option(help="Seed of the initial noise.")] = 0,
     repeats: Annotated[
         int | None,
-        Option(help="Images that count, in one process. Not given: 5 or more, in three processes when they are short."),
+        Option(help="Images to measure, in one process. Not given: 5 or more, in three processes when they are short."),
     ] = None,
-    warmup: Annotated[int, Option(help="Images before that, which do not count.")] = 1,
-    budget_sec: Annotated[float | None, Option(help="For all measuring; then the best so far is named.")] = None,
+    warmup: Annotated[int, Option(help="Images before the measured ones.")] = 1,
+    budget_sec: Annotated[
+        float | None, Option(help="Seconds for all measurements; the best so far is named then.")
+    ] = None,
     out: Annotated[
         list[Path] | None,
-        Option(metavar="FILE", help="Write it too: .html the page, .md, or .json and .csv as of kdc-edge bench."),
+        Option(metavar="FILE", help="Write a file too: .html (a page), .md, .json or .csv, as kdc-edge bench does."),
     ] = None,
     as_json: Json = False,
     config: Config = None,
@@ -95,6 +105,7 @@ def fit(
     from kdc_edge.bench.case import Case, first_and_more
     from kdc_edge.bench.search import MODES, first_level, search
     from kdc_edge.cli.progress import MeasuringBar
+    from kdc_edge.files import check_writable
     from kdc_edge.hub import local
     from kdc_edge.noise_schedule import NoiseSchedule
     from kdc_edge.samplers import DEFAULT_SAMPLER, make_sampler
@@ -111,6 +122,7 @@ def fit(
     for path in out or ():
         if path.suffix not in FILES:
             raise InputError(f"--out {path} is of no known kind: give it a name that ends in {', '.join(FILES)}")
+        check_writable(path)
     first, more = first_and_more(prompt)
     request = make_request(first, guidance_mode=None, guidance_interval="0.0:1.0", seed=seed, low_memory=False)
     base = Case(Path(), request, repeats, warmup, device=device, threads=threads, more_prompts=more)

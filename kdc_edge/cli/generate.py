@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
@@ -29,6 +30,11 @@ from kdc_edge.cli.options import (
 )  # fmt: skip
 from kdc_edge.cli.project import Config, best_bundle, open_folder, say
 from kdc_edge.errors import InputError
+from kdc_edge.files import check_writable
+
+if TYPE_CHECKING:
+    from kdc_edge.image import Pixels
+    from kdc_edge.request import Request
 
 _CHANGE, _SAMPLING, _SIZE = "Change an image", "Sampling", "Size"  # groups of options
 NAME_CHARS, NAME_BYTES = 60, 150  # of a prompt in a file's name
@@ -82,7 +88,9 @@ def generate(
     guidance_interval: GuidanceInterval = "0.0:1.0",
     seed: Annotated[
         str,
-        Option(help="Of the noise. One counts up from image to image; a list, 1,2,3, holds for each prompt."),
+        Option(
+            help="Seed of the noise. One seed counts up from image to image; a list, 1,2,3, is used for each prompt."
+        ),
     ] = "0",
     scheduler: Annotated[
         str | None,
@@ -125,7 +133,6 @@ def generate(
     from kdc_edge.checkpoints import Additions
     from kdc_edge.cli.progress import ProgressBar
     from kdc_edge.hub import label, local
-    from kdc_edge.image import save_png
     from kdc_edge.prompt_weights import overflow
     from kdc_edge.prompts import read_prompts
     from kdc_edge.request import describe, own_request
@@ -177,9 +184,7 @@ def generate(
                     progress.step(finished, f"{which}timestep {done.timestep}")
                 if done.pixels is not None:
                     asked = batch[done.step - 1]
-                    path = out if out and out.suffix else free_name(out or Path(), asked.prompt, asked.seed)
-                    save_png(path, done.pixels, describe(asked, done.pixels, label(bundle)))
-                    typer.echo(path)
+                    typer.echo(_save(out, asked, done.pixels, describe(asked, done.pixels, label(bundle))))
                     if done.nsfw:
                         say(f"image {made + done.step} was blanked by the safety checker: try another seed or prompt")
             made += len(batch)
@@ -201,11 +206,27 @@ def prompts_and_seeds(prompts: list[str], images: int | None, seeds: list[int]) 
 def check_out(out: Path | None, images: int) -> None:
     """Raise InputError for a place that cannot take so many images."""
     if out is None or (not out.suffix and not out.is_file()):
+        check_writable((out or Path()) / "image.png")
         return
     if out.suffix.lower() != ".png":
         raise InputError(f"--out {out} is no PNG file: give it a name that ends in .png, or name a folder")
     if images > 1:
         raise InputError(f"--out {out} is one file for {images} images: name a folder")
+    check_writable(out)
+
+
+def _save(out: Path | None, asked: Request, pixels: Pixels, parameters: Mapping[str, object]) -> Path:
+    """Write the image to the file `out`, or under a free name in the folder `out`; its path."""
+    from kdc_edge.image import save_png
+
+    if out and out.suffix:
+        save_png(out, pixels, parameters)
+        return out
+    while True:
+        path = free_name(out or Path(), asked.prompt, asked.seed)
+        with suppress(FileExistsError):  # another process was faster: the next name
+            save_png(path, pixels, parameters, new=True)
+            return path
 
 
 def free_name(folder: Path, prompt: str, seed: int) -> Path:

@@ -25,11 +25,13 @@ GuidanceInterval = Annotated[
     str, typer.Option(metavar="FROM:TO", help="Fractions of the steps with guidance, such as 0.0:0.7.")
 ]
 _ENGINE = "Engine"  # the panel of how it is computed
-Engine = Annotated[str | None, typer.Option(help="See kdc-edge devices.", rich_help_panel=_ENGINE)]
+Engine = Annotated[
+    str | None, typer.Option(help="Engine that computes; see kdc-edge devices.", rich_help_panel=_ENGINE)
+]
 Device = Annotated[
     str | None,
     typer.Option(
-        help="One for all, or one a component: unet=GPU,text_encoder=CPU. See kdc-edge devices.",
+        help="Device for all components, or one for each: unet=GPU,text_encoder=CPU. See kdc-edge devices.",
         rich_help_panel=_ENGINE,
     ),
 ]
@@ -62,14 +64,14 @@ PredictionType = Annotated[
         help="epsilon, v_prediction or sample: what the U-Net predicts, where the checkpoint's files do not say it.",
     ),
 ]  # fmt: skip
-Threads = Annotated[int | None, typer.Option(help="Of the engine.", rich_help_panel=_ENGINE)]
+Threads = Annotated[int | None, typer.Option(help="Threads of the engine.", rich_help_panel=_ENGINE)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Exact = Annotated[
     bool,
     typer.Option(
         "--exact",
         rich_help_panel=_ENGINE,
-        help="32-bit arithmetic where the engine would take fewer: slower, nearer PyTorch.",
+        help="Compute in 32 bits where the engine would use fewer: slower, closer to PyTorch.",
     ),
 ]
 Check = Annotated[

@@ -37,7 +37,7 @@ def _load_settings(context: typer.Context, path: Path | None) -> Path | None:
         return None
     path = path or SETTINGS
     try:
-        settings = tomllib.loads(read_bounded(path, MAX_SETTINGS_BYTES, InputError).decode())
+        settings = tomllib.loads(read_bounded(path, MAX_SETTINGS_BYTES, InputError).decode("utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give --config the name of a TOML file") from None
     except (ValueError, RecursionError) as error:
@@ -125,6 +125,8 @@ def find_checkpoint(what: Path, task: str | None = None) -> Path:
     """A checkpoint's folder; of a run the final one, that after a task, or one written of its newest state."""
     if task is None and ((what / "model_index.json").is_file() or not (what / "config.json").is_file()):
         return what
+    if (what.parent / "model_index.json").is_file():
+        raise InputError(f"{what} is one network of a checkpoint: name the checkpoint's folder, {what.parent}")
     need_training("the checkpoint of a run")
     from kdc_edge.train.config import TrainConfig
 

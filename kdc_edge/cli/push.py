@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -14,10 +15,11 @@ from kdc_edge.cli.project import Config, say
 def push(
     folder: Annotated[Path, Argument(metavar="BUNDLE|CHECKPOINT", help="The folder.")],
     name: Annotated[str, Argument(metavar="OWNER/NAME", help="The repository; made where there is none.")],
-    private: Annotated[bool, Option("--private", help="For its owner alone, if it is new.")] = False,
-    revision: Annotated[str | None, Option(help="A branch; made where there is none. The main one by default.")] = None,
+    private: Annotated[bool, Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, Option(help="Branch, made where there is none; the main one by default.")] = None,
     licence: Annotated[
-        str | None, Option("--licence", "--license", metavar="ID", help="The hub's name of it, such as apache-2.0.")
+        str | None,
+        Option("--licence", "--license", metavar="ID", help="Licence by the hub's name, such as apache-2.0."),
     ] = None,
     base_model: Annotated[
         str | None,
@@ -63,7 +65,6 @@ def _measurements(path: Path, folder: Path) -> str:
         wanted = (made.target, made.precision, made.provenance.checkpoint_sha256)
         same = [row for row in report.rows if (row.target, row.precision, row.checkpoint_sha256) == wanted]
     if not same:
-        raise InputError(
-            f"--bench {path} has no row of {folder}: measure it with kdc-edge bench {folder} --format json"
-        )
+        measure = f"kdc-edge bench {shlex.quote(str(folder))} --format json"
+        raise InputError(f"--bench {path} has no row of {folder}: measure it with {measure}")
     return as_markdown(show(same), report.environment)

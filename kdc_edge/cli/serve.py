@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -38,8 +39,10 @@ def serve(
     exact: Exact = False,
     config: Config = None,
 ) -> None:
-    """Serve a page that draws while one types, and images in the shape of OpenAI's interface."""
+    """Serve a page that draws while you type, and an HTTP interface in the shape of OpenAI's."""
     del config
+    import socket
+
     from kdc_edge.errors import InputError, require
     from kdc_edge.hub import label, local
     from kdc_edge.request import Request, own_request
@@ -51,6 +54,8 @@ def serve(
     from kdc_edge.serve.body import Limits
     from kdc_edge.serve.worker import Worker
 
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise InputError("--token is empty, or has characters that no header carries: use ASCII without spaces")
     if host not in ("127.0.0.1", "localhost", "::1") and token is None:
         say(f"--host {host} makes the server reachable from the network: give a --token to restrict it")
     bundle = local(bundle) if bundle else None
@@ -68,11 +73,11 @@ def serve(
         timeout_keep_alive=10, h11_max_incomplete_event_size=64 * 1024, timeout_graceful_shutdown=5,
     )  # fmt: skip
     server = uvicorn.Server(listening)
-    try:
-        sock = listening.bind_socket()
-    except SystemExit:  # uvicorn's word for a port that cannot be had
-        raise InputError(f"--port {port} is not available on {host}: choose another, or 0 for a free one") from None
-    sock.listen()  # who comes between this line and the server's start waits
+    try:  # not by uvicorn, which prints a line of its own; who comes before the server's start waits
+        sock = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        reason = str(error.strerror or error).partition(" (")[0]  # create_server repeats the address in brackets
+        raise InputError(f"{host}:{port}: {reason}: choose another --host or --port, 0 for a free one") from None
     say(f"http://{host}:{sock.getsockname()[1]}/{f'#token={token}' if token else ''}  (Ctrl-C ends)")
     try:
         server.run(sockets=[sock])

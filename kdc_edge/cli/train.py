@@ -38,7 +38,7 @@ def train(
     out: Annotated[Path | None, Option(help="The run's folder; the next one in runs/ when not given.")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on with --out, or with the latest run.")] = False,
     continue_from: Annotated[
-        Path | None, Option(metavar="RUN", help="Add --task to a finished run, with its memory of the earlier ones.")
+        Path | None, Option(metavar="RUN", help="Add --task to a finished run; its replay buffer is kept.")
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the plan: steps, memory, disk; train nothing.")] = False,
     benchmark: Annotated[int, Option(metavar="N", help="Measure N steps and stop; nothing is kept.")] = 0,

@@ -17,7 +17,7 @@ from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kdc_edge.checkpoints import Additions, open_checkpoint
+from kdc_edge.checkpoints import Additions, assemble, open_checkpoint
 from kdc_edge.checkpoints.single_file import GUIDANCE, read_single_file
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError, InputError
@@ -78,6 +78,23 @@ def test_the_folder_is_made_once_and_names_its_file(sd1: Model, tmp_path: Path) 
     other = tmp_path / sd1.file.name
     other.write_bytes(sd1.file.read_bytes())
     assert open_checkpoint(other) != first
+
+
+def test_a_cache_of_another_user_serves_and_one_that_cannot_be_written_is_named(
+    sd1: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = open_checkpoint(sd1.file)
+
+    def refuse(_: Path) -> None:
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(assemble, "exclusive", refuse)
+        assert open_checkpoint(sd1.file) == folder
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KDC_EDGE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(InputError, match="cannot be written: Not a directory; choose another place, by KDC_EDGE_CACHE"):
+        open_checkpoint(sd1.file)
 
 
 def test_half_precision_stays_as_it_is(sd1: Model, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 from PIL import Image
 
 from kdc_edge.cli import main
+from kdc_edge.cli.app import EXAMPLES
 from tests.forks import MAIN, Fork
 
 
@@ -124,12 +127,43 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
     assert "kdc-edge export" in complaint("bench", cwd=tmp_path)
     assert "kdc-edge train" in complaint("export", cwd=tmp_path)
     assert "nowhere" in complaint("export", "nowhere", cwd=tmp_path)
+    (tmp_path / "sd15" / "unet").mkdir(parents=True)
+    for name in ("sd15/model_index.json", "sd15/unet/config.json"):
+        (tmp_path / name).write_text("{}")
+    assert "name the checkpoint's folder, sd15" in complaint("export", "sd15/unet", cwd=tmp_path)
+    (tmp_path / "many" / "a").mkdir(parents=True)
+    (tmp_path / "many" / "a" / "kdc-edge.json").write_text("{}")
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint" / "model_index.json").write_text("{}")
+    for folder, held in (("many", "many/a"), ("run", "run/checkpoint")):
+        said = complaint("generate", "x", "--bundle", folder, cwd=tmp_path)
+        assert f"{folder} is no bundle: kdc-edge.json is missing; name what it holds, such as {held}" in said
+    assert "name its folder, many/a" in complaint("generate", "x", "--bundle", "many/a/kdc-edge.json", cwd=tmp_path)
     assert "int3" in complaint("export", "nowhere", "--precision", "int3", cwd=tmp_path, code=2)
     assert "abacus" in complaint("export", "nowhere", "--target", "abacus", cwd=tmp_path, code=2)
     assert "nowhere" in complaint("train", "--teacher", "nowhere", cwd=tmp_path)
     assert "kdc-9000" in complaint("train", "--student", "kdc-9000", cwd=tmp_path, code=2)
     assert "no run to resume" in complaint("train", "--resume", cwd=tmp_path)
     assert "nowhere.toml" in complaint("bench", "--config", "nowhere.toml", cwd=tmp_path)
+
+
+def test_an_images_folder_needs_its_kind_which_the_help_shows(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    said = complaint("train", "--task", "a=photos", cwd=tmp_path)
+    assert said == "kdc-edge: photos is a folder: write imagefolder:photos for images with captions in it"
+    assert "letters, digits" in complaint("train", "--task", "two words=imagefolder:photos", cwd=tmp_path)
+    example = shlex.split(EXAMPLES["train"][0])[1:]
+    assert "roses is no folder" in complaint(*example, cwd=tmp_path)
+
+
+def test_a_server_that_cannot_listen_says_why(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("serve", "--port", port, cwd=tmp_path, code=1)
+    assert f"127.0.0.1:{port}: Address already in use: choose another" in done.stderr
+    assert "ERROR" not in done.stderr
+    for token in ("", "a b", "a\nb", "ü"):
+        assert "--token is empty, or has characters" in complaint("serve", "--token", token, cwd=tmp_path)
 
 
 def test_settings_that_do_not_exist_are_named(tmp_path: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from kdc_edge.cli import generate
 from kdc_edge.cli.generate import free_name, prompts_and_seeds
 from kdc_edge.image import read_parameters
+from kdc_edge.prompts import read_prompts
 from tests.cli.test_commands import complaint, run
 
 
@@ -70,6 +74,65 @@ def test_what_is_refused(bundle: Path, tmp_path: Path, arguments: list[object], 
     assert words in complaint("generate", *arguments, "--bundle", bundle, cwd=tmp_path)
 
 
+def test_a_prompts_file_from_windows_holds_the_prompts_alone(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa red flower\r\n\r\n  \r\na blue fish\r\n".encode())
+    assert read_prompts(tmp_path / "prompts.txt") == ["a red flower", "a blue fish"]
+    (tmp_path / "prompts.txt").write_text("a red flower", "utf-16")
+    assert "save it as UTF-8" in complaint("generate", "--prompts", "prompts.txt", cwd=tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_an_image_is_made(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    for out in ("folder.png", "/dev/null", "/dev/null/x.png", "/proc/x.png", "x" * 300 + ".png"):
+        done = run("generate", "x", "--out", out, "--bundle", bundle, cwd=tmp_path, code=1)
+        assert "cannot be written" in done.stderr
+        assert len(done.stderr.splitlines()) == 1  # no step was taken
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_a_name_that_another_process_takes_meanwhile_is_left_to_it(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x-0.png").write_bytes(b"of another process")
+    answers = iter([tmp_path / "x-0.png"])  # free when it was looked at
+    monkeypatch.setattr(generate, "free_name", lambda *asked: next(answers, None) or free_name(*asked))
+    done = run("generate", "x", "--steps", 1, "--bundle", bundle, cwd=tmp_path)
+    assert done.stdout == "x-0-2.png\n"
+    assert (tmp_path / "x-0.png").read_bytes() == b"of another process"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-0-2.png", "x-0.png"]
+
+
+def test_a_tilde_is_the_home_folder(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, work = tmp_path / "home", tmp_path / "work"
+    home.mkdir()
+    work.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    (home / "b").symlink_to(bundle)
+    (work / "kdc-edge.toml").write_text('[generate]\nbundle = "~/b"\n')
+    run("generate", "x", "--steps", 1, "--out=~/x.png", cwd=work)
+    assert (home / "x.png").is_file()
+    assert [path.name for path in work.iterdir()] == ["kdc-edge.toml"]
+
+
+def test_closed_streams_lose_their_lines_alone(bundle: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "kdc_edge",
+        "generate",
+        "x",
+        "--steps",
+        "1",
+        "--bundle",
+        str(bundle),
+        "-o",
+        "x.png",
+    ]
+    subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], cwd=tmp_path, check=True)
+    Image.open(tmp_path / "x.png").load()
+
+
 def test_a_prompt_or_a_file_of_them(tmp_path: Path) -> None:
     assert "give a prompt" in run("generate", cwd=tmp_path, code=2).stderr
+    assert "put quotes around the prompt" in run("generate", "a", "red", "flower", cwd=tmp_path, code=2).stderr
     assert "give a prompt" in run("generate", "x", "--prompts", "y.txt", cwd=tmp_path, code=2).stderr

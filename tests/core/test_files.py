@@ -92,6 +92,18 @@ def test_atomic_folder_puts_the_old_one_back_when_the_rename_fails(
     assert left_over(tmp_path) == ["out"]
 
 
+def test_atomic_folder_where_no_folder_can_be_made_raises_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([FileNotFoundError])  # as in /proc; asked again, StopIteration
+
+    def mkdir(path: Path, **_: object) -> None:
+        if path.name == ".out.part-new":
+            raise next(answers)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(FileNotFoundError), atomic_folder(Path("out")):
+        pass
+
+
 def test_atomic_folder_leaves_foreign_folders_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="holds other files"), atomic_folder(tmp_path, marker="mark"):

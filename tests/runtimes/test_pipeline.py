@@ -107,6 +107,19 @@ def test_seeds_are_one_an_image(pipeline: Pipeline) -> None:
         pipeline("a", seed=-1)
 
 
+def test_what_diffusers_callers_write_is_taken(pipeline: Pipeline) -> None:
+    as_here = pipeline("a", num_inference_steps=1)
+    as_there = pipeline("a", num_inference_steps=1, negative_prompt=None, width=128 / 2, height=np.int64(64))
+    assert as_here.images[0].tobytes() == as_there.images[0].tobytes()
+    with pytest.raises(InputError, match="the seed is None"):
+        pipeline("a", seed=None)  # type: ignore[arg-type]
+
+
+def test_the_working_folder_is_a_bundle_too(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bundle)
+    Pipeline.open(".")
+
+
 def test_a_stream_has_previews_and_ends_with_the_image(pipeline: Pipeline) -> None:
     options: dict[str, Any] = {"seed": 1, "num_inference_steps": 3, "scheduler": "pndm"}
     steps = list(pipeline.stream("a red flower", **options))

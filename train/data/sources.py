@@ -92,6 +92,8 @@ def open_source(text: str, *, caption: Template = None) -> Source:
     """`KIND:WHAT` as a source that exists; `caption` is a template with `{name}`, or several. Raises InputError."""
     kind, _, what = text.partition(":")
     if kind not in SOURCES:
+        if Path(text).is_dir():
+            raise InputError(f"{text} is a folder: write imagefolder:{text} for images with captions in it")
         raise InputError(f"unknown data source {kind!r} in {text!r}: choose from {', '.join(SOURCES)}")
     if not what:
         raise InputError(f"the data source {text!r} names nothing: write for example imagefolder:photos")

@@ -64,5 +64,8 @@ def parse_tasks(texts: Sequence[str], captions: Sequence[str] = ()) -> tuple[Tas
 def _split(text: str) -> Task:
     name, equals, source = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
-        raise InputError(f"--task {text!r} is not NAME=SOURCE: write for example flowers=garden:flowers")
+        raise InputError(
+            f"--task {text!r} is not NAME=SOURCE, the name of 1 to 64 letters, digits, - and _: write for example"
+            " flowers=garden:flowers or roses=imagefolder:photos/roses"
+        )
     return Task(name, source)

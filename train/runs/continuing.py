@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -135,7 +136,7 @@ def _finished(run: Path) -> tuple[TrainConfig, Path]:
         raise CheckpointError(f"{run} is no run with saved states: name the folder of a run, such as runs/001")
     saved = TrainConfig.load(run)
     if load_state(run)[0].task < len(saved.tasks):
-        raise CheckpointError(f"{run} is not finished: kdc-edge train --resume --out {run} first")
+        raise CheckpointError(f"{run} is not finished: kdc-edge train --resume --out {shlex.quote(str(run))} first")
     return saved, states[0]
 
 

@@ -8,26 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
-import threading
-import time
 import traceback
-from types import FrameType
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from sys import UnraisableHookArgs
+from kdc_edge.cli.signals import INTERRUPTED, WORDS, Signals
 
 __all__ = ["main"]
 
-INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-WORDS = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
-RESEND_SEC = 0.05
-# Imports that a signal does not cut short: torch runs some of its own from C++, where an exception aborts the process;
-# numpy turns whatever ends it into an ImportError, which others catch.
-WHOLE_IMPORTS = {"torch", "numpy"}
-LONGEST_IMPORT_SEC = 20.0
 OTHER_NAMES = {  # of options in other programs -> here
     "--num-inference-steps": "--steps",
     "--num_inference_steps": "--steps",
@@ -39,75 +26,9 @@ OTHER_NAMES = {  # of options in other programs -> here
 }
 
 
-class _Ends:
-    """The signals that end a command: each becomes an exception, so that what was half done is removed."""
-
-    def __init__(self) -> None:
-        self.code: int | None = None
-        self._since = 0.0
-        self._again: threading.Timer | None = None
-        self._hook = sys.unraisablehook
-
-    def listen(self) -> None:
-        """Take the signals from now on."""
-        sys.unraisablehook = self._unraisable
-        with contextlib.suppress(ValueError):  # not in the main thread, where nobody sends us signals
-            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
-                signal.signal(signal.SIGINT, self._end)
-            signal.signal(signal.SIGTERM, self._end)
-
-    def _end(self, number: int, frame: FrameType | None) -> None:
-        if self.code is None:
-            self._since = time.monotonic()
-        self.code = 128 + number
-        if _importing(frame) and time.monotonic() - self._since < LONGEST_IMPORT_SEC:
-            self._send_again()
-        elif self.code == INTERRUPTED:
-            raise KeyboardInterrupt
-        else:
-            raise SystemExit(self.code)
-
-    def _send_again(self) -> None:
-        """Send the signal again, a moment later."""
-        if self.code is not None:
-            self._again = threading.Timer(RESEND_SEC, os.kill, (os.getpid(), self.code - 128))
-            self._again.daemon = True
-            self._again.start()
-
-    def _unraisable(self, failure: UnraisableHookArgs) -> None:
-        """Send the signal again where a finalizer or a callback of the interpreter swallowed it."""
-        if self.code is None or not isinstance(failure.exc_value, KeyboardInterrupt | SystemExit):
-            self._hook(failure)
-        else:
-            self._send_again()
-
-    def restore(self) -> None:
-        """To what ends a process silently: Python's own shutdown would print a traceback."""
-        if self._again is not None:
-            self._again.cancel()
-        sys.unraisablehook = self._hook
-        with contextlib.suppress(ValueError):
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    signal.signal(number, signal.SIG_DFL)
-
-
-def _importing(frame: FrameType | None) -> bool:
-    """Whether one of WHOLE_IMPORTS is being imported where `frame` runs."""
-    while frame is not None:
-        if frame.f_code.co_name == "<module>" and _package(frame) in WHOLE_IMPORTS:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _package(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
-
-
 def main() -> None:
     """Run the command that was typed; whatever ends it becomes one line and an exit code."""
-    ends = _Ends()
+    ends = Signals()
     _replace_closed_streams()
     arguments, debug = _without_debug(sys.argv[1:])
     try:

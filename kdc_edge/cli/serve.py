@@ -68,16 +68,16 @@ def serve(
     worker = Worker(pipeline, name=label(bundle), waiting=waiting)
     names = frozenset(allow_host or ()) | ({"*"} if host == "0.0.0.0" and token else frozenset({host}))
     app = make_app(worker, limits=Limits(images=max_images, steps=max_steps), token=token, hosts=names)
-    listening = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", access_log=False, limit_concurrency=256,
-        timeout_keep_alive=10, h11_max_incomplete_event_size=64 * 1024, timeout_graceful_shutdown=5,
-    )  # fmt: skip
-    server = uvicorn.Server(listening)
     try:  # not by uvicorn, which prints a line of its own; who comes before the server's start waits
         sock = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         reason = str(error.strerror or error).partition(" (")[0]  # create_server repeats the address in brackets
         raise InputError(f"{host}:{port}: {reason}: choose another --host or --port, 0 for a free one") from None
+    listening = uvicorn.Config(
+        app, host=host, port=port, log_level="warning", access_log=False, limit_concurrency=256,
+        timeout_keep_alive=10, h11_max_incomplete_event_size=64 * 1024, timeout_graceful_shutdown=5,
+    )  # fmt: skip
+    server = uvicorn.Server(listening)
     say(f"http://{host}:{sock.getsockname()[1]}/{f'#token={token}' if token else ''}  (Ctrl-C ends)")
     try:
         server.run(sockets=[sock])

@@ -125,9 +125,9 @@ def test_debug_is_a_word_behind_two_dashes(tmp_path: Path) -> None:
     assert "--debug" in run("info", "--", "--debug", cwd=tmp_path, code=1).stderr
 
 
-def ended(arguments: list[str], how: signal.Signals, after_sec: float, cwd: Path) -> tuple[int, str]:
+def ended(arguments: list[str], how: signal.Signals, after_sec: float, cwd: Path, code: str = MAIN) -> tuple[int, str]:
     with subprocess.Popen(
-        [sys.executable, "-c", MAIN, *arguments], cwd=cwd, env=ENVIRONMENT, text=True,
+        [sys.executable, "-c", code, *arguments], cwd=cwd, env=ENVIRONMENT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # background jobs ignore it
     ) as running:  # fmt: skip
@@ -186,13 +186,50 @@ def test_an_import_that_must_be_whole_is_not_cut_short_unless_it_hangs(
         "pathlib.Path('imported').touch()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("kdc_edge.cli.WHOLE_IMPORTS", {whole})
-    monkeypatch.setattr("kdc_edge.cli.LONGEST_IMPORT_SEC", limit_sec)
+    monkeypatch.setattr("kdc_edge.cli.signals.WHOLE_IMPORTS", {whole})
+    monkeypatch.setattr("kdc_edge.cli.signals.LONGEST_IMPORT_SEC", limit_sec)
     monkeypatch.setattr("kdc_edge.bundle.Bundle.open", lambda _: (__import__("imported_while_ended"), time.sleep(20)))
     (tmp_path / "cwd").mkdir()
     assert run("info", tmp_path, cwd=tmp_path / "cwd", code=143).stderr == "kdc-edge: terminated\n"
     sys.modules.pop("imported_while_ended", None)
     assert (tmp_path / "cwd" / "imported").exists() == imported
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_ends_a_call_that_python_cannot(tmp_path: Path, how: signal.Signals, code: int, word: str) -> None:
+    """Such as that of an engine at a large size, here one that would take hours."""
+    stuck = (
+        "import hashlib, kdc_edge.bundle, kdc_edge.cli.signals\n"
+        "kdc_edge.cli.signals.LONGEST_CALL_SEC = 0.2\n"
+        "def stuck(_):\n"
+        "    print('ready', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"
+        "kdc_edge.bundle.Bundle.open = stuck\n"
+        "kdc_edge.cli.main()"
+    )
+    assert ended(["info", "x"], how, 0.1, tmp_path, stuck) == (code, f"kdc-edge: {word}\n")
+
+
+def test_a_signal_of_a_forked_child_does_not_end_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork(_: object) -> None:
+        read, write = os.pipe()
+        if (child := os.fork()) == 0:
+            signal.signal(signal.SIGTERM, lambda *_: None)
+            os.write(write, b"ready")
+            time.sleep(60)
+            os._exit(0)
+        os.read(read, 5)
+        os.kill(child, signal.SIGTERM)
+        time.sleep(0.5)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise BundleError("the parent goes on")
+
+    monkeypatch.setattr("kdc_edge.cli.signals.LONGEST_CALL_SEC", 0.1)
+    monkeypatch.setattr("kdc_edge.bundle.Bundle.open", fork)
+    assert complaint("info", tmp_path, cwd=tmp_path) == "kdc-edge: the parent goes on"
 
 
 class Finalized:

@@ -158,11 +158,12 @@ class Trainer:
             task = config.tasks[position.task]
             with self.watch("prepare"):
                 latents = self.teacher.latents(task)
-                self.teacher.prepare_text([*latents.captions, *self.replay.captions, ""])
             if position.step == 0:
                 self.student.begin_task()
                 with self.watch("strategy"):
                     self.strategy.begin_task(position.task, self.generator)
+            with self.watch("prepare"):
+                self.teacher.prepare_text([*latents.captions, *self.replay.captions, ""])
             while position.step < config.steps:
                 yield self._step(task, latents)
                 if config.sample_every and position.total % config.sample_every == 0:

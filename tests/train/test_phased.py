@@ -25,6 +25,7 @@ from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.loop import Trainer
 from kdc_edge.train.objectives.phased import Grid, Jump, Phased, phase_ends, pseudo_huber
 from kdc_edge.train.runs.continuing import begin_stage
+from kdc_edge.train.runs.states import load_state
 from kdc_edge.train.stepping import StepDone
 from tests.train.test_loop import TASKS, config, weights
 
@@ -111,6 +112,22 @@ def test_a_stage_begins_with_the_runs_average_and_memory(two_tasks: Path, tmp_pa
     assert isinstance(event, StepDone)
     assert set(event.losses) == {"phased", "total"}
     assert len(event.by_timestep) == 2  # a value a phase
+
+
+@pytest.mark.parametrize(
+    ("budget", "kept"), [({"replay": 18, "strategy": "captions"}, 18), ({"replay_mb": 0.04}, 9), ({}, 6)]
+)
+def test_a_larger_replay_budget_of_a_stage_is_filled_from_all_its_tasks(
+    two_tasks: Path, tmp_path: Path, budget: dict[str, object], kept: int
+) -> None:
+    """Before its first step; the run kept 6 of 24 samples, which the stage goes on with where it has the same budget."""
+    settings = begin_stage(two_tasks, tmp_path / "stage", few_steps(steps=1, **budget))
+    trainer = Trainer(settings, tmp_path / "stage", resume=True)
+    next(iter(trainer.run()))
+    assert len(trainer.replay) == kept
+    assert set(trainer.replay.tasks) == {"flowers", "butterflies"}
+    before = set(load_state(two_tasks)[2].keys.tolist())
+    assert (set(trainer.replay.keys.tolist()) == before) == (not budget)
 
 
 def test_a_stage_has_checkpoints_of_its_own_and_the_teacher_that_is_given(two_tasks: Path, tmp_path: Path) -> None:

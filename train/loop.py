@@ -63,6 +63,7 @@ from kdc_edge.train.runs.tracking import Tracker
 from kdc_edge.train.stepping import MicroBatch, StepDone, Stepper
 from kdc_edge.train.strategies.buffer import ReplayBuffer
 from kdc_edge.train.strategies.registry import STRATEGIES
+from kdc_edge.train.teachers import check_teacher
 
 PROMPTS_A_TASK = 64  # captions that are written beside the weights
 # first parts of a state's names
@@ -91,7 +92,10 @@ def check_run(config: TrainConfig, run: Path, *, resume: bool) -> tuple[Accelera
     if config.quality != "auto":
         check_quality(config.quality, config, metrics)
     if resume and (run / "config.json").is_file():
-        check_same(config, read_json(run / "config.json", KdcError))
+        saved = read_json(run / "config.json", KdcError)
+        check_same(config, saved)
+        if config.teacher != config.from_json(saved).teacher:  # which has moved
+            check_teacher(run, config.teacher)
     else:
         refuse_foreign_folder(run, None)
     return accelerator, model, metrics

@@ -120,7 +120,7 @@ def test_a_stage_begins_with_the_runs_average_and_memory(two_tasks: Path, tmp_pa
 def test_a_larger_replay_budget_of_a_stage_is_filled_from_all_its_tasks(
     two_tasks: Path, tmp_path: Path, budget: dict[str, object], kept: int
 ) -> None:
-    """Before its first step; the run kept 6 of 24 samples, which the stage goes on with where it has the same budget."""
+    """Before its first step; the run kept 6 of 24, with which the stage goes on where it has the same budget."""
     settings = begin_stage(two_tasks, tmp_path / "stage", few_steps(steps=1, **budget))
     trainer = Trainer(settings, tmp_path / "stage", resume=True)
     next(iter(trainer.run()))

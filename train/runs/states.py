@@ -26,6 +26,7 @@ from kdc_edge.files import atomic_folder, read_json, refuse_foreign_folder, writ
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.distributed import on_main_process
 from kdc_edge.train.strategies.buffer import ReplayBuffer
+from kdc_edge.train.teachers import note_teacher
 
 REPLAY_BEFORE = "replay-before.safetensors"
 MODEL_FILE = "model.json"  # kdc_edge.manifest.Model: how the student is sampled
@@ -131,13 +132,16 @@ def claim_run(run: Path, config: TrainConfig, accelerator: Accelerator, *, resum
             half.unlink()
     if resume and path.is_file():
         saved = TrainConfig.load(run)
-        if accelerator.is_main_process and saved.teacher != config.teacher:  # which has moved: `check_same`
-            write_atomic(path, json.dumps(replace(saved, teacher=config.teacher).as_json(), indent=2))
+        if accelerator.is_main_process:
+            if saved.teacher != config.teacher:  # which has moved: `check_same`
+                write_atomic(path, json.dumps(replace(saved, teacher=config.teacher).as_json(), indent=2))
+            note_teacher(run, config.teacher)
         return
 
     def claim() -> None:
         refuse_foreign_folder(run, None)
         write_atomic(path, json.dumps(config.as_json(), indent=2))
+        note_teacher(run, config.teacher)
 
     accelerator.wait_for_everyone()  # all have looked before one writes
     on_main_process(accelerator, claim)

@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from kdc_edge.cli.project import find_checkpoint
+from kdc_edge.cli.train import _said_of_weights
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.image import psnr_db
@@ -108,6 +109,7 @@ def test_a_stage_begins_with_the_runs_average_and_memory(two_tasks: Path, tmp_pa
     expected = weights(two_tasks)
     assert all(torch.equal(t, expected[n]) for n, t in trainer.student.network.state_dict().items())
     assert set(trainer.replay.tasks) == {"flowers", "butterflies"}
+    assert _said_of_weights(trainer) == "garden-student: 396 weights from the saved state, teacher garden-teacher"
     event = next(iter(trainer.run()))
     assert isinstance(event, StepDone)
     assert set(event.losses) == {"phased", "total"}
@@ -208,6 +210,7 @@ def test_a_run_may_start_from_a_checkpoint_of_its_own_shape(two_tasks: Path, tmp
     trainer = Trainer(few_steps(start=two_tasks / "checkpoint"), tmp_path / "started")
     expected = weights(two_tasks)
     assert all(torch.equal(t, expected[n]) for n, t in trainer.student.network.state_dict().items())
+    assert f"396 of 396 weights from {two_tasks / 'checkpoint'}, teacher" in _said_of_weights(trainer)
     with pytest.raises(CheckpointError, match=r"model_index\.json is missing"):  # a run is no checkpoint
         Trainer(few_steps(start=two_tasks), tmp_path / "none")
     assert not (tmp_path / "none").exists()

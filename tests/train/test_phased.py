@@ -110,7 +110,11 @@ def test_a_stage_begins_with_the_runs_average_and_memory(two_tasks: Path, tmp_pa
     assert all(torch.equal(t, expected[n]) for n, t in trainer.student.network.state_dict().items())
     assert set(trainer.replay.tasks) == {"flowers", "butterflies"}
     assert _said_of_weights(trainer) == "garden-student: 396 weights from the saved state, teacher garden-teacher"
+    shared = {path.relative_to(tmp_path / "stage") for path in (tmp_path / "stage" / "cache").rglob("*.safetensors")}
+    assert shared
+    assert all((two_tasks / path).samefile(tmp_path / "stage" / path) for path in shared)
     event = next(iter(trainer.run()))
+    assert {p.relative_to(trainer.run_folder) for p in trainer.run_folder.glob("cache/*/*.safetensors")} == shared
     assert isinstance(event, StepDone)
     assert set(event.losses) == {"phased", "total"}
     assert len(event.by_timestep) == 2  # a value a phase

@@ -44,7 +44,7 @@ from kdc_edge.runtimes.torch import TorchComponent, load_network
 from kdc_edge.runtimes.torch.small_decoder import SmallDecoder, new_decoder
 from kdc_edge.text import one_line
 from kdc_edge.train.config import DecoderConfig, check_same, learning_rate
-from kdc_edge.train.data.cache import cache_latents, encode_images
+from kdc_edge.train.data.cache import CACHE, cache_latents, encode_images
 from kdc_edge.train.data.latents import Latents
 from kdc_edge.train.data.source import Selection
 from kdc_edge.train.data.tasks import Task
@@ -145,7 +145,7 @@ class DecoderTrainer:
     def _latents(self, task: Task) -> Latents:
         config = self.config
         return cache_latents(
-            task, self.vae, config.cache or self.out / "cache",
+            task, self.vae, config.cache or self.out / CACHE,
             Selection(self.model.image_size, config.samples, config.seed),
             vae_sha256=hash_checkpoint(config.checkpoint / "vae"), say=self.say,
         )  # fmt: skip

@@ -275,6 +275,27 @@ def test_the_kept_evaluation_set_follows_eval_images_and_serves_eval(
     assert json.loads(done.stdout)["conditions"].startswith("3 images a task")
 
 
+def test_a_state_that_is_removed_as_it_is_read_makes_room_for_the_newest(
+    two_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the run itself, with --keep 1, while another process exports it; a damaged one is still named."""
+    newest, older = list_states(two_tasks)[:2]
+    states = tmp_path / "state"
+    shutil.copytree(older, states / older.name)
+
+    def load_late(path: Path) -> dict[str, torch.Tensor]:
+        if path.parent.name == older.name:
+            shutil.copytree(newest, states / newest.name)
+            shutil.rmtree(path.parent)
+        return load_file(path)
+
+    monkeypatch.setattr("kdc_edge.train.runs.states.load_file", load_late)
+    assert load_state(tmp_path)[0] == load_state(two_tasks)[0]
+    (states / newest.name / "tensors.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"{newest.name} is damaged: .* remove it"):
+        load_state(tmp_path)
+
+
 def test_another_teacher_than_the_runs_is_refused(one_task: Path, tmp_path: Path) -> None:
     """Where the old folder is gone, --teacher says where it is now: the weights tell whether it is."""
     run = Path(shutil.copytree(one_task, tmp_path / "run"))

@@ -257,7 +257,7 @@ def start(program: str, folder: Path, environments: list[dict[str, str]]) -> lis
 def run_in_processes(program: str, folder: Path, environments: list[dict[str, str]] | None = None) -> None:
     """In two where no environments are given."""
     processes = start(program, folder, environments or what_a_launcher_sets())
-    assert not any([process.wait() for process in processes]), [process.err[-2000:] for process in processes]
+    assert {process.wait() for process in processes} == {0}, [process.err[-2000:] for process in processes]
 
 
 def distance(run: Path, other: Path) -> float:

@@ -39,9 +39,9 @@ def branch_run(source: Path, out: Path, config: TrainConfig) -> None:
 def begin_stage(source: Path, out: Path, config: TrainConfig, *, write_once: WriteOnce = ALONE.once) -> TrainConfig:
     """Prepare `out` for another objective over the tasks of the finished run `source`; then resume `out`.
 
-    The student starts from the run's EMA weights, replay buffer and cache come along, R and the tasks' checkpoints start
-    anew. Of several processes one writes: `write_once` is `Processes.once`. Raises CheckpointError for a run that is
-    not finished, InputError for another student, and where the data of a task is gone, which the stage trains on.
+    The student starts from the run's EMA weights, its replay buffer and cache come along, R and the tasks' checkpoints
+    start anew. Of several processes one writes: `write_once` is `Processes.once`. Raises CheckpointError for a run that
+    is not finished, InputError for another student, and where the data of a task is gone, which the stage trains on.
     """
     saved, _ = _finished(source)
     _check_student(saved, config)

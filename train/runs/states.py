@@ -103,7 +103,7 @@ def list_states(run: Path) -> list[Path]:
 
 
 def load_state(run: Path) -> tuple[Position, dict[str, Tensor], ReplayBuffer]:
-    """The newest state of a run; raises CheckpointError when there is none or it is damaged."""
+    """The newest state of a run, which may be going on; raises CheckpointError when there is none or it is damaged."""
     states = list_states(run)
     if not states:
         raise CheckpointError(f"{run} holds no saved state to go on from")
@@ -111,11 +111,13 @@ def load_state(run: Path) -> tuple[Position, dict[str, Tensor], ReplayBuffer]:
     try:
         position = Position(**read_json(folder / "state.json", CheckpointError))  # type: ignore[arg-type]
         tensors = load_file(folder / "tensors.safetensors")
-    except CheckpointError:
-        raise
+        return position, tensors, ReplayBuffer.load(folder / "replay.safetensors")
     except Exception as error:
+        if list_states(run)[:1] != [folder]:  # a newer one was written, and this one removed, as it was read
+            return load_state(run)
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{folder} is damaged: {error}; remove it and resume from the one before") from None
-    return position, tensors, ReplayBuffer.load(folder / "replay.safetensors")
 
 
 def claim_run(run: Path, config: TrainConfig, accelerator: Accelerator, *, resume: bool) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -135,7 +136,12 @@ class DecoderTrainer:
     def run(self) -> Iterator[DecoderStep]:
         """Train what is left, then write decoder, sheet and results."""
         config = self.config
-        latents = [self._latents(task) for task in config.tasks]
+        try:
+            latents = [self._latents(task) for task in config.tasks]
+        except (KdcError, OSError):
+            if [path.name for path in self.out.iterdir()] == ["config.json"]:  # nothing that a resume would go on from
+                shutil.rmtree(self.out)
+            raise
         while self.step < config.steps:
             yield self._step(latents)
             if self.step % config.save_every == 0 or self.step == config.steps:

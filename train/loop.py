@@ -94,7 +94,7 @@ def check_run(config: TrainConfig, run: Path, *, resume: bool) -> tuple[Accelera
     if resume and (run / "config.json").is_file():
         saved = read_json(run / "config.json", KdcError)
         check_same(config, saved)
-        if config.teacher != config.from_json(saved).teacher:  # which has moved
+        if str(config.teacher) != saved["teacher"]:  # which has moved, or is another installation's
             check_teacher(run, config.teacher)
     else:
         refuse_foreign_folder(run, None)

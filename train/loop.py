@@ -63,6 +63,7 @@ from kdc_edge.train.runs.tracking import Tracker
 from kdc_edge.train.stepping import MicroBatch, StepDone, Stepper
 from kdc_edge.train.strategies.buffer import ReplayBuffer
 from kdc_edge.train.strategies.registry import STRATEGIES
+from kdc_edge.train.teachers import check_teacher
 
 PROMPTS_A_TASK = 64  # captions that are written beside the weights
 # first parts of a state's names
@@ -91,7 +92,10 @@ def check_run(config: TrainConfig, run: Path, *, resume: bool) -> tuple[Accelera
     if config.quality != "auto":
         check_quality(config.quality, config, metrics)
     if resume and (run / "config.json").is_file():
-        check_same(config, read_json(run / "config.json", KdcError))
+        saved = read_json(run / "config.json", KdcError)
+        check_same(config, saved)
+        if str(config.teacher) != saved["teacher"]:  # which has moved, or is another installation's
+            check_teacher(run, config.teacher)
     else:
         refuse_foreign_folder(run, None)
     return accelerator, model, metrics
@@ -158,11 +162,12 @@ class Trainer:
             task = config.tasks[position.task]
             with self.watch("prepare"):
                 latents = self.teacher.latents(task)
-                self.teacher.prepare_text([*latents.captions, *self.replay.captions, ""])
             if position.step == 0:
                 self.student.begin_task()
                 with self.watch("strategy"):
                     self.strategy.begin_task(position.task, self.generator)
+            with self.watch("prepare"):
+                self.teacher.prepare_text([*latents.captions, *self.replay.captions, ""])
             while position.step < config.steps:
                 yield self._step(task, latents)
                 if config.sample_every and position.total % config.sample_every == 0:

@@ -26,7 +26,7 @@ from kdc_edge.presets import find_preset
 from kdc_edge.request import made_for
 from kdc_edge.runtimes.torch import load_network
 from kdc_edge.train.config import TrainConfig
-from kdc_edge.train.data.cache import Say, cache_latents
+from kdc_edge.train.data.cache import CACHE, Say, cache_latents
 from kdc_edge.train.data.images import make_buckets
 from kdc_edge.train.data.latents import Latents
 from kdc_edge.train.data.source import Selection
@@ -76,7 +76,7 @@ class Teacher:
         self.vae = load_network(config.teacher, "vae_decoder").to(self.device)
         self.schedule = NoiseSchedule.from_config(model.scheduler)
         self._config, self._accelerator, self._processes, self._say = config, accelerator, Launched(accelerator), say
-        self._cache = config.cache or run / "cache"
+        self._cache = config.cache or run / CACHE
         text_encoder = load_network(config.teacher, "text_encoder").to(self.device)
         self.embed = TextEmbedder.of_teacher(config.teacher, text_encoder, self._cache)
         self.vae_sha256 = hash_checkpoint(config.teacher / "vae")

@@ -79,7 +79,6 @@ def train(config: TrainConfig, folder: Path, bundle: Path) -> Trained:
     stage = replace(config, **arguments(config, FEW_STEP_STAGE["phased"]["garden"]), objective="phased")
     stage = replace(stage, steps=max(1, config.steps // 4))
     kept = Trainer(config, folder / "replay")
-    cache = kept.run_folder / "cache"
     for task in config.tasks:
         kept.teacher.latents(task)  # encoded once, for all trainings
     decoding = DecoderConfig(
@@ -88,7 +87,7 @@ def train(config: TrainConfig, folder: Path, bundle: Path) -> Trained:
         eval_images=min(DECODER_IMAGES, config.eval_images), save_every=5 * config.steps // 4,
     )  # fmt: skip
     write_atomic(folder / DECODER / "config.json", json.dumps(decoding.as_json(), indent=2))
-    shutil.copytree(cache, folder / DECODER / "cache")
+    shutil.copytree(kept.run_folder / "cache", folder / DECODER / "cache")
     with ProgressBar(3 * config.steps + 2 * stage.steps + decoding.steps) as progress:
         watch = Watch(lambda text: progress.step(progress.done + 1, text), progress.say)
         with _Beside(watch) as beside:
@@ -99,7 +98,6 @@ def train(config: TrainConfig, folder: Path, bundle: Path) -> Trained:
             watch.run(kept, "with replay", until_task=2)
             beside.export(kept.run_folder / "checkpoint", bundle)
             begin_stage(kept.run_folder, folder / "few-steps", stage)
-            shutil.copytree(cache, folder / "few-steps" / "cache")
             few_steps = Trainer(stage, folder / "few-steps", resume=True)
             watch.run(few_steps, "few steps", until_task=2)
     return Trained(

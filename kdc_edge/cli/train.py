@@ -205,17 +205,26 @@ def _stage_defaults(given: Given[TrainConfig], settings: TrainConfig) -> dict[st
 
 
 def _announce(trainer: Trainer, run: Path) -> None:
-    from kdc_edge.hub import label
-
-    config, view = trainer.config, trainer.view
+    view = trainer.view
     point_latest(run)
-    teacher = label(config.teacher)
-    say(f"{config.student}: {view.inherited_tensors} of {view.student_tensors} weights inherited from {teacher}")
+    say(_said_of_weights(trainer))
     say(f"on {view.device}{f' x {view.processes}' if view.processes > 1 else ''}, into {run}")
     if trainer.position.total:
         say(f"going on after step {trainer.position.total}")
     for line in view.not_measured:
         say(f"not measured: {line}")
+
+
+def _said_of_weights(trainer: Trainer) -> str:
+    """Where the student's weights come from."""
+    from kdc_edge.hub import label
+
+    config, view, position = trainer.config, trainer.view, trainer.position
+    teacher = label(config.teacher)
+    if position.total or position.origin is None:  # a stage begins with the weights of another run
+        return f"{config.student}: {view.student_tensors} weights from the saved state, teacher {teacher}"
+    source = f"inherited from {teacher}" if config.start is None else f"from {config.start}, teacher {teacher}"
+    return f"{config.student}: {view.inherited_tensors} of {view.student_tensors} weights {source}"
 
 
 def _benchmark(settings: TrainConfig, steps: int) -> None:

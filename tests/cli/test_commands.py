@@ -220,7 +220,10 @@ def test_a_run_that_was_killed_and_then_stopped_goes_on(tmp_path: Path) -> None:
     assert code == 143
     assert "kdc-edge train --resume" in said
     assert not (run_folder / "checkpoint").exists()
-    assert "going on after step" in run("train", "--resume", cwd=tmp_path).stderr
+    resumed = run("train", "--resume", cwd=tmp_path).stderr
+    assert "weights from the saved state, teacher garden-teacher" in resumed
+    assert "inherited" not in resumed
+    assert "going on after step" in resumed
     log = (run_folder / "metrics.jsonl").read_text("utf-8")
     assert [json.loads(line)["total"] for line in log.splitlines()] == list(range(1, 19))
     assert (run_folder / "checkpoint" / "model_index.json").is_file()

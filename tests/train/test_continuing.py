@@ -19,9 +19,11 @@ from kdc_edge.cli.project import find_checkpoint, run_of
 from kdc_edge.cli.train import _said_of_more
 from kdc_edge.diffusers_folder import read_model, training_note
 from kdc_edge.errors import CheckpointError, InputError
+from kdc_edge.train.checkpoint import GARDEN_TEACHER
+from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.batch import Batch
 from kdc_edge.train.data.tasks import parse_task
-from kdc_edge.train.loop import Trainer
+from kdc_edge.train.loop import Trainer, check_run
 from kdc_edge.train.quality.evaluation_set import EvaluationSet
 from kdc_edge.train.quality.metrics import ImageMetrics
 from kdc_edge.train.runs.continuing import continue_run
@@ -271,6 +273,46 @@ def test_the_kept_evaluation_set_follows_eval_images_and_serves_eval(
     assert "photos: 3 images: the run kept no more" in done.stderr
     assert json.loads(done.stdout)["scores"] == {"photos": {"kid": 3, "fid": 3}}
     assert json.loads(done.stdout)["conditions"].startswith("3 images a task")
+
+
+def test_a_state_that_is_removed_as_it_is_read_makes_room_for_the_newest(
+    two_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the run itself, with --keep 1, while another process exports it; a damaged one is still named."""
+    newest, older = list_states(two_tasks)[:2]
+    states = tmp_path / "state"
+    shutil.copytree(older, states / older.name)
+
+    def load_late(path: Path) -> dict[str, torch.Tensor]:
+        if path.parent.name == older.name:
+            shutil.copytree(newest, states / newest.name)
+            shutil.rmtree(path.parent)
+        return load_file(path)
+
+    monkeypatch.setattr("kdc_edge.train.runs.states.load_file", load_late)
+    assert load_state(tmp_path)[0] == load_state(two_tasks)[0]
+    (states / newest.name / "tensors.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"{newest.name} is damaged: .* remove it"):
+        load_state(tmp_path)
+
+
+def test_another_teacher_than_the_runs_is_refused(one_task: Path, tmp_path: Path) -> None:
+    """Where the old folder is gone, --teacher says where it is now: the weights tell whether it is."""
+    run = Path(shutil.copytree(one_task, tmp_path / "run"))
+    moved, other = (Path(shutil.copytree(GARDEN_TEACHER, tmp_path / name)) for name in ("moved", "other"))
+    tuned = load_file(other / UNET)
+    save_file(tuned | {"conv_out.bias": tuned["conv_out.bias"] + 1}, other / UNET)
+    ours = config(tasks=TASKS[:1])
+    (run / "config.json").write_text(json.dumps(replace(ours, teacher=tmp_path / "gone").as_json()))
+    check_run(replace(ours, teacher=moved), run, resume=True)
+    with pytest.raises(InputError, match=rf"other is not the run's teacher, its {UNET} differs"):
+        check_run(replace(ours, teacher=other), run, resume=True)
+    (run / "teacher.json").unlink()  # as runs of earlier versions are: the next start notes which one it is
+    Trainer(replace(ours, teacher=other), run, resume=True)
+    assert TrainConfig.load(run).teacher == other
+    (run / "config.json").write_text(json.dumps(replace(ours, teacher=tmp_path / "gone").as_json()))
+    with pytest.raises(InputError, match="moved is not the run's teacher"):
+        check_run(replace(ours, teacher=moved), run, resume=True)
 
 
 def test_resuming_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

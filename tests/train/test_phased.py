@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from kdc_edge.cli.project import find_checkpoint
+from kdc_edge.cli.train import _said_of_weights
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.image import psnr_db
@@ -25,6 +26,7 @@ from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.loop import Trainer
 from kdc_edge.train.objectives.phased import Grid, Jump, Phased, phase_ends, pseudo_huber
 from kdc_edge.train.runs.continuing import begin_stage
+from kdc_edge.train.runs.states import load_state
 from kdc_edge.train.stepping import StepDone
 from tests.train.test_loop import TASKS, config, weights
 
@@ -107,10 +109,31 @@ def test_a_stage_begins_with_the_runs_average_and_memory(two_tasks: Path, tmp_pa
     expected = weights(two_tasks)
     assert all(torch.equal(t, expected[n]) for n, t in trainer.student.network.state_dict().items())
     assert set(trainer.replay.tasks) == {"flowers", "butterflies"}
+    assert _said_of_weights(trainer) == "garden-student: 396 weights from the saved state, teacher garden-teacher"
+    shared = {path.relative_to(tmp_path / "stage") for path in (tmp_path / "stage" / "cache").rglob("*.safetensors")}
+    assert shared
+    assert all((two_tasks / path).samefile(tmp_path / "stage" / path) for path in shared)
     event = next(iter(trainer.run()))
+    assert {p.relative_to(trainer.run_folder) for p in trainer.run_folder.glob("cache/*/*.safetensors")} == shared
     assert isinstance(event, StepDone)
     assert set(event.losses) == {"phased", "total"}
     assert len(event.by_timestep) == 2  # a value a phase
+
+
+@pytest.mark.parametrize(
+    ("budget", "kept"), [({"replay": 18, "strategy": "captions"}, 18), ({"replay_mb": 0.04}, 9), ({}, 6)]
+)
+def test_a_larger_replay_budget_of_a_stage_is_filled_from_all_its_tasks(
+    two_tasks: Path, tmp_path: Path, budget: dict[str, object], kept: int
+) -> None:
+    """Before its first step; the run kept 6 of 24, with which the stage goes on where it has the same budget."""
+    settings = begin_stage(two_tasks, tmp_path / "stage", few_steps(steps=1, **budget))
+    trainer = Trainer(settings, tmp_path / "stage", resume=True)
+    next(iter(trainer.run()))
+    assert len(trainer.replay) == kept
+    assert set(trainer.replay.tasks) == {"flowers", "butterflies"}
+    before = set(load_state(two_tasks)[2].keys.tolist())
+    assert (set(trainer.replay.keys.tolist()) == before) == (not budget)
 
 
 def test_a_stage_has_checkpoints_of_its_own_and_the_teacher_that_is_given(two_tasks: Path, tmp_path: Path) -> None:
@@ -191,6 +214,7 @@ def test_a_run_may_start_from_a_checkpoint_of_its_own_shape(two_tasks: Path, tmp
     trainer = Trainer(few_steps(start=two_tasks / "checkpoint"), tmp_path / "started")
     expected = weights(two_tasks)
     assert all(torch.equal(t, expected[n]) for n, t in trainer.student.network.state_dict().items())
+    assert f"396 of 396 weights from {two_tasks / 'checkpoint'}, teacher" in _said_of_weights(trainer)
     with pytest.raises(CheckpointError, match=r"model_index\.json is missing"):  # a run is no checkpoint
         Trainer(few_steps(start=two_tasks), tmp_path / "none")
     assert not (tmp_path / "none").exists()

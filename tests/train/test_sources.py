@@ -259,6 +259,25 @@ def test_a_source_without_a_test_part_has_a_tenth_of_it_set_aside(tmp_path: Path
     assert len(everything(few)[0]) == 19
 
 
+def test_a_class_range_has_a_tenth_of_its_own_images_set_aside(tmp_path: Path) -> None:
+    """Whatever else the source has, then or later; the counts that are said are the range's."""
+    root = tmp_path / "photos"
+    for name, first in (("aster", 0), ("bell", 20), ("clover", 40)):
+        for i in range(first, first + 20):
+            save(root / name / f"{i:02d}.png", plain((i, 0, 0)))
+
+    def parts(classes: str) -> list[set[str]]:
+        source = open_source(f"imagefolder:{root}#{classes}")
+        assert "no test part: 2 of 20 images are set aside, to evaluate on" in source.notes()
+        return [{s.name for s in everything(source, part=part)[0]} for part in ("train", "test")]
+
+    found = [parts(classes) for classes in ("0-0", "1-1", "2-2")]
+    assert [[len(part) for part in two] for two in found] == [[18, 2]] * 3
+    assert [train & test for train, test in found] == [set()] * 3
+    save(root / "daisy" / "60.png", plain((60, 0, 0)))
+    assert parts("1-1") == found[1]
+
+
 def test_samples_of_a_stream_are_drawn_over_the_whole(tmp_path: Path) -> None:
     """A split is often sorted by class; a pass goes on where it stopped."""
     with tarfile.open(tmp_path / "sorted.tar", "w") as tar:

@@ -34,6 +34,7 @@ from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.data.transfer import to_device
 from kdc_edge.train.processes import ALONE, Processes
 
+CACHE = "cache"  # RUN/cache, where no other folder is given
 SHARD_BYTES = 64 * 2**20
 SHARD_ENTRIES = 1024  # at most
 TELL_EVERY_SEC = 30.0

@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from kdc_edge.errors import InputError, require
@@ -35,10 +35,26 @@ class FileSource:
     """Image files with their captions; `said` are notes from opening the folder."""
 
     root: Path
-    entries: tuple[Entry, ...]
+    found: tuple[Entry, ...]  # in the parts of their layout
     said: tuple[str, ...]
     classes: tuple[str, ...] = ()  # in the order of their numbers
     mirrored = True
+
+    @cached_property
+    def entries(self) -> tuple[Entry, ...]:
+        """Where the layout gives no test part, some images with all their captions are set aside as one."""
+        return tuple(replace(e, part="test") if e.path in self._aside else e for e in self.found)
+
+    @cached_property
+    def _aside(self) -> set[Path]:
+        """Of a class range, a tenth of its own images."""
+        if any(entry.part == "test" for entry in self.found):
+            return set()
+        paths = self._paths()
+        return {paths[i] for i in set_aside(len(paths))}
+
+    def _paths(self) -> list[Path]:
+        return sorted({entry.path for entry in self.found})
 
     @property
     def has_test_part(self) -> bool:
@@ -70,15 +86,17 @@ class FileSource:
             has = f"has the classes 0 to {len(self.classes) - 1}" if self.classes else "has no classes"
             raise InputError(f"{self.root} {has}: #{first}-{last} cannot be taken")
         chosen = set(self.classes[first : last + 1])
-        entries = [entry for entry in self.entries if entry.label in chosen]
+        entries = [entry for entry in self.found if entry.label in chosen]
         if not any(entry.part == "train" for entry in entries):
             raise InputError(f"{self.root} has no images to train on in the classes {first} to {last}: take others")
         names = ", ".join(printable(name, 40) for name in self.classes[first : last + 1][:3])
         note = f"classes {first} to {last} of {len(self.classes)}: {names}{', ...' if last - first > 2 else ''}"
-        return replace(self, entries=tuple(entries), said=(*self.said, note), classes=self.classes[first : last + 1])
+        return replace(self, found=tuple(entries), said=(*self.said, note), classes=self.classes[first : last + 1])
 
     def notes(self) -> list[str]:
-        return [*self.said, *self.summary()]
+        count, total = len(self._aside), len(self._paths())
+        aside = [f"no test part: {count} of {total} images are set aside, to evaluate on"] if count else []
+        return [*self.said, *aside, *self.summary()]
 
     def summary(self) -> list[str]:
         """How many captions come from where, and three of those that are trained on."""
@@ -189,17 +207,5 @@ def source_of(
     """The entries as a source; classes are numbered as in `classes`, else by their names' order."""
     if not any(entry.part == "train" for entry in entries):
         raise InputError(f"{root} holds no images to train on: expected {layout}")
-    if not any(entry.part == "test" for entry in entries):
-        entries = _with_test_part(entries, said)
     names = classes or sorted({entry.label for entry in entries if entry.label})
     return FileSource(root, tuple(entries), (*_said_of_pickles(root), *said), tuple(names))
-
-
-def _with_test_part(entries: list[Entry], said: list[str]) -> list[Entry]:
-    """The entries, some images with all their captions set aside; as they were where there are too few."""
-    paths = sorted({entry.path for entry in entries})
-    aside = {paths[i] for i in set_aside(len(paths))}
-    if not aside:
-        return entries
-    said.append(f"no test part: {len(aside)} of {len(paths)} images are set aside, to evaluate on")
-    return [replace(entry, part="test") if entry.path in aside else entry for entry in entries]

@@ -20,6 +20,7 @@ import torch
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import refuse_foreign_folder, write_atomic
 from kdc_edge.train.config import FEW_STEP_STAGE, TrainConfig, check_same
+from kdc_edge.train.data.cache import CACHE
 from kdc_edge.train.distributed import under
 from kdc_edge.train.processes import ALONE
 from kdc_edge.train.quality import evaluation_set
@@ -39,9 +40,9 @@ def branch_run(source: Path, out: Path, config: TrainConfig) -> None:
 def begin_stage(source: Path, out: Path, config: TrainConfig, *, write_once: WriteOnce = ALONE.once) -> TrainConfig:
     """Prepare `out` for another objective over the tasks of the finished run `source`; then resume `out`.
 
-    The student starts from the run's EMA weights, the replay buffer comes along, R and the tasks' checkpoints start
-    anew. Of several processes one writes: `write_once` is `Processes.once`. Raises CheckpointError for a run that is
-    not finished, InputError for another student, and where the data of a task is gone, which the stage trains on.
+    The student starts from the run's EMA weights, its replay buffer and cache come along, R and the tasks' checkpoints
+    start anew. Of several processes one writes: `write_once` is `Processes.once`. Raises CheckpointError for a run that
+    is not finished, InputError for another student, and where the data of a task is gone, which the stage trains on.
     """
     saved, _ = _finished(source)
     _check_student(saved, config)
@@ -59,6 +60,8 @@ def begin_stage(source: Path, out: Path, config: TrainConfig, *, write_once: Wri
         refuse_foreign_folder(out, None)
         out.mkdir(parents=True, exist_ok=True)
         _take_evaluation_sets(source, out)
+        if joined.cache is None:
+            _take_cache(source, out)
         save_state(out, Position(), start, replay, keep=1)
         write_atomic(out / "config.json", json.dumps(joined.as_json(), indent=2))
 
@@ -99,6 +102,12 @@ def _take_evaluation_sets(source: Path, out: Path) -> None:
     """Copy what the tasks of a run are evaluated on."""
     if (source / evaluation_set.FOLDER).is_dir():
         shutil.copytree(source / evaluation_set.FOLDER, out / evaluation_set.FOLDER)
+
+
+def _take_cache(source: Path, out: Path) -> None:
+    """Link the encoded latents and captions of a run, each file of which is written once."""
+    if (source / CACHE).is_dir():
+        shutil.copytree(source / CACHE, out / CACHE, copy_function=_link, ignore=shutil.ignore_patterns(".*"))
 
 
 def _take_checkpoints(source: Path, out: Path, saved: TrainConfig) -> None:

@@ -26,6 +26,7 @@ from kdc_edge.files import atomic_folder, read_json, refuse_foreign_folder, writ
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.distributed import on_main_process
 from kdc_edge.train.strategies.buffer import ReplayBuffer
+from kdc_edge.train.teachers import note_teacher
 
 REPLAY_BEFORE = "replay-before.safetensors"
 MODEL_FILE = "model.json"  # kdc_edge.manifest.Model: how the student is sampled
@@ -102,7 +103,7 @@ def list_states(run: Path) -> list[Path]:
 
 
 def load_state(run: Path) -> tuple[Position, dict[str, Tensor], ReplayBuffer]:
-    """The newest state of a run; raises CheckpointError when there is none or it is damaged."""
+    """The newest state of a run, which may be going on; raises CheckpointError when there is none or it is damaged."""
     states = list_states(run)
     if not states:
         raise CheckpointError(f"{run} holds no saved state to go on from")
@@ -110,11 +111,13 @@ def load_state(run: Path) -> tuple[Position, dict[str, Tensor], ReplayBuffer]:
     try:
         position = Position(**read_json(folder / "state.json", CheckpointError))  # type: ignore[arg-type]
         tensors = load_file(folder / "tensors.safetensors")
-    except CheckpointError:
-        raise
+        return position, tensors, ReplayBuffer.load(folder / "replay.safetensors")
     except Exception as error:
+        if list_states(run)[:1] != [folder]:  # a newer one was written, and this one removed, as it was read
+            return load_state(run)
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{folder} is damaged: {error}; remove it and resume from the one before") from None
-    return position, tensors, ReplayBuffer.load(folder / "replay.safetensors")
 
 
 def claim_run(run: Path, config: TrainConfig, accelerator: Accelerator, *, resume: bool) -> None:
@@ -131,13 +134,16 @@ def claim_run(run: Path, config: TrainConfig, accelerator: Accelerator, *, resum
             half.unlink()
     if resume and path.is_file():
         saved = TrainConfig.load(run)
-        if accelerator.is_main_process and saved.teacher != config.teacher:  # which has moved: `check_same`
-            write_atomic(path, json.dumps(replace(saved, teacher=config.teacher).as_json(), indent=2))
+        if accelerator.is_main_process:
+            if saved.teacher != config.teacher:  # which has moved: `check_same`
+                write_atomic(path, json.dumps(replace(saved, teacher=config.teacher).as_json(), indent=2))
+            note_teacher(run, config.teacher)
         return
 
     def claim() -> None:
         refuse_foreign_folder(run, None)
         write_atomic(path, json.dumps(config.as_json(), indent=2))
+        note_teacher(run, config.teacher)
 
     accelerator.wait_for_everyone()  # all have looked before one writes
     on_main_process(accelerator, claim)

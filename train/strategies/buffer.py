@@ -65,6 +65,11 @@ class ReplayBuffer:
         self.capacity, self.capacity_bytes, self.policy = capacity, capacity_bytes, policy
         self._keep(self.keys, self.tasks, self.captions, [], self.latents.take)
 
+    def may_hold_more_than(self, other: ReplayBuffer) -> bool:
+        """Is one of the limits higher than the other buffer's?"""
+        limits = (self.capacity, other.capacity), (self.capacity_bytes, other.capacity_bytes)
+        return any(theirs is not None and (own is None or own > theirs) for own, theirs in limits)
+
     def replace_latents(self, mean: Tensor, std: Tensor) -> None:
         """Give the captions that are kept other latents (N, C, h, w) fp16."""
         self.latents = Latents([(mean.unsqueeze(1), std.unsqueeze(1))] if len(mean) else [], self.captions)

@@ -50,6 +50,7 @@ class CaptionReplay(Strategy):
     painted_by_student = False
 
     def begin_task(self, number: int, generator: torch.Generator) -> None:
+        super().begin_task(number, generator)
         if len(self.buffer):
             seed = int(torch.randint(2**31, (), generator=generator))
             with self.student.averaged() if self.painted_by_student else nullcontext(self.teacher.unet) as unet:
@@ -58,7 +59,6 @@ class CaptionReplay(Strategy):
                 images = generate_spread(self.accelerator, painter, self.buffer.captions, seed=seed)
             parts = [encode_images(self.teacher.vae, images[i : i + 16]) for i in range(0, len(images), 16)]
             self.buffer.replace_latents(*(torch.cat(found).contiguous() for found in zip(*parts, strict=True)))
-        super().begin_task(number, generator)
 
     def remember(self, task: Task, latents: Latents, generator: torch.Generator) -> None:
         self.buffer.replace_latents(*_no_latents(torch.arange(len(self.buffer))))

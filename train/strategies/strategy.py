@@ -42,10 +42,13 @@ class Strategy:
         self.buffer = ReplayBuffer(
             capacity if self.keeps_samples else 0, capacity_bytes=budget, policy=config.replay_policy
         )
+        self._fills_buffer = False
 
     def begin_task(self, number: int, generator: torch.Generator) -> None:
         """Before the first step of task `number`, counted from 0."""
-        del generator
+        if number == 0 and self._fills_buffer:
+            for task in self.config.tasks:
+                self.remember(task, self.teacher.latents(task), generator)
         if number and self.config.replay_teacher == "student":
             self._teach_by_student()
 
@@ -77,10 +80,14 @@ class Strategy:
     def load_state_dict(self, tensors: Mapping[str, Tensor], buffer: ReplayBuffer, *, tasks: int) -> None:
         """Restore what a run kept that has finished so many `tasks`, within this run's own budget.
 
-        Raises InputError where another strategy kept it and this one needs more.
+        A few-step stage has finished none of its tasks, but has the data of all: a larger budget than the earlier run's
+        is filled from them. Raises InputError where another strategy kept it and this one needs more.
         """
-        del tensors, tasks
+        del tensors
         own = self.buffer
+        self._fills_buffer = tasks == 0 and own.may_hold_more_than(buffer)
+        if self._fills_buffer:
+            return
         buffer.limit(own.capacity, capacity_bytes=own.capacity_bytes, policy=own.policy)
         self.buffer = buffer
 

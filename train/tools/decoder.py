@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -44,7 +45,7 @@ from kdc_edge.runtimes.torch import TorchComponent, load_network
 from kdc_edge.runtimes.torch.small_decoder import SmallDecoder, new_decoder
 from kdc_edge.text import one_line
 from kdc_edge.train.config import DecoderConfig, check_same, learning_rate
-from kdc_edge.train.data.cache import cache_latents, encode_images
+from kdc_edge.train.data.cache import CACHE, cache_latents, encode_images
 from kdc_edge.train.data.latents import Latents
 from kdc_edge.train.data.source import Selection
 from kdc_edge.train.data.tasks import Task
@@ -135,7 +136,12 @@ class DecoderTrainer:
     def run(self) -> Iterator[DecoderStep]:
         """Train what is left, then write decoder, sheet and results."""
         config = self.config
-        latents = [self._latents(task) for task in config.tasks]
+        try:
+            latents = [self._latents(task) for task in config.tasks]
+        except (KdcError, OSError):
+            if [path.name for path in self.out.iterdir()] == ["config.json"]:  # nothing that a resume would go on from
+                shutil.rmtree(self.out)
+            raise
         while self.step < config.steps:
             yield self._step(latents)
             if self.step % config.save_every == 0 or self.step == config.steps:
@@ -145,7 +151,7 @@ class DecoderTrainer:
     def _latents(self, task: Task) -> Latents:
         config = self.config
         return cache_latents(
-            task, self.vae, config.cache or self.out / "cache",
+            task, self.vae, config.cache or self.out / CACHE,
             Selection(self.model.image_size, config.samples, config.seed),
             vae_sha256=hash_checkpoint(config.checkpoint / "vae"), say=self.say,
         )  # fmt: skip

@@ -209,8 +209,10 @@ def _announce(trainer: Trainer, run: Path) -> None:
     point_latest(run)
     say(_said_of_weights(trainer))
     say(f"on {view.device}{f' x {view.processes}' if view.processes > 1 else ''}, into {run}")
-    if trainer.position.total:
-        say(f"going on after step {trainer.position.total}")
+    if (done := trainer.position.total) and done == trainer.position.end(trainer.config):
+        say(f"all {done} steps are done: to go on give more --steps, or a --task with --continue-from {run}")
+    elif done:
+        say(f"going on after step {done}")
     for line in view.not_measured:
         say(f"not measured: {line}")
 

@@ -227,6 +227,7 @@ def test_a_run_that_was_killed_and_then_stopped_goes_on(tmp_path: Path) -> None:
     log = (run_folder / "metrics.jsonl").read_text("utf-8")
     assert [json.loads(line)["total"] for line in log.splitlines()] == list(range(1, 19))
     assert (run_folder / "checkpoint" / "model_index.json").is_file()
+    assert "all 18 steps are done: to go on" in run("train", "--resume", cwd=tmp_path).stderr
 
 
 def _stop(cwd: Path, how: signal.Signals, *arguments: str, after_step: int) -> tuple[int, str]:

@@ -1,6 +1,7 @@
 """What PyTorch computed before, in the user's cache folder: the next precision and target take it from there.
 
-    reference = kept(Reference, hash_of(checkpoint_sha256, requests), lambda: record(checkpoint, requests))
+    key = hash_of("reference", checkpoint_sha256, requests=requests)
+    reference = kept(Reference, key, lambda: record(checkpoint, requests))
 
 An entry is one npz file, named by a hash of all that decides it. Entries that cannot be read are computed again, and
 those used longest ago are removed beyond MAX_BYTES. A folder that cannot be written is no error.

@@ -43,10 +43,11 @@ class Signals:
             if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(signal.SIGINT, self._end)
             signal.signal(signal.SIGTERM, self._end)
-            watched, self._told = os.pipe()
-            os.set_blocking(self._told, False)
-            signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
-            threading.Thread(target=self._watch, args=(watched,), daemon=True).start()
+            if sys.platform != "win32":  # which tells sockets alone
+                watched, self._told = os.pipe()
+                os.set_blocking(self._told, False)
+                signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+                threading.Thread(target=self._watch, args=(watched,), daemon=True).start()
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         if self.code is None:
@@ -112,4 +113,5 @@ def _package(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
-os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are no news of its parent
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are no news of its parent

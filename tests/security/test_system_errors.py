@@ -232,6 +232,28 @@ def test_a_signal_of_a_forked_child_does_not_end_its_parent(tmp_path: Path, monk
     assert complaint("info", tmp_path, cwd=tmp_path) == "kdc-edge: the parent goes on"
 
 
+def test_signals_are_taken_on_windows_too(tmp_path: Path) -> None:
+    """Where nothing forks, and a pipe is told of no signal."""
+    lacking = (
+        "import os, signal, sys\n"
+        "import kdc_edge.files, typer\n"  # which have their own ways there
+        "sys.platform = 'win32'\n"
+        "del os.register_at_fork, os.set_blocking, signal.set_wakeup_fd\n"
+        "from kdc_edge.cli.signals import Signals\n"
+        "ends = Signals()\n"
+        "ends.listen()\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "except SystemExit:\n"
+        "    ends.restore()\n"
+        "    print(ends.code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", lacking], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("143\n", "")
+
+
 class Finalized:
     """An object that is told to end while the interpreter removes it, where no exception can be raised."""
 

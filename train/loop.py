@@ -33,7 +33,7 @@ from kdc_edge.presets import find_preset
 from kdc_edge.train.checkpoint import write_checkpoint
 from kdc_edge.train.config import TrainConfig, check_same, learning_rate
 from kdc_edge.train.data.batch import Batch, draw_batch
-from kdc_edge.train.data.cache import Say
+from kdc_edge.train.data.cache import Say, check_cache
 from kdc_edge.train.data.latents import Latents
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.data.transfer import Ahead
@@ -98,6 +98,8 @@ def check_run(config: TrainConfig, run: Path, *, resume: bool) -> tuple[Accelera
             check_teacher(run, config.teacher)
     else:
         refuse_foreign_folder(run, None)
+    if config.cache is not None:
+        check_cache(config.cache)
     return accelerator, model, metrics
 
 

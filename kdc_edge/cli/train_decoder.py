@@ -66,7 +66,9 @@ def train_decoder(
     trainer = DecoderTrainer(settings, home, resume=resume, say=say)
     parameters = sum(p.numel() for p in trainer.decoder.parameters())
     say(f"{trainer.preset.name}: {trainer.preset.description}, {parameters:,} parameters, to {home}")
-    if trainer.step:
+    if trainer.step == settings.steps:
+        say(f"all {trainer.step} steps are done: for more of them begin anew, with another --out")
+    elif trainer.step:
         say(f"going on after step {trainer.step}")
     _follow(trainer)
     _report(trainer)

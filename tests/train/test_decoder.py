@@ -142,7 +142,8 @@ def test_resume_takes_the_settings_that_the_training_was_started_with(
     assert "--batch-size is 3 and the run was started with 2" in complaint(*again, "--batch-size", 3, cwd=tmp_path)
     assert "no training to resume" in complaint(*again[:3], "nowhere", cwd=tmp_path)
     assert "needs --from" in complaint("train-decoder", cwd=tmp_path)
-    run(*again, "--eval-images", 3, cwd=tmp_path)
+    assert "going on after" not in run(*again, "--eval-images", 3, cwd=tmp_path).stderr
+    assert "steps are done" in run(*again, cwd=tmp_path).stderr
     expected, found = (load_file(out / "decoder" / WEIGHTS) for out in (trained, tmp_path / "out"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 

@@ -256,5 +256,11 @@ def test_a_quality_that_cannot_be_measured_is_refused_before_training(tmp_path: 
         Trainer(config(quality="loss"), tmp_path / "run")
 
 
+def test_a_cache_that_cannot_be_written_is_refused_and_leaves_no_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"latents cannot be written: .*ot a directory"):
+        Trainer(config(cache=Path(__file__)), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_choices_of_quality_are_the_metrics() -> None:
     assert get_args(Quality) == ("auto", *(name for name, _ in QUALITIES))

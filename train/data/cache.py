@@ -26,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kdc_edge.errors import CheckpointError, InputError
-from kdc_edge.files import write_atomic
+from kdc_edge.files import check_writable, write_atomic
 from kdc_edge.train.data.images import LeftOut, Shape
 from kdc_edge.train.data.latents import Latents, open_shard, shapes_in
 from kdc_edge.train.data.source import Pending, Selection, read_samples
@@ -67,6 +67,12 @@ def encode_images(vae: AutoencoderKL, images: np.ndarray, *, bf16: bool = False)
     posterior = found.latent_dist
     scale = vae.config.scaling_factor
     return (posterior.mean * scale).half().cpu(), (posterior.std * scale).half().cpu()
+
+
+def check_cache(folder: Path) -> None:
+    """Raise InputError for a cache that is empty and could not be written, before anything else is."""
+    if not any(folder.glob("*/index.json")):
+        check_writable(folder / "latents")
 
 
 def cache_latents(

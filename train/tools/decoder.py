@@ -45,7 +45,7 @@ from kdc_edge.runtimes.torch import TorchComponent, load_network
 from kdc_edge.runtimes.torch.small_decoder import SmallDecoder, new_decoder
 from kdc_edge.text import one_line
 from kdc_edge.train.config import DecoderConfig, check_same, learning_rate
-from kdc_edge.train.data.cache import CACHE, cache_latents, encode_images
+from kdc_edge.train.data.cache import CACHE, cache_latents, check_cache, encode_images
 from kdc_edge.train.data.latents import Latents
 from kdc_edge.train.data.source import Selection
 from kdc_edge.train.data.tasks import Task
@@ -77,6 +77,8 @@ class DecoderTrainer:
         self.metrics = ImageMetrics(config.metric_weights)
         for task in config.tasks:
             task.open()
+        if config.cache is not None:
+            check_cache(config.cache)
         self._claim_folder(resume)  # after what can be refused at once
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         self.device = torch.device(chosen)

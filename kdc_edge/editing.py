@@ -46,11 +46,11 @@ class Edit:
     def skipped(self, steps: int) -> int:
         """Steps that are left out, by diffusers' rule. Raises InputError for a strength that leaves none to take."""
         if not 0 <= self.strength <= 1:  # also refuses nan
-            raise InputError(f"--strength {self.strength} is out of range: use 0.1 (little changes) to 1 (all)")
+            raise InputError(f"strength {self.strength} is out of range: use 0.1 (little changes) to 1 (all)")
         if (taken := int(steps * self.strength)) < 1:
             least = math.ceil(100 / steps) / 100
             raise InputError(
-                f"--strength {self.strength:g} of {steps} steps is none: use {least:g} or more, or more steps"
+                f"strength {self.strength:g} of {steps} steps is none: use {least:g} or more, or more steps"
             )
         return steps - taken
 
@@ -88,8 +88,8 @@ def check_edits(edits: Sequence[Edit | None], size: tuple[int, int], steps: int,
     """
     if inpainting and any(edit is None or edit.mask is None for edit in edits):
         raise InputError(
-            "this is an inpainting model, which repaints a part of an image: give --image FILE and --mask FILE, white"
-            " where it repaints"
+            "this is an inpainting model, which repaints a part of an image: give an image and a mask, white where it"
+            " repaints"
         )
     kinds = {None if edit is None else (edit.strength, edit.mask is None) for edit in edits}
     if len(kinds) > 1:

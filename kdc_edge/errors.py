@@ -9,8 +9,9 @@
     ├── HubError            a repository of the Hugging Face hub cannot be had, or written to
     └── MissingPackageError an optional package is needed: names the extra to install
 
-A message says what was wrong, why, and what to do, in one line. KdcWarning is no error: Python's warning about an
-image that is made in another way than was asked.
+A message says what was wrong, why, and what to do, in one line. It names what Python and HTTP ask for too by its word,
+"width 65 cannot be made", not by the command line's option. KdcWarning is no error: Python's warning about an image
+that is made in another way than was asked.
 """
 
 from __future__ import annotations

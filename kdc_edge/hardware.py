@@ -123,10 +123,10 @@ def check_threads(threads: int | None) -> None:
     if threads is None:
         return
     if threads < 1:
-        raise InputError(f"--threads {threads} is too few: use 1 or more")
+        raise InputError(f"{threads} threads are too few: use 1 or more")
     here = cores() or 1
     if threads > (most := MAX_THREADS_PER_CORE * here):
-        raise InputError(f"--threads {threads} is too many for {here} cores: use {here}, and at most {most}")
+        raise InputError(f"{threads} threads are too many for {here} cores: use {here}, and at most {most}")
 
 
 def free_memory_bytes() -> int:

@@ -56,13 +56,14 @@ def to_pixels(images: NDArray[np.floating]) -> NDArray[np.uint8]:
 
 
 def preview(latents: NDArray[np.floating], vae_scale: int) -> NDArray[np.uint8]:
-    """Latents (B, C, h, w) as small images (B, h, w, 3), without the decoder.
+    """Latents (B, C, h, w), as the U-Net has them, as small images (B, h, w, 3), without the decoder.
 
     In colour for Stable Diffusion 1.x; for other models, whose colours are unknown, the mean of the channels in grey.
     """
     channels = latents.shape[1]
     to_rgb = SD1_LATENT_TO_RGB if (channels, vae_scale) == (4, 8) else np.full((channels, 3), 1 / channels)
-    return to_pixels(np.einsum("bchw,cr->brhw", latents, to_rgb))
+    finite = np.nan_to_num(latents, posinf=0, neginf=0)  # of an overflow, which the decoder's image tells
+    return to_pixels(np.einsum("bchw,cr->brhw", finite, to_rgb))
 
 
 def psnr_db(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
@@ -78,7 +79,7 @@ def grid(images: Sequence[Pixels], columns: int) -> Pixels:
     if not len(images) or columns < 1:
         raise InputError(f"a grid needs an image and a column, not {len(images)} and {columns}")
     if len({image.shape for image in images}) > 1:
-        raise InputError("a grid needs images of one size: make them with the same --width and --height")
+        raise InputError("a grid needs images of one size: make them with the same width and height")
     height, width, _ = images[0].shape
     rows = math.ceil(len(images) / columns)
     cells = np.full((rows * columns, height, width, 3), 255, np.uint8)

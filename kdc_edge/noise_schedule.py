@@ -187,8 +187,8 @@ def _rescaled(alphas: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def is_integer(value: object) -> bool:
-    """True for an int that is no bool, which Python counts among them."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """True for an int, numpy's too, that is no bool, which Python counts among them."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:

@@ -38,7 +38,7 @@ from kdc_edge.image import to_pixels
 from kdc_edge.image_files import ImageLike
 from kdc_edge.manifest import Model
 from kdc_edge.noise import NormalStreams
-from kdc_edge.prompt_weights import MAX_CHUNKS, Tokens, plain, weighted
+from kdc_edge.prompt_weights import MAX_CHUNKS, Tokens, plain, unread, weighted
 from kdc_edge.request import GuidanceMode, Request
 from kdc_edge.safety import check_image
 from kdc_edge.samplers import NoiseSchedule, make_sampler
@@ -223,20 +223,26 @@ class Pipeline:
             require_encoder(self.components)
         make_sampler(request.sampler, self.schedule, request.steps)
         if not 0 <= request.guidance <= 100:  # also refuses nan
-            raise InputError(f"--guidance {request.guidance} is out of range: use 1 (none) to 20 or so, at most 100")
+            raise InputError(f"guidance {request.guidance} is out of range: use 1 (none) to 20 or so, at most 100")
         if request.guidance_mode not in (None, *get_args(GuidanceMode)):
-            raise unknown_choice("--guidance-mode", request.guidance_mode, get_args(GuidanceMode))
+            raise unknown_choice("guidance mode", request.guidance_mode, get_args(GuidanceMode))
         if self.model.guidance_embedding is not None and request.guidance_interval != (0.0, 1.0):
             raise InputError(
-                "--guidance-interval is for classifier-free guidance; this model reads the guidance scale: leave it out"
+                "a guidance interval is for classifier-free guidance; this model reads the guidance scale: leave it out"
             )
         begin, end = request.guidance_interval
         if not 0 <= begin < end <= 1:
-            raise InputError(
-                f"--guidance-interval {begin:g}:{end:g} is no part of the schedule: use 0.0:0.7 or the like"
-            )
+            raise InputError(f"guidance interval {begin:g}:{end:g} is no part of the schedule: use 0.0:0.7 or the like")
         NormalStreams([r.seed for r in requests])
         self.tokenizer.encode([text for r in requests for text in (r.negative_prompt, r.prompt)])
+
+    def unread(self, request: Request) -> str:
+        """What the model does not read of the request's prompts, as a line; "" where it reads all."""
+        texts = {"prompt": request.prompt}
+        if self._classifier_free(request):
+            texts["negative prompt"] = request.negative_prompt
+        chunks = self.max_chunks if request.weighted else None
+        return "; ".join(filter(None, (unread(self.tokenizer, texts[name], name, chunks) for name in texts)))
 
     def read_edit(self, request: Request, image: ImageLike, **options: Any) -> Edit:
         """An image (and a mask) at the request's size: see `editing.read_edit`. Raises InputError."""
@@ -251,10 +257,10 @@ class Pipeline:
             pixels = self.model.image_size if asked is None else asked
             unit = self.model.vae_scale * self.model.latent_unit
             if pixels < unit or pixels > MAX_SIDE or pixels % unit:
-                raise InputError(f"--{name} {pixels} cannot be made: use a multiple of {unit} up to {MAX_SIDE}")
+                raise InputError(f"{name} {pixels} cannot be made: use a multiple of {unit} up to {MAX_SIDE}")
             if self.fixed_size and pixels != self.model.image_size:
                 raise InputError(
-                    f"--{name} {pixels} cannot be made: this bundle's sizes are fixed, leave --width and --height out"
+                    f"{name} {pixels} cannot be made: this bundle's sizes are fixed, leave width and height out"
                 )
             sides.append(int(pixels) // self.model.vae_scale)  # 64.0 is a size too
         return (1, self.model.latent_channels, sides[0], sides[1])
@@ -327,7 +333,7 @@ def _check_memory(latents: tuple[int, int, int, int], vae_scale: int) -> None:
     need, free = height * width * LEAST_BYTES_A_PIXEL, free_memory_bytes()
     if need > free:
         raise InputError(
-            f"--width {width} --height {height} needs more than {megabytes(need)} for the decoder's activations alone,"
+            f"an image of {width}x{height} needs more than {megabytes(need)} for the decoder's activations alone,"
             f" and {megabytes(free)} are free: use a smaller size"
         )
 

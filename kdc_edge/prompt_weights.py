@@ -125,6 +125,17 @@ def overflow(tokenizer: Tokenizer, text: str, *, max_chunks: int) -> int:
     return max(0, len(_row(tokenizer, text, 4 * len(text))[0]) - (tokenizer.max_length - 2) * max_chunks)
 
 
+def unread(tokenizer: Tokenizer, text: str, name: str, max_chunks: int | None) -> str:
+    """What the model does not read of a text, as a line; "" where it reads all. A plain text has None for chunks."""
+    begin = f"the {name} is longer than the model reads: left out"
+    if max_chunks is None:
+        return f"{begin} is {cut[:80]!r}" if (cut := tokenizer.overflow(text)) else ""
+    if not (tokens := overflow(tokenizer, text, max_chunks=max_chunks)):
+        return ""
+    fixed = "; this bundle's U-Net has a fixed text length, a checkpoint's reads more" if max_chunks == 1 else ""
+    return f"{begin} are its last {tokens} tokens{fixed}"
+
+
 def _row(tokenizer: Tokenizer, text: str, most: int) -> tuple[list[int], list[float]]:
     """Ids and weights of the text's tokens, start and end left out."""
     ids: list[int] = []

@@ -111,6 +111,8 @@ def made_for(model: Model, request: Request) -> Request:
 def describe(request: Request, pixels: np.ndarray, model_name: str) -> dict[str, object]:
     """The generation parameters that go into the PNG, in the words that common user interfaces read."""
     edited = {} if request.edit is None else {"Denoising strength": request.edit.strength}
+    begin, end = request.guidance_interval
+    partly = {} if (begin, end) == (0, 1) else {"Guidance interval": f"{begin:g}:{end:g}"}
     return {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
@@ -121,5 +123,6 @@ def describe(request: Request, pixels: np.ndarray, model_name: str) -> dict[str,
         "Size": f"{pixels.shape[1]}x{pixels.shape[0]}",
         "Model": model_name,
         **edited,
+        **partly,
         "Generator": "kdc-edge",
     }

@@ -130,7 +130,7 @@ class Adapted:
             if list(value.shape[1:]) != expected:
                 raise InputError(
                     f"this Core ML bundle's {self.name} takes {name} of {_sides(expected)} where"
-                    f" {_sides(value.shape[1:])} are given: its sizes are fixed, so leave --width and --height out"
+                    f" {_sides(value.shape[1:])} are given: its sizes are fixed, so leave width and height out"
                 )
         return {n: np.ascontiguousarray(v, np.float32) for n, v in arranged.items()}
 

@@ -116,9 +116,9 @@ ENGINES: dict[str, Engine] = {
 def get_runtime(name: str) -> Runtime:
     """The engine of that name; raises UsageError when unknown, MissingPackageError when absent."""
     if name not in ENGINES:
-        raise unknown_choice("--engine", name, ENGINES)
+        raise unknown_choice("engine", name, ENGINES)
     if ENGINES[name].platform not in (None, sys.platform):
-        raise InputError(f"{name} needs Apple's frameworks, which only macOS has: use --engine mil here")
+        raise InputError(f"{name} needs Apple's frameworks, which only macOS has: use the engine mil here")
     return cast(Runtime, importlib.import_module(ENGINES[name].module).RUNTIME)
 
 
@@ -257,4 +257,4 @@ def check_device(runtime: Runtime, device: str | None) -> str:
     elsewhere: Mapping[str, str] = getattr(runtime, "elsewhere", {})  # device -> the package that brings it
     hint = f"; {device} needs {elsewhere[device.upper()]}" if device.upper() in elsewhere else ""
     words = f"{runtime.name} has no device {device!r:.80} here"
-    raise UsageError(f"{unknown_choice('--device', device, names, words)}{hint}")
+    raise UsageError(f"{unknown_choice('device', device, names, words)}{hint}")

@@ -142,7 +142,7 @@ class OnnxRuntime:
                 except BundleError:
                     self.load(folder, component, replace(options, cache=None, check=False))  # is it the network?
                     raise KdcError(
-                        f"{cache} cannot take what onnxruntime compiled: make room on its disk, or leave --cache out"
+                        f"{cache} cannot take what onnxruntime compiled: make room on its disk, or leave the cache out"
                     ) from None
             return self.load(folder, component, replace(options, check=False))
         return OnnxComponent(path, self._open(path, session, provider, threads))
@@ -166,7 +166,7 @@ class OnnxRuntime:
         if provider.name not in session.get_providers():  # a driver or a library of it is missing: ORT goes on without
             raise InputError(
                 f"onnxruntime {self.version} cannot start {provider.device} here, a driver or library of it is missing:"
-                " choose --device CPU, or install it"
+                " choose the device CPU, or install it"
             )
         return session
 

@@ -35,6 +35,8 @@ _ov: Any = require("openvino", extra="openvino", purpose="running an OpenVINO bu
 COMPILING_TRIM_SEC, CALL_TRIM_SEC = 0.02, 0.05  # between two looks at the mapped weights: 500 MB and 7 MB are read
 WORKING_BYTES = 300 * 2**20  # of one component beside its weights, about
 
+MAX_SHAPES = 4  # sets of shapes that a network stays compiled for: each has a copy of the weights
+
 # Layers that multiply matrices, as the plugins name them, and formats.py's names for their dtypes.
 PRODUCTS = ("convolution", "fullyconnected", "matmul", "gemm")
 COMPUTE_DTYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "u8": "int8", "i8": "int8"}
@@ -54,6 +56,7 @@ class _Compiled:
 class OpenVinoComponent:
     """One network, compiled anew for each set of shapes; the first output comes as float32.
 
+    It stays compiled for the last few, or fewer where memory is short.
     Raises BundleError for a file that the engine refuses.
     """
 
@@ -114,9 +117,13 @@ class OpenVinoComponent:
             )
         shapes = {name: self._fixed(name, shape) for name, shape in shapes.items()}
         key = tuple(sorted(shapes.items()))
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(shapes)
-        return self._compiled[key]
+        if (found := self._compiled.pop(key, None)) is None:
+            need = _need_bytes(self._path.with_suffix(".bin"))
+            while self._compiled and (len(self._compiled) >= MAX_SHAPES or need > free_memory_bytes()):
+                del self._compiled[next(iter(self._compiled))]
+            found = self._compile(shapes)
+        self._compiled[key] = found  # what was used last comes last
+        return found
 
     def _fixed(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape with the network's own sizes in place of -1."""
@@ -251,18 +258,21 @@ def _settings(device: str, threads: int | None, *, exact: bool) -> dict[str, Any
 
 def _demand_memory(weights: Path) -> None:
     """Raise KdcError when what is free cannot hold the weights: better a line now than a killed process later."""
-    need = weights.stat().st_size + WORKING_BYTES
     free = free_memory_bytes()
-    if need > free:
+    if _need_bytes(weights) > free:
         raise _too_little_memory(weights, free)
 
 
+def _need_bytes(weights: Path) -> int:
+    return weights.stat().st_size + WORKING_BYTES
+
+
 def _too_little_memory(weights: Path, free: int | None) -> KdcError:
-    need = weights.stat().st_size + WORKING_BYTES
+    need = _need_bytes(weights)
     there = "" if free is None else f", and {free / 2**20:.0f} MiB are free"
     return KdcError(
         f"too little memory for {weights.parent.name}: it needs about {need / 2**20:.0f} MiB{there};"
-        " close other programs, use --low-memory, or a bundle of a smaller precision"
+        " close other programs, use the low-memory mode, or a bundle of a smaller precision"
     )
 
 

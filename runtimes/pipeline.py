@@ -186,6 +186,7 @@ class Pipeline(path.Pipeline):
         )  # fmt: skip
         request = replace(request, edit=self._edit(request, image, strength, mask_image))
         requests = [replace(request, prompt=p, seed=s) for p, s in zip(prompts, seeds, strict=True)]
+        _warn(*(self.unread(request) for request in requests))
         made = [d for batch in self.batches(requests) for d in self.run(*batch) if d.pixels is not None]
         flagged = [done.nsfw for done in made if done.nsfw is not None]
         return Images([Image.fromarray(d.pixels) for d in made if d.pixels is not None], seeds, flagged or None)
@@ -213,13 +214,13 @@ class Pipeline(path.Pipeline):
         )  # fmt: skip
         request = replace(request, edit=self._edit(request, image, strength, mask_image))
         self.check(request)
+        _warn(self.unread(request))
         return self._stream(request)
 
     def _own(self, request: Request, *, sampler: str | None, steps: int | None, guidance: float | None) -> Request:
         """The request with the model's own values where None; what there is to say of them is warned of."""
         request, note = own_request(self.model, request, sampler=sampler, steps=steps, guidance=guidance)
-        if note:
-            warnings.warn(note, KdcWarning, stacklevel=3)  # at the line that called the pipeline
+        _warn(note, above=3)
         return request
 
     def _edit(
@@ -247,13 +248,20 @@ class Pipeline(path.Pipeline):
 open_pipeline = Pipeline.open
 
 
+def _warn(*notes: str, above: int = 2) -> None:
+    """Warn of each note once, at the line that called the pipeline, `above` calls from here; "" says nothing."""
+    for note in dict.fromkeys(filter(None, notes)):
+        warnings.warn(note, KdcWarning, stacklevel=above + 1)
+
+
 def spread_seeds(seed: int | Sequence[int], count: int) -> list[int]:
     """A seed for each of `count` images: counted up from one, or a list's own. Raises InputError."""
     if isinstance(seed, Sequence):
         if len(seed) != count:
             raise InputError(f"{len(seed)} seeds are given for {count} images: give one an image, or a single one")
         return list(seed)
-    return list(range(seed, seed + count)) if isinstance(seed, int | np.integer) else [seed] * count  # refused later
+    first = int(seed) if isinstance(seed, int | np.integer) else None  # numpy's would overflow
+    return [seed] * count if first is None else list(range(first, first + count))  # None: refused later
 
 
 def split_devices(device: str | None) -> dict[str, str]:
@@ -263,7 +271,7 @@ def split_devices(device: str | None) -> dict[str, str]:
         component, _, name = part.strip().rpartition("=")
         if component not in ("", *COMPONENTS, *OPTIONAL) or not name or component in found:
             raise InputError(
-                f"--device {device!r} is not understood: use CPU, or unet=GPU,text_encoder=CPU with components"
+                f"device {device!r} is not understood: use CPU, or unet=GPU,text_encoder=CPU with components"
                 f" {', '.join((*COMPONENTS, *OPTIONAL))}"
             )
         found[component] = name

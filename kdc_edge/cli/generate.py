@@ -133,7 +133,6 @@ def generate(
     from kdc_edge.checkpoints import Additions
     from kdc_edge.cli.progress import ProgressBar
     from kdc_edge.hub import label, local
-    from kdc_edge.prompt_weights import overflow
     from kdc_edge.prompts import read_prompts
     from kdc_edge.request import describe, own_request
     from kdc_edge.runtimes import open_pipeline
@@ -165,15 +164,8 @@ def generate(
         request = replace(request, edit=pipeline.read_edit(request, image, strength=strength, mask=mask))
     batches = pipeline.batches([replace(request, prompt=text, seed=number) for text, number in wanted])
     for text in texts:
-        if plain_prompt:
-            if cut := pipeline.tokenizer.overflow(text):
-                say(f"the prompt is longer than the model reads: left out is {cut[:80]!r}")
-        elif (tokens := overflow(pipeline.tokenizer, text, max_chunks=pipeline.max_chunks)) > 0:
-            exported = "; this bundle's U-Net has a fixed text length, a checkpoint's reads more"
-            say(
-                f"the prompt is longer than the model reads: left out are its last {tokens} tokens"
-                f"{exported if pipeline.max_chunks == 1 else ''}"
-            )
+        if left_out := pipeline.unread(replace(request, prompt=text)):
+            say(left_out)
     made = 0
     with ProgressBar(request.steps * len(wanted)) as progress:
         for batch in batches:
@@ -205,7 +197,7 @@ def prompts_and_seeds(prompts: list[str], images: int | None, seeds: list[int]) 
 
 def check_out(out: Path | None, images: int) -> None:
     """Raise InputError for a place that cannot take so many images."""
-    if out is None or (not out.suffix and not out.is_file()):
+    if out is None or _is_folder(out):
         check_writable((out or Path()) / "image.png")
         return
     if out.suffix.lower() != ".png":
@@ -215,11 +207,16 @@ def check_out(out: Path | None, images: int) -> None:
     check_writable(out)
 
 
+def _is_folder(out: Path) -> bool:
+    """Is it one, or a name to make one by? One that is there may have a point in its name."""
+    return out.suffix.lower() != ".png" and (out.is_dir() or not (out.suffix or out.is_file()))
+
+
 def _save(out: Path | None, asked: Request, pixels: Pixels, parameters: Mapping[str, object]) -> Path:
     """Write the image to the file `out`, or under a free name in the folder `out`; its path."""
     from kdc_edge.image import save_png
 
-    if out and out.suffix:
+    if out and not _is_folder(out):
         save_png(out, pixels, parameters)
         return out
     while True:

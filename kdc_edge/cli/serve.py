@@ -48,10 +48,11 @@ def serve(
     from kdc_edge.request import Request, own_request
     from kdc_edge.runtimes import open_pipeline
 
-    uvicorn = require("uvicorn", extra="serve", purpose="kdc-edge serve")
+    require("uvicorn", extra="serve", purpose="kdc-edge serve")
     require("starlette", extra="serve", purpose="kdc-edge serve")
     from kdc_edge.serve.app import make_app
     from kdc_edge.serve.body import Limits
+    from kdc_edge.serve.server import Server
     from kdc_edge.serve.worker import Worker
 
     if token is not None and not re.fullmatch(r"[!-~]+", token):
@@ -66,21 +67,21 @@ def serve(
     if note:
         say(note)
     worker = Worker(pipeline, name=label(bundle), waiting=waiting)
-    names = frozenset(allow_host or ()) | ({"*"} if host == "0.0.0.0" and token else frozenset({host}))
+    names = frozenset(allow_host or ()) | ({"*"} if host in ("0.0.0.0", "::") and token else frozenset({host}))
     app = make_app(worker, limits=Limits(images=max_images, steps=max_steps), token=token, hosts=names)
     try:  # not by uvicorn, which prints a line of its own; who comes before the server's start waits
         sock = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         reason = str(error.strerror or error).partition(" (")[0]  # create_server repeats the address in brackets
         raise InputError(f"{host}:{port}: {reason}: choose another --host or --port, 0 for a free one") from None
-    listening = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", access_log=False, limit_concurrency=256,
-        timeout_keep_alive=10, h11_max_incomplete_event_size=64 * 1024, timeout_graceful_shutdown=5,
-    )  # fmt: skip
-    server = uvicorn.Server(listening)
-    say(f"http://{host}:{sock.getsockname()[1]}/{f'#token={token}' if token else ''}  (Ctrl-C ends)")
+    say(f"{page_url(host, sock.getsockname()[1], token)}  (Ctrl-C ends)")
     try:
-        server.run(sockets=[sock])
+        Server(app, worker).run(sockets=[sock])
     finally:
         worker.close()
     raise typer.Exit(0)
+
+
+def page_url(host: str, port: int, token: str | None) -> str:
+    """The page's address, with the token that its requests carry: "http://[::1]:8000/"."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/{f'#token={token}' if token else ''}"

@@ -131,7 +131,7 @@ def make_sampler(
     number of steps that it cannot take.
     """
     if name not in SAMPLERS:
-        raise unknown_choice("--scheduler", name, SAMPLERS)
+        raise unknown_choice("scheduler", name, SAMPLERS)
     kind = SAMPLERS[name]
     obstacle = kind.obstacle(schedule.config or {})
     if obstacle:
@@ -140,7 +140,7 @@ def make_sampler(
     most = schedule.num_train_timesteps
     if not is_integer(steps) or not 1 <= steps <= most:
         raise InputError(f"{steps!r} steps cannot be taken: ask for 1 to {most}, such as 20")
-    return kind.make(schedule, steps, noise or NormalStream(seed))
+    return kind.make(schedule, int(steps), noise or NormalStream(seed))
 
 
 def sampler_for(config: Mapping[str, object]) -> tuple[str, str]:

@@ -33,7 +33,6 @@ from starlette.routing import Route
 from kdc_edge.errors import InputError
 from kdc_edge.image import encode_png, preview
 from kdc_edge.request import Request as ImageRequest
-from kdc_edge.request import own_request
 from kdc_edge.samplers import SAMPLERS
 from kdc_edge.serve.body import DEFAULT_LIMITS, Body, EditBody, Limits
 from kdc_edge.serve.worker import Busy, Done, Event, Failed, Finished, Job, Step, Worker
@@ -64,7 +63,7 @@ def make_app(
         Route("/v1/images/generations", guard(server.generate), methods=["POST"]),
         Route("/v1/images/edits", guard(server.edit), methods=["POST"]),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _fault})
 
 
 class _Guard:
@@ -73,7 +72,7 @@ class _Guard:
     LOCAL = frozenset({"localhost", "127.0.0.1", "::1", "testserver"})
 
     def __init__(self, token: str | None, hosts: frozenset[str]) -> None:
-        self._token, self._hosts = token, self.LOCAL | hosts
+        self._token, self._hosts = token, self.LOCAL | {name.lower() for name in hosts}
 
     def open(self, handler: Handler) -> Handler:
         """For what holds no secret: no token is needed."""
@@ -96,12 +95,15 @@ class _Guard:
 
     def _check_origin(self, request: Request) -> None:
         """Refuse other hosts' names (DNS rebinding) and pages of other origins."""
-        host = request.headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname or ""
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        try:
+            name = urlsplit(f"//{host}").hostname or ""  # in small letters
+            foreign = origin is not None and urlsplit(origin).netloc != host
+        except ValueError:  # a bracket that is not closed
+            raise HTTPException(400, "the header Host or Origin holds no address") from None
         if "*" not in self._hosts and name not in self._hosts:
             raise HTTPException(421, f"this server is not {printable(name, 100)}: start it with --allow-host")
-        origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if foreign:
             raise HTTPException(403, "pages of other origins may not use this server")
 
 
@@ -126,11 +128,12 @@ class _Server:
     def _facts(self) -> dict[str, object]:
         model = self.worker.pipeline.model
         unit = model.vae_scale * model.latent_unit
-        own, _ = own_request(model, ImageRequest(""), sampler=None, steps=None, guidance=None)
+        (own,), _ = Body(prompt="").requests(self.worker.pipeline, self.limits)
         return {
             "name": self.worker.name, "size": model.image_size, "unit": unit, "steps": own.steps,
             "guidance": own.guidance, "maxSteps": self.limits.steps, "schedulers": list(SAMPLERS),
             "scheduler": own.sampler, "maxPixels": self.limits.pixels,
+            "fixed": self.worker.pipeline.fixed_size,
         }  # fmt: skip
 
     async def health(self, _request: Request) -> Response:
@@ -153,7 +156,7 @@ class _Server:
     async def generate(self, request: Request) -> Response:
         async def read() -> Asked:
             body = Body.model_validate_json(await _read(request, MAX_BODY_BYTES))
-            return body, *body.requests(self.worker.pipeline.model, self.limits)
+            return body, *body.requests(self.worker.pipeline, self.limits)
 
         return await self._answer(request, read())
 
@@ -198,7 +201,7 @@ class _Server:
     def _as_text(self, event: Event, remarks: dict[str, str]) -> str:
         if isinstance(event, Step):
             model = self.worker.pipeline.model
-            small = preview(event.latents / model.scaling_factor, model.vae_scale)[0]
+            small = preview(event.latents, model.vae_scale)[0]
             return _sse(
                 "step", image=event.image, step=event.step, steps=event.steps, preview=_base64(encode_png(small))
             )
@@ -275,6 +278,11 @@ async def _http_error(_request: Request, error: Exception) -> Response:
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"
     content = {"error": {"message": printable(error.detail, 500), "type": kind}}
     return JSONResponse(content, error.status_code, headers=error.headers)
+
+
+async def _fault(request: Request, _error: Exception) -> Response:
+    """What nobody foresaw; uvicorn prints it."""
+    return await _http_error(request, HTTPException(500, "the request could not be met; the server's log has more"))
 
 
 def _sse(event: str, **data: object) -> str:

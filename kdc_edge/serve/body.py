@@ -1,7 +1,7 @@
 """Requests as they come over HTTP: OpenAI's and diffusers' names, checked against the server's limits.
 
 body = Body.model_validate_json(raw)                 # pydantic's ValidationError for a wrong type
-requests, note = body.requests(pipeline.model, Limits())   # one an image; InputError beyond the limits
+requests, note = body.requests(pipeline, Limits())   # one an image; InputError beyond the limits
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kdc_edge.errors import InputError
-from kdc_edge.manifest import Model
 from kdc_edge.pipeline import Pipeline
 from kdc_edge.request import Request, own_request
 from kdc_edge.samplers import SAMPLERS
@@ -42,7 +41,7 @@ class Body(BaseModel):
 
     prompt: str
     n: Annotated[int, Field(ge=1)] = 1
-    size: Annotated[str, Field(pattern=r"^(auto|\d{1,5}x\d{1,5})$")] = "auto"
+    size: Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$")] = "auto"
     response_format: Literal["b64_json"] = "b64_json"
     stream: bool = False
     negative_prompt: str = ""
@@ -57,9 +56,11 @@ class Body(BaseModel):
         revised = {"revised_prompt": self.prompt[:MAX_PROMPT_CHARS]} if len(self.prompt) > MAX_PROMPT_CHARS else {}
         return revised | ({"note": note} if note else {})
 
-    def requests(self, model: Model, limits: Limits) -> tuple[list[Request], str]:
-        """One request an image, with seeds that count up, and `own_request`'s note. Raises InputError beyond the
-        limits."""
+    def requests(self, pipeline: Pipeline, limits: Limits) -> tuple[list[Request], str]:
+        """One request an image, with seeds that count up, and a note of what is made in another way than asked.
+
+        Raises InputError beyond the limits; a number of steps that the model asks for is brought within them.
+        """
         if self.n > limits.images:
             raise InputError(f"n is {self.n}: this server makes at most {limits.images} images a request")
         if (steps := self.num_inference_steps or 0) > limits.steps:
@@ -71,13 +72,16 @@ class Body(BaseModel):
         if self.scheduler is not None and self.scheduler not in SAMPLERS:
             raise InputError(f"scheduler is {self.scheduler!r:.40}: choose from {', '.join(SAMPLERS)}")
         request, note = own_request(
-            model,
+            pipeline.model,
             Request(
                 self.prompt[:MAX_PROMPT_CHARS], self.negative_prompt[:MAX_PROMPT_CHARS], width=width, height=height,
                 weighted=not self.plain_prompt,
             ),
             sampler=self.scheduler, steps=self.num_inference_steps, guidance=self.guidance_scale,
         )  # fmt: skip
+        if self.num_inference_steps is None:
+            request = replace(request, steps=min(request.steps, limits.steps))
+        note = "; ".join(line for line in (note, pipeline.unread(request)) if line)
         return [replace(request, seed=(seed + i) % 2**64) for i in range(self.n)], note
 
 
@@ -90,7 +94,7 @@ class EditBody(Body):
 
     def edited(self, pipeline: Pipeline, limits: Limits) -> tuple[list[Request], str]:
         """As `requests`, with the image. Raises InputError for what is no image too."""
-        requests, note = self.requests(pipeline.model, limits)
+        requests, note = self.requests(pipeline, limits)
         edit = pipeline.read_edit(
             requests[0], _decoded(self.image, "image"), strength=self.strength, transparent_is_masked=True,
             mask=None if self.mask is None else _decoded(self.mask, "mask"), max_pixels=limits.input_pixels,

@@ -2,14 +2,14 @@
 
 worker = Worker(pipeline, name="onnx-fp16", waiting=8)
 job = worker.submit([request], events.append)      # raises Busy where the queue is full
-job.cancel()                                       # before the next step
+job.cancel()                                       # before the next step; one that waits gives its place free
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -20,9 +20,11 @@ from kdc_edge.image import encode_png
 from kdc_edge.pipeline import Pipeline, Progress
 from kdc_edge.request import Request, describe
 
+ENDING = "the server ends: ask again when it runs"
+
 
 class Busy(KdcError):
-    """The queue is full."""
+    """The queue is full, or the worker ends."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,11 @@ class Worker:
     def __init__(self, pipeline: Pipeline, *, name: str, waiting: int = 8) -> None:
         self.pipeline, self.name = pipeline, name
         self.counts = Counts()
-        self._queue: queue.Queue[Job | None] = queue.Queue(waiting)
-        self._busy = threading.Event()
+        self._most = waiting
+        self._waiting: deque[Job] = deque()
+        self._working: Job | None = None
+        self._ended = False
+        self._changed = threading.Condition()  # guards these three
         self._thread = threading.Thread(target=self._work, name="kdc-edge-worker", daemon=True)
         self._thread.start()
 
@@ -98,41 +103,58 @@ class Worker:
         for request in requests:
             self.pipeline.check(request)
         job = Job(requests, emit)
-        try:
-            self._queue.put_nowait(job)
-        except queue.Full:
-            self.counts.refused += 1
-            raise Busy("the queue is full: try again later") from None
+        with self._changed:
+            self._drop_cancelled()
+            if self._ended or len(self._waiting) >= self._most:
+                self.counts.refused += 1
+                raise Busy(ENDING if self._ended else "the queue is full: try again later")
+            self._waiting.append(job)
+            self._changed.notify()
         return job
 
     @property
     def waiting(self) -> int:
         """Jobs that have not begun."""
-        return self._queue.qsize()
+        return len(self._waiting)
 
     @property
     def busy(self) -> bool:
-        return self._busy.is_set()
+        return self._working is not None
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    def end(self) -> None:
+        """Fail the jobs that wait and the one in work, at once; the thread ends before its next step."""
+        with self._changed:
+            self._ended = True
+            ended = [job for job in (self._working, *self._waiting) if job is not None and not job.cancelled]
+            self._waiting.clear()
+            self._changed.notify()
+        for job in ended:
+            job.cancel()
+            job.emit(Failed(ENDING))
+
     def close(self) -> None:
-        """End the thread after the job in work."""
-        while True:  # a full queue must not keep the end out
-            try:
-                self._queue.put_nowait(None)
-                break
-            except queue.Full:
-                with_drawn = self._queue.get_nowait()
-                if with_drawn is not None:
-                    with_drawn.cancel()
+        """`end`, and wait for the thread."""
+        self.end()
         self._thread.join(timeout=60)
 
+    def _drop_cancelled(self) -> None:
+        kept = [job for job in self._waiting if not job.cancelled]
+        self.counts.cancelled += len(self._waiting) - len(kept)
+        self._waiting = deque(kept)
+
+    def _next(self) -> Job | None:
+        """The next job, as soon as there is one; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._waiting)
+            self._working = None if self._ended else self._waiting.popleft()
+            return self._working
+
     def _work(self) -> None:
-        while (job := self._queue.get()) is not None:
-            self._busy.set()
+        while (job := self._next()) is not None:
             try:
                 self._make(job)
             except KdcError as error:
@@ -143,7 +165,7 @@ class Worker:
                 job.emit(Failed(f"{type(error).__name__}: the image could not be made; the server's log has more"))
                 raise_in_log(error)
             finally:
-                self._busy.clear()
+                self._working = None
 
     def _make(self, job: Job) -> None:
         for number, request in enumerate(job.requests):

@@ -89,14 +89,20 @@ def read_network(network_class: Any, folder: Path, *, without: str = "\n", varia
 
 
 class TorchComponent:
-    """A network as a component: numpy in, float32 numpy out, computed on the network's device in its own dtype."""
+    """A network as a component: numpy in, float32 numpy out, computed on the network's device in its own dtype.
 
-    def __init__(self, name: str, network: Any) -> None:
+    `threads` holds for all of torch in the thread that calls; None leaves torch's own number.
+    """
+
+    def __init__(self, name: str, network: Any, threads: int | None = None) -> None:
         self._name = name
         self._network = network
+        self._threads = threads
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         """Compute; raises CheckpointError where the layers, as the configuration puts them together, do not fit."""
+        if self._threads not in (None, _torch.get_num_threads()):  # each thread of a program has a number of its own
+            _torch.set_num_threads(self._threads)
         # diffusers' own `dtype` looks at every layer of the network: 10 ms for the U-Net of SD 1.x.
         sample = next(p for p in self._network.parameters() if p.is_floating_point())
         try:
@@ -159,11 +165,9 @@ class TorchRuntime:
         return found
 
     def load(self, folder: Path, component: str, options: LoadOptions = DEFAULTS) -> Component:
-        """Open a component of a checkpoint folder; the threads hold for all of torch."""
+        """Open a component of a checkpoint folder."""
         chosen = check_device(self, options.device)
-        if options.threads is not None:
-            _torch.set_num_threads(options.threads)
-        return TorchComponent(component, load_network(folder, component).to(chosen.lower()))
+        return TorchComponent(component, load_network(folder, component).to(chosen.lower()), options.threads)
 
 
 RUNTIME = TorchRuntime()

@@ -19,6 +19,7 @@ from PIL import Image
 
 from kdc_edge.cli import main
 from kdc_edge.cli.app import EXAMPLES
+from kdc_edge.cli.serve import page_url
 from tests.forks import MAIN, Fork
 
 
@@ -85,15 +86,15 @@ def test_seeds_repeat(bundle: Path, tmp_path: Path) -> None:
     [
         (["--steps", 0], "steps"),
         (["--steps", 1001], "steps"),
-        (["--width", 70], "--width 70"),
-        (["--height", 0], "--height 0"),
-        (["--guidance", -1], "--guidance"),
-        (["--guidance", "nan"], "--guidance"),
+        (["--width", 70], "width 70"),
+        (["--height", 0], "height 0"),
+        (["--guidance", -1], "guidance -1.0"),
+        (["--guidance", "nan"], "guidance nan"),
         (["--seed", -1], "seed"),
         (["--scheduler", "magic"], "magic"),
         (["--engine", "abacus"], "abacus"),
         (["--device", "TOASTER"], "TOASTER"),
-        (["--threads", 0], "--threads 0"),
+        (["--threads", 0], "0 threads"),
         (["--out", "image.jpg"], "image.jpg"),
     ],
 )
@@ -120,6 +121,11 @@ def test_generate_takes_the_checkpoints_own_scheduler(own_bundle: Path, tmp_path
     (own_bundle / "kdc-edge.json").write_text(json.dumps(manifest))
     assert sampler() == "DPM++ 2M"
     assert "the checkpoint's scheduler is LMSDiscreteScheduler" in said[-1]
+
+
+def test_the_address_of_the_page_can_be_opened() -> None:
+    assert page_url("127.0.0.1", 8000, None) == "http://127.0.0.1:8000/"
+    assert page_url("::1", 80, "secret") == "http://[::1]:80/#token=secret"
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:

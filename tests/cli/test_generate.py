@@ -90,6 +90,12 @@ def test_a_place_that_cannot_be_written_is_refused_before_an_image_is_made(bundl
     assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
 
+def test_a_folder_that_is_there_may_have_a_point_in_its_name(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "images-0.2").mkdir()
+    done = run("generate", "x", "--steps", 1, "--out", "images-0.2", "--bundle", bundle, cwd=tmp_path)
+    assert done.stdout == "images-0.2/x-0.png\n"
+
+
 def test_a_name_that_another_process_takes_meanwhile_is_left_to_it(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -179,6 +179,8 @@ def test_steps_are_strength_times_steps_and_progress_counts_them(pipeline: Pipel
         assert [(p.step, p.steps) for p in done if p.stage == "scheduler"] == [(i + 1, taken) for i in range(taken)]
         assert sum(p.stage == "vae_encoder" for p in done) == 1
     assert describe(request, plain(0), "m")["Denoising strength"] == 0.2
+    assert "Guidance interval" not in describe(request, plain(0), "m")
+    assert describe(replace(request, guidance_interval=(0, 0.7)), plain(0), "m")["Guidance interval"] == "0:0.7"
     heun = list(pipeline.run(replace(request, steps=4, sampler="heun", edit=Edit(plain(9), 0.5))))
     assert [(p.step, p.steps) for p in heun if p.stage == "scheduler"] == [(1, 3), (2, 3), (3, 3)]
     assert [p.stage for p in pipeline.prepare(request)].count("load") == 4
@@ -211,9 +213,9 @@ def test_an_edit_of_a_batch_is_that_of_its_request(pipeline: Pipeline, sampler: 
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (Edit(plain(1), 0.1), r"--strength 0.1 of 4 steps is none: use 0.25 or more"),
-        (Edit(plain(1), 1.5), "--strength 1.5 is out of range"),
-        (Edit(plain(1), float("nan")), "--strength nan is out of range"),
+        (Edit(plain(1), 0.1), r"strength 0.1 of 4 steps is none: use 0.25 or more"),
+        (Edit(plain(1), 1.5), "strength 1.5 is out of range"),
+        (Edit(plain(1), float("nan")), "strength nan is out of range"),
         (Edit(plain(1)[:32]), "an edit needs a uint8 image .* of the request's size, 64x64"),
         (Edit(plain(1), mask=np.ones((32, 32), bool)), "an edit needs"),
     ],

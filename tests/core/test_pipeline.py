@@ -161,9 +161,9 @@ def test_the_prompt_pulls_away_from_the_negative_prompt(pipeline: Pipeline) -> N
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"guidance_mode": "both"}, "--guidance-mode 'both' is unknown"),
-        ({"guidance_interval": (0.7, 0.2)}, "--guidance-interval 0.7:0.2 is no part"),
-        ({"guidance_interval": (0.0, 1.5)}, "--guidance-interval 0:1.5 is no part"),
+        ({"guidance_mode": "both"}, "guidance mode 'both' is unknown"),
+        ({"guidance_interval": (0.7, 0.2)}, "guidance interval 0.7:0.2 is no part"),
+        ({"guidance_interval": (0.0, 1.5)}, "guidance interval 0:1.5 is no part"),
         ({"guidance_interval": (0.0, float("nan"))}, "is no part"),
     ],
 )

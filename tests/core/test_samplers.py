@@ -153,7 +153,7 @@ def test_public_names() -> None:
 @pytest.mark.parametrize(
     ("name", "steps", "said"),
     [
-        ("plms", 20, "--scheduler 'plms' is unknown"),
+        ("plms", 20, "scheduler 'plms' is unknown"),
         ("ddim", 0, "ask for 1 to 1000"),
         ("ddim", -1, "ask for 1 to 1000"),
         ("ddim", 1001, "ask for 1 to 1000"),

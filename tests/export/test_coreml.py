@@ -167,7 +167,7 @@ def test_any_batch_goes_through_a_fixed_one(coreml_bundle: Path, checkpoint: Pat
 
 def test_another_size_is_refused_in_one_line(coreml_bundle: Path) -> None:
     pipeline = open_pipeline(coreml_bundle, engine="mil")
-    with pytest.raises(InputError, match="--width 96 cannot be made: this bundle's sizes are fixed"):
+    with pytest.raises(InputError, match="width 96 cannot be made: this bundle's sizes are fixed"):
         pipeline.check(Request("a red flower", steps=1, width=96))
     with pytest.raises(InputError, match="takes sample of 4x16x16 where 4x16x24 are given: its sizes are fixed"):
         pipeline.components["unet"](**some_inputs(1) | {"sample": np.zeros((1, 4, 16, 24), np.float32)})
@@ -308,7 +308,7 @@ def test_an_image_on_any_machine_and_no_benchmark(coreml_bundle: Path, tmp_path:
     assert "coremltools" not in done.stderr
     with pytest.raises(InputError, match="mil only proves this bundle: measure it where its engine runs"):
         open_for_bench(coreml_bundle)
-    with pytest.raises(InputError, match="coreml needs Apple's frameworks, which only macOS has: use --engine mil"):
+    with pytest.raises(InputError, match="coreml needs Apple's frameworks, which only macOS has: use the engine mil"):
         open_pipeline(coreml_bundle, engine="coreml")
     rows = json.loads(run("devices", "--json", cwd=tmp_path).stdout)["engines"]
     found = {row["engine"]: row for row in rows}

@@ -32,7 +32,7 @@ from tests.serve.client import base64_of, message, pixels
 
 # diffusers 0.42 hands torch tensors to numpy 2 in the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
-ASKED = "this is an inpainting model, which repaints a part of an image: give --image FILE and --mask FILE"
+ASKED = "this is an inpainting model, which repaints a part of an image: give an image and a mask"
 
 
 @pytest.fixture(scope="module")

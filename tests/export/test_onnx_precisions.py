@@ -136,7 +136,7 @@ def test_original_attention_is_standard_onnx_and_equal(
     fixed, free = (open_pipeline(root, threads=1).generate(request) for root in (made.root, bundle_fp32))
     assert np.abs(fixed.astype(int) - free).max() <= 1  # guidance asks for two samples, the graph takes one
     pipeline = open_pipeline(made.root)
-    with pytest.raises(InputError, match="--height 128 cannot be made: this bundle's sizes are fixed"):
+    with pytest.raises(InputError, match="height 128 cannot be made: this bundle's sizes are fixed"):
         pipeline.check(Request("a red flower", steps=1, width=128, height=128))
     with pytest.raises(BundleError, match="cannot compute this"):
         pipeline.components["unet"](

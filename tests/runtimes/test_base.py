@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -111,13 +112,13 @@ def test_what_the_engine_chose_is_told(bundle: Path, checkpoint: Path) -> None:
 
 
 def test_what_cannot_be_opened(bundle: Path, checkpoint: Path) -> None:
-    with pytest.raises(InputError, match="--engine 'abacus' is unknown"):
+    with pytest.raises(InputError, match="engine 'abacus' is unknown"):
         get_runtime("abacus")
     with pytest.raises(InputError, match="torch cannot run onnx-fp16: choose from onnxruntime"):
         open_pipeline(bundle, engine="torch")
     with pytest.raises(InputError, match="which only torch runs"):
         open_pipeline(checkpoint, engine="onnxruntime")
-    with pytest.raises(InputError, match="--threads 0"):
+    with pytest.raises(InputError, match="0 threads are too few"):
         open_pipeline(bundle, threads=0)
 
 
@@ -193,3 +194,31 @@ def test_the_manifest_describes_the_graph(bundle: Path) -> None:
         for listed, values in ((info.inputs, graph.input), (info.outputs, graph.output)):
             found = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
             assert found == {tensor: info.shape for tensor, info in listed.items()}
+
+
+def test_threads_of_torch_hold_wherever_it_computes() -> None:
+    """torch has a number for each thread of a program: a worker's would not be that of the one who opened it."""
+    import torch
+
+    from kdc_edge.runtimes.torch import TorchComponent
+
+    counted: list[int] = []
+
+    class Network(torch.nn.Linear):
+        def decode(self, latents: torch.Tensor, return_dict: bool) -> list[torch.Tensor]:
+            counted.append(torch.get_num_threads() + int(return_dict))
+            return [latents]
+
+    decoder = TorchComponent("vae_decoder", Network(1, 1), threads=1)
+
+    def call() -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        decoder(latent_sample=np.zeros((1, 1), np.float32))
+        torch.set_num_threads(before)
+
+    call()
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert counted == [1, 1]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import kdc_edge
 from kdc_edge import Pipeline, Request, tokenizer
@@ -115,6 +116,47 @@ def test_what_diffusers_callers_write_is_taken(pipeline: Pipeline) -> None:
         pipeline("a", seed=None)  # type: ignore[arg-type]
 
 
+def test_numbers_of_numpy_are_taken(pipeline: Pipeline) -> None:
+    made = pipeline("a", num_inference_steps=np.int64(1), seed=np.int32(2**31 - 1), num_images_per_prompt=2)  # type: ignore[arg-type]
+    assert made.seeds == [2**31 - 1, 2**31]
+    assert made.images[0] == pipeline("a", num_inference_steps=1, seed=2**31 - 1).images[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"width": 65},
+        {"width": 4096, "height": 2**20},
+        {"num_inference_steps": 0},
+        {"guidance_scale": 101},
+        {"scheduler": "magic"},
+        {"image": Image.new("RGB", (9, 9)), "strength": 0.5},
+    ],
+)
+def test_no_error_names_an_option_of_the_command_line(pipeline: Pipeline, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError) as refused:
+        pipeline("a", **options)
+    assert " --" not in f" {refused.value}".replace("kdc-edge export --with", "")
+
+
+def test_no_error_of_opening_names_an_option_of_the_command_line(bundle_fp32: Path) -> None:
+    for options in ({"threads": 0}, {"threads": 10**6}, {"device": "TOASTER"}, {"device": ","}, {"engine": "magic"}):
+        with pytest.raises(InputError) as refused:
+            Pipeline.open(bundle_fp32, **options)  # type: ignore[arg-type]
+        assert "--" not in str(refused.value)
+
+
+def test_what_is_not_read_of_a_prompt_is_a_warning(pipeline: Pipeline) -> None:
+    long = "petals " * 80
+    words = "the prompt is longer than the model reads: left out are its last 5 tokens; this bundle's U-Net"
+    with pytest.warns(KdcWarning, match=words) as called:
+        pipeline([long, long], num_inference_steps=1, guidance_scale=1)
+    with pytest.warns(KdcWarning, match="the negative prompt is longer .* left out is 'petals petals") as streamed:
+        pipeline.stream("a", num_inference_steps=1, negative_prompt=long, plain_prompt=True)
+    assert [warning.filename for warning in [*called, *streamed]] == [__file__] * 2
+    pipeline("a", num_inference_steps=1, guidance_scale=1, negative_prompt=long)  # not read at all, as without guidance
+
+
 def test_the_working_folder_is_a_bundle_too(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(bundle)
     Pipeline.open(".")
@@ -157,6 +199,12 @@ def test_a_preview_is_in_colour_where_the_colours_are_known() -> None:
     red, green, blue = preview(latents, 8)[0, 0, 0]
     assert 128 > red > green > blue
     assert len(set(preview(latents, 4)[0, 0, 0].tolist())) == 1
+
+
+def test_a_preview_of_latents_that_overflowed_is_grey() -> None:
+    latents = np.full((1, 4, 2, 2), np.inf, np.float32)
+    latents[0, 0] = np.nan
+    assert preview(latents, 8).tolist() == [[[[128] * 3] * 2] * 2]
 
 
 def test_threads_make_equal_images(pipeline: Pipeline) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,12 +14,12 @@ from typing import Any
 
 import httpx
 import numpy as np
-import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
 from kdc_edge.serve.app import make_app
 from kdc_edge.serve.body import Limits
+from kdc_edge.serve.server import Server
 from kdc_edge.serve.worker import Worker
 
 URL = "/v1/images/generations"
@@ -65,11 +66,8 @@ def wait_for(condition: Any, seconds: float = 30) -> None:
 @contextmanager
 def listening(worker: Worker) -> Iterator[str]:
     """A real server on a free port of this machine."""
-    config = uvicorn.Config(
-        make_app(worker, limits=Limits(steps=1000)), port=0, log_config=None, log_level="error", lifespan="off"
-    )
-    server = uvicorn.Server(config)
-    sock = config.bind_socket()
+    server = Server(make_app(worker, limits=Limits(steps=1000)), worker)
+    sock = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     wait_for(lambda: server.started)

@@ -74,11 +74,28 @@ def test_an_answer_says_what_was_done_in_another_way_than_asked(pipeline: Pipeli
     worker.close()
 
 
-def test_a_stream_has_every_step_with_a_preview_then_the_image(client: TestClient, tmp_path: Path) -> None:
+def test_what_is_not_read_of_a_prompt_is_said(client: TestClient) -> None:
+    (item,) = ask(client, prompt="petals " * 80, num_inference_steps=1).json()["data"]
+    assert item["note"].startswith("the prompt is longer than the model reads: left out are its last 5 tokens")
+
+
+def test_the_models_own_steps_are_brought_within_the_limit(worker: Worker) -> None:
+    """Its 20 steps, which a request without a number asks for, and the page with it."""
+    limited = TestClient(make_app(worker, limits=Limits(steps=3)))
+    found = events(ask(limited, num_inference_steps=None, stream=True).text)
+    assert [(data["step"], data["steps"]) for name, data in found if name == "step"] == [(1, 3), (2, 3), (3, 3)]
+    assert '"steps": 3,' in limited.get("/").text
+
+
+def test_a_stream_has_every_step_with_a_preview_then_the_image(
+    client: TestClient, pipeline: Any, tmp_path: Path
+) -> None:
     found = events(ask(client, stream=True, num_inference_steps=3).text)
     assert [name for name, _ in found] == ["step", "step", "step", "image", "done"]
     assert [(data["step"], data["steps"]) for name, data in found if name == "step"] == [(1, 3), (2, 3), (3, 3)]
-    assert pixels({"b64_json": found[0][1]["preview"]}).shape == (16, 16, 3)
+    options = {"seed": 1, "num_inference_steps": 3}
+    for (_, data), step in zip(found, pipeline.stream(PROMPT, **options), strict=False):
+        np.testing.assert_array_equal(pixels({"b64_json": data["preview"]}), step.preview)
     png = tmp_path / "image.png"
     png.write_bytes(base64.b64decode(found[3][1]["b64_json"]))
     assert read_parameters(png) | {"Seed": "1", "Steps": "3", "prompt": PROMPT} == read_parameters(png)
@@ -97,8 +114,9 @@ def test_a_stream_has_every_step_with_a_preview_then_the_image(client: TestClien
         ({"guidance_scale": "inf"}, "guidance_scale: Input should be a finite number"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
         ({"seed": 2**64}, "seed: Input should be less than"),
-        ({"size": "64x63"}, "--height 63 cannot be made: use a multiple of"),
+        ({"size": "64x63"}, "height 63 cannot be made: use a multiple of"),
         ({"size": "99999x99999"}, "this server makes at most 1048576 pixels"),
+        ({"size": "\U00010d40x64"}, "size: String should match pattern"),  # a digit to pydantic, none to Python
         ({"size": "big"}, "size: String should match pattern"),
         ({"response_format": "url"}, "response_format: Input should be 'b64_json'"),
         ({"scheduler": "euler_a\x1b[31m"}, "choose from ddim"),
@@ -156,7 +174,7 @@ def test_an_image_is_changed_as_the_pipeline_does(changing: tuple[TestClient, An
         ({"image": base64_of(Image.new("L", (200, 51)))}, "the image cannot be used: more than 0.01 million pixels"),
         ({"mask": base64_of(Image.new("L", (9, 9)))}, "nothing is repainted"),
         ({"strength": 0}, "strength: Input should be greater than 0"),
-        ({"strength": 0.1}, "--strength 0.1 of 2 steps is none"),
+        ({"strength": 0.1}, "strength 0.1 of 2 steps is none"),
     ],
 )
 def test_bad_edits_are_a_clear_422(changing: tuple[TestClient, Any], fields: dict[str, Any], words: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from kdc_edge.pipeline import Pipeline
 from kdc_edge.request import Request
 from kdc_edge.serve import app as module
 from kdc_edge.serve.app import make_app
-from kdc_edge.serve.worker import Event, Finished, Step, Worker
+from kdc_edge.serve.worker import Busy, Event, Finished, Step, Worker
 from tests.serve.client import PROMPT, URL, ask, events, listening, message, wait_for
 
 
@@ -39,10 +40,17 @@ def test_pages_of_other_origins_and_other_names_of_this_host_are_refused(client:
         ({"Origin": "https://elsewhere.example"}, 403),
         ({"Origin": "null"}, 403),
         ({"Host": "rebound.example"}, 421),
+        ({"Host": "["}, 400),
+        ({"Origin": "http://["}, 400),
         ({"Origin": "http://testserver"}, 200),
     ):
         body = {"prompt": PROMPT, "num_inference_steps": 1}
         assert client.post(URL, json=body, headers=headers).status_code == status
+
+
+def test_allowed_names_are_read_as_browsers_write_them(worker: Worker) -> None:
+    client = TestClient(make_app(worker, hosts=frozenset({"MyDesk.local"})))
+    assert client.get("/health", headers={"Host": "mydesk.local:8000"}).status_code == 200
 
 
 def test_a_token_is_asked_for_where_there_is_one(worker: Worker) -> None:
@@ -54,11 +62,18 @@ def test_a_token_is_asked_for_where_there_is_one(worker: Worker) -> None:
     assert ask(client).status_code == 200
 
 
+def test_a_fault_has_the_shape_of_every_error(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker.pipeline, "check", None)
+    answer = ask(TestClient(make_app(worker), raise_server_exceptions=False))
+    assert (answer.status_code, message(answer)[:31]) == (500, "the request could not be met; t")
+
+
 class Slow:
     """A worker's pipeline whose steps wait until they may go on."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline, self.model = pipeline, pipeline.model
+        self.unread = pipeline.unread
         self.may_go_on = threading.Event()
         self.begun = threading.Semaphore(0)
 
@@ -93,6 +108,62 @@ def test_a_full_queue_is_a_503_and_waiting_jobs_are_done_in_order(pipeline: Pipe
     wait_for(lambda: first and second and isinstance(second[-1], Finished))
     assert isinstance(first[-1], Finished)
     assert "kdc_edge_jobs_refused_total 1" in client.get("/metrics").text
+    worker.close()
+
+
+def test_a_job_that_was_cancelled_gives_its_place_to_the_next(pipeline: Pipeline) -> None:
+    """Else one who types a prompt while a long step is in work fills the queue with what nobody waits for."""
+    slow = Slow(pipeline)
+    worker = Worker(slow, name="slow", waiting=1)  # type: ignore[arg-type]
+    submit(worker)
+    assert slow.begun.acquire(timeout=30)
+    for _ in range(3):
+        worker.submit([Request(PROMPT, steps=1)], lambda _: None).cancel()
+    last = submit(worker)
+    assert (worker.waiting, worker.counts.cancelled) == (1, 3)
+    with pytest.raises(Busy, match="the queue is full"):
+        submit(worker)
+    slow.may_go_on.set()
+    wait_for(lambda: last and isinstance(last[-1], Finished))
+    worker.close()
+
+
+def test_a_server_that_ends_answers_everyone_at_once(pipeline: Pipeline) -> None:
+    """The step in work takes longer than the server waits, and prints no traceback."""
+    slow = Slow(pipeline)
+    worker = Worker(slow, name="slow", waiting=4)  # type: ignore[arg-type]
+    answers: list[Any] = []
+
+    def client(stream: bool) -> None:
+        with httpx.Client(base_url=address, timeout=30) as http:
+            answers.append(ask(http, stream=stream))
+
+    threads = [threading.Thread(target=client, args=(stream,)) for stream in (True, False, True)]
+    with listening(worker) as address:
+        for thread in threads:
+            thread.start()
+        assert slow.begun.acquire(timeout=30)
+        wait_for(lambda: worker.waiting == 2)
+        begun = time.monotonic()
+    for thread in threads:
+        thread.join(30)
+    assert time.monotonic() - begun < 4
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 500]
+    assert all("the server ends" in answer.text for answer in answers)
+    with pytest.raises(Busy, match="the server ends"):
+        submit(worker)
+    slow.may_go_on.set()
+    worker.close()
+    assert not worker.alive
+
+
+def test_a_stream_of_an_image_that_overflows_ends_with_the_reason(pipeline: Pipeline) -> None:
+    unet = pipeline.components["unet"]
+    overflowing = {**pipeline.components, "unet": lambda **inputs: np.full_like(unet(**inputs), np.nan)}
+    worker = Worker(Pipeline(pipeline.model, pipeline.tokenizer, overflowing), name="overflowing")
+    found = events(ask(TestClient(make_app(worker)), stream=True).text)
+    assert [name for name, _ in found] == ["step", "step", "error"]
+    assert "values that are no numbers" in found[-1][1]["message"]
     worker.close()
 
 

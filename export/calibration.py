@@ -26,8 +26,9 @@ from kdc_edge.export.targets import ExportRequest
 from kdc_edge.manifest import CalibrationInfo, Model
 from kdc_edge.pipeline import Pipeline
 from kdc_edge.prompts import own_prompts
-from kdc_edge.request import Request, made_for
+from kdc_edge.request import Request, own_request
 from kdc_edge.runtimes.base import LoadOptions, get_runtime
+from kdc_edge.samplers import make_sampler
 from kdc_edge.tokenizer import Tokenizer
 
 SAMPLES = 64  # of both halves of guidance; twice as many of a guidance-free student, in the same time
@@ -71,8 +72,18 @@ def calibrate_for(
 
 
 def base_request(model: Model) -> Request:
-    """What each image of a calibration is, but for prompt and seed."""
-    return made_for(model, Request("", steps=STEPS, guidance=GUIDANCE))
+    """What each image of a calibration is, but for prompt and seed: sampled as the model is on the device."""
+    base = Request("", steps=STEPS, guidance=GUIDANCE)
+    return own_request(model, base, sampler=None, steps=None, guidance=None)[0]
+
+
+def one_by_one(calls: Sequence[Inputs]) -> list[Inputs]:
+    """Calls of a batch as calls of one sample each."""
+    return [
+        {name: value[i : i + 1] if len(value) > 1 else value for name, value in call.items()}
+        for call in calls
+        for i in range(len(call["sample"]))
+    ]
 
 
 def calibrate(
@@ -86,8 +97,9 @@ def calibrate(
 ) -> Calibration:
     """Generate in PyTorch from prompts drawn at random, and keep `samples` of the U-Net's calls.
 
-    Without prompts, the checkpoint's own captions are taken. A few-step student's timesteps are its own. An inpainting
-    model repaints smooth random images. `tell` gets how many samples there are, after each image.
+    Without prompts, the checkpoint's own captions are taken. The sampler is the checkpoint's own, of a few-step student
+    steps and guidance too. An inpainting model repaints smooth random images. `tell` gets how many samples there are,
+    after each image.
 
     Raises InputError for no prompts or a count that cannot be used, CheckpointError for the checkpoint.
     """
@@ -106,14 +118,15 @@ def calibrate(
     components = {name: runtime.load(checkpoint, name, LoadOptions(device="CPU")) for name in names} | {"unet": unet}
     pipeline = Pipeline(model, Tokenizer.from_folder(checkpoint / "tokenizer"), components)
     base = base_request(model)
-    samples_an_image = min(samples_an_image, base.steps)
+    calls = len(make_sampler(base.sampler, pipeline.schedule, base.steps).timesteps)  # Heun's are two a step
+    samples_an_image = min(samples_an_image, calls)
     inputs: list[Inputs] = []
     order = [p for _ in range(-(-samples // len(prompts))) for p in rng.permutation(np.array(prompts, object))]
     for number, prompt in enumerate(order):
         wanted = min(samples_an_image, samples - len(inputs))
         if wanted == 0:
             break
-        kept_steps = sorted(rng.choice(base.steps, wanted, replace=False))
+        kept_steps = sorted(rng.choice(calls, wanted, replace=False))
         unet.calls.clear()
         edit = example_edit(model, seed + number)
         request = replace(base, prompt=str(prompt), seed=seed + number, edit=edit)

@@ -61,7 +61,7 @@ def check_weights(folder: Path) -> None:
         raise CheckpointError(f"{folder} is no checkpoint: {MODEL_INDEX} is missing")
     parts = [folder / part for part in PARTS]
     inside = [p for part in parts for p in part.rglob("*")]
-    refuse_links_out(folder, [*(folder / name for name in (MODEL_INDEX, PROMPTS_FILE, SOURCES_FILE)), *parts, *inside])
+    refuse_links_out(folder, [*(folder / name for name in ROOT_FILES), *parts, *inside])
     for network, name in WEIGHTS.items():
         files = weights_of(folder / network).files
         if not files:

@@ -89,6 +89,16 @@ def test_the_oldest_entries_go(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert sorted(p.name for p in cache.iterdir()) == ["a.npz", "c.npz", "d.npz"]
 
 
+def test_what_is_larger_than_all_may_be_is_not_kept_at_the_others_cost(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_reference("a", lambda: reference(1))
+    monkeypatch.setattr(kept, "MAX_BYTES", 2 * (cache / "a.npz").stat().st_size)
+    large = replace(reference(2), images=[np.zeros((kept.MAX_BYTES, 1, 1), np.uint8)])
+    assert kept_reference("b", lambda: large) is large
+    assert [p.name for p in cache.iterdir()] == ["a.npz"]
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("KDC_EDGE_CACHE", str(tmp_path / "file"))

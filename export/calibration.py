@@ -26,9 +26,9 @@ from kdc_edge.export.targets import ExportRequest
 from kdc_edge.manifest import CalibrationInfo, Model
 from kdc_edge.pipeline import Pipeline
 from kdc_edge.prompts import own_prompts
-from kdc_edge.request import Request, own_request
+from kdc_edge.request import Request, made_for
 from kdc_edge.runtimes.base import LoadOptions, get_runtime
-from kdc_edge.samplers import make_sampler
+from kdc_edge.samplers import SAMPLERS, make_sampler, sampler_for
 from kdc_edge.tokenizer import Tokenizer
 
 SAMPLES = 64  # of both halves of guidance; twice as many of a guidance-free student, in the same time
@@ -72,9 +72,14 @@ def calibrate_for(
 
 
 def base_request(model: Model) -> Request:
-    """What each image of a calibration is, but for prompt and seed: sampled as the model is on the device."""
-    base = Request("", steps=STEPS, guidance=GUIDANCE)
-    return own_request(model, base, sampler=None, steps=None, guidance=None)[0]
+    """What each image of a calibration is, but for prompt and seed: a few-step student's own steps, sampler, guidance.
+
+    Others are sampled by DPM-Solver++ 2M, or, where their scheduler config does not fit it, as on the device.
+    """
+    base = made_for(model, Request("", steps=STEPS, guidance=GUIDANCE))
+    if SAMPLERS[base.sampler].obstacle(model.scheduler) is None:
+        return base
+    return replace(base, sampler=sampler_for(model.scheduler)[0])
 
 
 def one_by_one(calls: Sequence[Inputs]) -> list[Inputs]:
@@ -97,9 +102,8 @@ def calibrate(
 ) -> Calibration:
     """Generate in PyTorch from prompts drawn at random, and keep `samples` of the U-Net's calls.
 
-    Without prompts, the checkpoint's own captions are taken. The sampler is the checkpoint's own, of a few-step student
-    steps and guidance too. An inpainting model repaints smooth random images. `tell` gets how many samples there are,
-    after each image.
+    Without prompts, the checkpoint's own captions are taken. A few-step student's timesteps are its own. An inpainting
+    model repaints smooth random images. `tell` gets how many samples there are, after each image.
 
     Raises InputError for no prompts or a count that cannot be used, CheckpointError for the checkpoint.
     """

@@ -45,9 +45,7 @@ from kdc_edge.manifest import (
     list_files,
     write_manifest,
 )
-from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.prompts import own_prompts
-from kdc_edge.runtimes.torch import load_network
 from kdc_edge.tokenizer import write_vocabulary
 
 Write = Callable[[ExportComponent, Path], list[str]]
@@ -87,9 +85,6 @@ def write_bundle(
     checkpoint, out, row = request.checkpoint, request.out, request.format
     model = read_model(checkpoint)
     sources = SOURCES | {name: OPTIONAL_SOURCES[name] for name in OPTIONAL_SOURCES if name in request.extra}
-    for name in request.extra:
-        load_network(checkpoint, name)  # refuses a checkpoint without it, before the work
-    NoiseSchedule.from_config(model.scheduler)  # refuses a schedule that no sampler has, before the work
     with atomic_folder(out, marker=MANIFEST) as folder:
         copy_configs(checkpoint, folder, sources)
         copy_tokenizer(checkpoint / "tokenizer", folder / "tokenizer")

@@ -28,6 +28,7 @@ from kdc_edge.pipeline import Pipeline
 from kdc_edge.prompts import own_prompts
 from kdc_edge.request import Request, made_for
 from kdc_edge.runtimes.base import LoadOptions, get_runtime
+from kdc_edge.samplers import SAMPLERS, make_sampler, sampler_for
 from kdc_edge.tokenizer import Tokenizer
 
 SAMPLES = 64  # of both halves of guidance; twice as many of a guidance-free student, in the same time
@@ -71,8 +72,23 @@ def calibrate_for(
 
 
 def base_request(model: Model) -> Request:
-    """What each image of a calibration is, but for prompt and seed."""
-    return made_for(model, Request("", steps=STEPS, guidance=GUIDANCE))
+    """What each image of a calibration is, but for prompt and seed: a few-step student's own steps, sampler, guidance.
+
+    Others are sampled by DPM-Solver++ 2M, or, where their scheduler config does not fit it, as on the device.
+    """
+    base = made_for(model, Request("", steps=STEPS, guidance=GUIDANCE))
+    if SAMPLERS[base.sampler].obstacle(model.scheduler) is None:
+        return base
+    return replace(base, sampler=sampler_for(model.scheduler)[0])
+
+
+def one_by_one(calls: Sequence[Inputs]) -> list[Inputs]:
+    """Calls of a batch as calls of one sample each."""
+    return [
+        {name: value[i : i + 1] if len(value) > 1 else value for name, value in call.items()}
+        for call in calls
+        for i in range(len(call["sample"]))
+    ]
 
 
 def calibrate(
@@ -106,14 +122,15 @@ def calibrate(
     components = {name: runtime.load(checkpoint, name, LoadOptions(device="CPU")) for name in names} | {"unet": unet}
     pipeline = Pipeline(model, Tokenizer.from_folder(checkpoint / "tokenizer"), components)
     base = base_request(model)
-    samples_an_image = min(samples_an_image, base.steps)
+    calls = len(make_sampler(base.sampler, pipeline.schedule, base.steps).timesteps)  # Heun's are two a step
+    samples_an_image = min(samples_an_image, calls)
     inputs: list[Inputs] = []
     order = [p for _ in range(-(-samples // len(prompts))) for p in rng.permutation(np.array(prompts, object))]
     for number, prompt in enumerate(order):
         wanted = min(samples_an_image, samples - len(inputs))
         if wanted == 0:
             break
-        kept_steps = sorted(rng.choice(base.steps, wanted, replace=False))
+        kept_steps = sorted(rng.choice(calls, wanted, replace=False))
         unet.calls.clear()
         edit = example_edit(model, seed + number)
         request = replace(base, prompt=str(prompt), seed=seed + number, edit=edit)

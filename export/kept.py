@@ -63,8 +63,9 @@ def kept(kind: type[T], key: str, make: Callable[[], T]) -> T:
         path = user_cache() / FOLDER / f"{key}.npz"
         stream = io.BytesIO()
         np.savez(stream, allow_pickle=False, **made.arrays())
-        write_atomic(path, stream.getvalue())
-        _remove_oldest(path.parent)
+        if len(content := stream.getvalue()) <= MAX_BYTES:  # else all others would go for its sake
+            write_atomic(path, content)
+            _remove_oldest(path.parent)
     return made
 
 

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
 from kdc_edge.bundle import Bundle
 from kdc_edge.errors import require
 from kdc_edge.export.bundle_writer import write_bundle
-from kdc_edge.export.calibration import Calibration, calibrate_for
+from kdc_edge.export.calibration import Calibration, calibrate_for, one_by_one
 from kdc_edge.export.components import ExportComponent
 from kdc_edge.export.rewrites.gates import split_gates
 from kdc_edge.export.rewrites.upsampling import split_upsampling
@@ -112,7 +110,7 @@ def compress(model: Any, component: str, precision: str, calibration: Calibratio
             model, mode=mode, ratio=1.0, group_size=W4_GROUP, all_layers=True, advanced_parameters=fallback
         )
     assert calibration is not None
-    calls = one_by_one(calibration.inputs)
+    calls = one_by_one(calibration.inputs)  # attention's matrices, the largest tensors of all, are half as large then
     dataset = nncf.Dataset(calls)
     if precision == "int8-hybrid":
         model = nncf.compress_weights(model, ignored_scope=nncf.IgnoredScope(types=["Convolution"]))
@@ -123,15 +121,6 @@ def compress(model: Any, component: str, precision: str, calibration: Calibratio
             ignored_scope=ignored, advanced_parameters=nncf.AdvancedQuantizationParameters(smooth_quant_alphas=smooth),
         )  # fmt: skip
     return nncf.quantize(model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calls))
-
-
-def one_by_one(calls: Sequence[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-    """Calls of a batch as calls of one: attention's matrices, the largest tensors of all, are half as large then."""
-    return [
-        {name: value[i : i + 1] if len(value) > 1 else value for name, value in call.items()}
-        for call in calls
-        for i in range(len(call["sample"]))
-    ]
 
 
 def write_tokenizer(bundle: Path) -> None:

@@ -11,6 +11,7 @@ PyTorch networks takes its place, and `made_by` says so.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,13 +163,15 @@ def _record_diffusers(pipeline: Any, decoder: Any, requests: Sequence[Request], 
         calls["vae_decoder"].append(({"latent_sample": _array(latents)}, _array(image)))
         return (image,)
 
-    pipeline.text_encoder.register_forward_hook(text_encoder, with_kwargs=True)
-    pipeline.unet.register_forward_hook(unet, with_kwargs=True)
-    vae.decode = vae_decoder
-    images = []
-    for number, request in enumerate(requests, 1):
-        with stage(f"proof: diffusers' image {number} of {len(requests)} in PyTorch"):
-            images.append(_generate(pipeline, request))
+    with ExitStack() as recording:  # the networks are as before for whoever computes where this fails
+        for network, hook in ((pipeline.text_encoder, text_encoder), (pipeline.unet, unet)):
+            recording.callback(network.register_forward_hook(hook, with_kwargs=True).remove)
+        vae.decode = vae_decoder
+        recording.callback(delattr, vae, "decode")
+        images = []
+        for number, request in enumerate(requests, 1):
+            with stage(f"proof: diffusers' image {number} of {len(requests)} in PyTorch"):
+                images.append(_generate(pipeline, request))
     version = require("diffusers", extra="export", purpose="the proof").__version__
     made_by = f"diffusers {version}, {type(pipeline).__name__} with {type(pipeline.scheduler).__name__}"
     return Reference(calls, images, made_by)

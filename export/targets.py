@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from kdc_edge.components import OPTIONAL
 from kdc_edge.errors import InputError, unknown_choice
+from kdc_edge.files import check_writable, refuse_foreign_folder
 from kdc_edge.formats import Format, find_format
 
 if TYPE_CHECKING:
@@ -164,12 +165,20 @@ def export_checkpoint(request: ExportRequest, options: object = None) -> Bundle:
     `request.out` is then as it was.
     """
     from kdc_edge.diffusers_folder import read_model
+    from kdc_edge.manifest import MANIFEST
+    from kdc_edge.runtimes.torch import load_network
 
     target = TARGETS[request.format.target]
     model = read_model(request.checkpoint)
     if model.inpainting:  # each image begins with the encoder
         request = replace(request, extra=tuple(dict.fromkeys((*request.extra, "vae_encoder"))))
-    if request.decoder is not None:  # refused before calibration and search, which may take hours
+    # What is refused is refused before calibration and search, which may take hours.
+    refuse_foreign_folder(request.out, MANIFEST)
+    if not request.out.exists():
+        check_writable(request.out)
+    for name in request.extra:
+        load_network(request.checkpoint, name)
+    if request.decoder is not None:
         from kdc_edge.runtimes.torch.small_decoder import load_decoder
 
         load_decoder(request.decoder, model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -21,6 +22,7 @@ from kdc_edge.files import homes, read_json, sha256
 from kdc_edge.manifest import Model
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.presets import recognise
+from kdc_edge.samplers import make_sampler
 from kdc_edge.text import invalid_field
 from kdc_edge.weight_files import WEIGHTS, count_parameters, read_shapes, weights_of
 
@@ -45,6 +47,7 @@ UNSUPPORTED = {
 }
 NO_TEACHER = {"time_cond_proj_dim": "a latent consistency model that reads the guidance scale; take its base model"}
 PARTS = (*WEIGHTS, "tokenizer", "scheduler")  # the folders that are read
+ROOT_FILES = (MODEL_INDEX, SAMPLING_FILE, SOURCES_FILE, TRAINING_FILE, PROMPTS_FILE)  # the files that are read
 SUFFIXES = frozenset({".json", ".safetensors", ".txt"})  # of what is loaded, hashed, and copied to other checkpoints
 ADAPTER = "adapter_config.json"  # names the folder or the hub's repository that the libraries would load instead
 
@@ -58,7 +61,7 @@ def check_weights(folder: Path) -> None:
         raise CheckpointError(f"{folder} is no checkpoint: {MODEL_INDEX} is missing")
     parts = [folder / part for part in PARTS]
     inside = [p for part in parts for p in part.rglob("*")]
-    refuse_links_out(folder, [*(folder / name for name in (MODEL_INDEX, PROMPTS_FILE, SOURCES_FILE)), *parts, *inside])
+    refuse_links_out(folder, [*(folder / name for name in ROOT_FILES), *parts, *inside])
     for network, name in WEIGHTS.items():
         files = weights_of(folder / network).files
         if not files:
@@ -139,7 +142,7 @@ def read_model(folder: Path, *, as_teacher: bool = False) -> Model:
     stages = vae.get("decoder_block_out_channels", vae.get("block_out_channels"))  # AutoencoderTiny's, AutoencoderKL's
     unet_stages = unet["block_out_channels"]
     try:
-        return Model.model_validate(
+        model = Model.model_validate(
             {
                 "preset": recognise(unet),
                 "unet_parameters": count_parameters(folder / "unet"),
@@ -157,6 +160,13 @@ def read_model(folder: Path, *, as_teacher: bool = False) -> Model:
         )
     except ValidationError as error:
         raise CheckpointError(f"{folder} cannot be used: {invalid_field(error)}") from None
+    if model.sampling is not None:
+        try:
+            make_sampler(model.sampling.scheduler, NoiseSchedule.from_config(scheduler), model.sampling.steps)
+        except InputError as error:
+            said = str(error).removeprefix("--")
+            raise CheckpointError(f"{folder} cannot be sampled as its {SAMPLING_FILE} says: {said}") from None
+    return model
 
 
 def _read_config(path: Path, **classes: Settings) -> Settings:
@@ -234,7 +244,14 @@ def training_note(folder: Path) -> str | None:
 
 
 def hash_checkpoint(folder: Path) -> str:
-    """One SHA-256 over the names and contents of the checkpoint's configuration and weight files."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    """One SHA-256 over the names and contents of a checkpoint's configuration and weight files, or of one network's.
+
+    What else lies in the checkpoint's folder, such as bundles and reports, is left out.
+    """
+    inside: Iterable[Path] = folder.rglob("*")
+    if (folder / MODEL_INDEX).is_file():
+        parts = (p for part in (*PARTS, CHECKER) for p in (folder / part).rglob("*"))
+        inside = chain((folder / name for name in ROOT_FILES), parts)
+    files = sorted(p for p in inside if p.suffix in SUFFIXES and p.is_file())
     lines = [f"{p.relative_to(folder).as_posix()} {sha256(p)}\n" for p in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

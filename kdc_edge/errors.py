@@ -19,6 +19,8 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import os
+import shutil
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -121,6 +123,10 @@ def explain(error: BaseException) -> str:
         return MEMORY
     if "iostream error" in words:  # openvino's word for a file that it cannot write
         return f"a file could not be written: {ROOM}"
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of a folder: source, target, reason
+        _, target, reason = error.args[0][0]
+        known = next((number for number in REMEDIES if f"[Errno {number}]" in reason), None)
+        error = error if known is None else OSError(known, os.strerror(known), target)
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         remedy = REMEDIES.get(error.errno or 0, "the system refuses it; --debug shows where")

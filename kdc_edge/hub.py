@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 
 from kdc_edge.bundle import MODEL_INDEX, Bundle, kind_of
-from kdc_edge.diffusers_folder import PARTS, PROMPTS_FILE, SAMPLING_FILE, SUFFIXES, read_model
+from kdc_edge.diffusers_folder import PARTS, ROOT_FILES, SUFFIXES, read_model
 from kdc_edge.errors import BundleError, CheckpointError, HubError, InputError, require
 from kdc_edge.manifest import MANIFEST, read_manifest
 from kdc_edge.text import one_line
@@ -29,9 +29,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CARD = "README.md"
 CHECKPOINT_FILES = (
-    MODEL_INDEX,
-    SAMPLING_FILE,
-    PROMPTS_FILE,
+    *ROOT_FILES,
     "tokenizer/*",
     "scheduler/*.json",
     *(f"{network}/*" for network in ("text_encoder", "unet", "vae")),
@@ -148,7 +146,7 @@ def files_to_push(folder: Path) -> list[str]:
     if kind == "checkpoint":
         read_model(folder)  # refuses pickles, links that lead elsewhere, and what is incomplete
         inside = (path for part in PARTS for path in (folder / part).rglob("*"))
-        paths = [folder / MODEL_INDEX, folder / SAMPLING_FILE, folder / PROMPTS_FILE, *inside]
+        paths = [*(folder / name for name in ROOT_FILES), *inside]
         kept = [path for path in paths if path.suffix in SUFFIXES and path.is_file()]
         return sorted(path.relative_to(folder).as_posix() for path in kept)
     bundle = Bundle.open(folder)

@@ -71,9 +71,9 @@ def own_request(
 ) -> tuple[Request, str]:
     """The request with the values given, else with those that the model asks for; and a note for the user.
 
-    A few-step student asks for all three; another model for its own scheduler. Where the U-Net reads the guidance
-    scale, the negative prompt is left out. The note is "" where there is nothing to say. Raises InputError for a
-    scheduler config that no sampler can use.
+    A few-step student asks for all three; another model for its own scheduler. Without classifier-free guidance the
+    negative prompt is left out. The note is "" where there is nothing to say. Raises InputError for a scheduler config
+    that no sampler can use.
     """
     note = ""
     if model.sampling is not None:
@@ -82,14 +82,16 @@ def own_request(
         request = made_for(model, request)
     elif sampler is None:
         sampler, note = sampler_for(model.scheduler)
-    if model.guidance_embedding is not None and request.negative_prompt:
-        unused = (
-            "the negative prompt is not used: this model reads the guidance scale, without classifier-free guidance"
-        )
+    given = {"sampler": sampler, "steps": steps, "guidance": guidance}
+    request = replace(request, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    if request.negative_prompt and (model.guidance_embedding is not None or request.guidance <= 1):
+        why = "this model reads the guidance scale, without classifier-free guidance"
+        if model.guidance_embedding is None:
+            why = f"guidance {request.guidance:g} means none"
+        unused = f"the negative prompt is not used: {why}"
         note = f"{note}; {unused}" if note else unused
         request = replace(request, negative_prompt="")
-    given = {"sampler": sampler, "steps": steps, "guidance": guidance}
-    return replace(request, **{name: value for name, value in given.items() if value is not None}), note  # type: ignore[arg-type]
+    return request, note
 
 
 def refuse_inpainting(model: Model, command: str) -> None:

@@ -32,16 +32,19 @@ from kdc_edge.export.coreml.swift import lay_out_resources
 from kdc_edge.export.coreml.swift_tokens import read_swift_vocabulary
 from kdc_edge.export.rewrites.attention import set_attention
 from kdc_edge.export.targets import CoreMLOptions, ExportRequest
-from kdc_edge.files import parse_size, refuse_foreign_folder
+from kdc_edge.files import exclusive, parse_size
 from kdc_edge.formats import Format
-from kdc_edge.manifest import MANIFEST, Model, Recipe
+from kdc_edge.hardware import package_versions
+from kdc_edge.manifest import Model, Recipe
 from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.apple_layout import CHUNKS, PACKAGES, PROGRAM
 from kdc_edge.runtimes.coreml_tools import load_coremltools
+from kdc_edge.runtimes.torch import load_network
 from kdc_edge.text import megabytes, one_line
 
 CHUNK_BYTES = 1_000_000_000  # iPhones do not load more in one piece
 PALETTE_BITS = {"palette8": 8, "palette6": 6, "palette4": 4, "mixed": 8}  # mixed: all but the U-Net
+SEARCHED_BY = ("kdc-edge", "torch", "diffusers", "coremltools", "numpy")  # whose versions decide what it measures
 MIXED_SAMPLES = 12  # U-Net calls, one per prompt; the search repeats them for each layer and bit width
 
 
@@ -54,11 +57,12 @@ def export(request: ExportRequest, options: CoreMLOptions) -> Bundle:
         for has, what in ((model.inpainting, "inpainting"), (model.guidance_embedding, "guidance embedding")):
             if has:
                 raise InputError(f"--swift is for Apple's Swift package, which has no {what}: leave it out")
+        for name in request.extra:
+            load_network(request.checkpoint, name)  # refused before the search
         for line in read_swift_vocabulary(request.checkpoint / "tokenizer").notes():
             request.tell(line)
     budget, recipe = _read_budget(request.format, options)
     load_coremltools("exporting to Core ML")
-    refuse_foreign_folder(request.out, MANIFEST)  # before the search, which may take hours
     export = _Export(request, read_model(request.checkpoint), options)
     calibration = None
     if budget is not None:
@@ -103,10 +107,12 @@ class _Export:
         part: Any = load_component(checkpoint, "unet")
         _, package = self._convert(part)
         options = repr(replace(self.options, max_size=None, min_psnr=None, swift=False))
-        key = "".join([hash_checkpoint(checkpoint), calibration.info.model_dump_json(), options])
+        made_by = repr(sorted(package_versions(SEARCHED_BY).items()))
+        key = "".join([hash_checkpoint(checkpoint), calibration.info.model_dump_json(), options, made_by])
         folder = self.request.out.parent / f".coreml-search-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
         tell(f"searching; measurements are kept in {folder}, for other budgets too")
-        return Search(part.module.unet, package, calibration, folder, tell).find(budget)
+        with exclusive(folder / "lock"):  # a search for another budget at the same time waits, and measures nothing
+            return Search(part.module.unet, package, calibration, folder, tell).find(budget)
 
     def _precision(self, part: ExportComponent) -> str:
         return "fp32" if part.full_precision else self.request.precision

@@ -21,7 +21,7 @@ from torch.export import Dim
 from kdc_edge.bundle import Bundle
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.export.bundle_writer import Interface, optimum_interface, write_bundle
-from kdc_edge.export.calibration import calibrate_for
+from kdc_edge.export.calibration import calibrate_for, one_by_one
 from kdc_edge.export.components import ExportComponent
 from kdc_edge.export.onnx.int8 import quantize_int8
 from kdc_edge.export.onnx.weights import store_bits, store_half
@@ -55,7 +55,8 @@ def export(request: ExportRequest, options: OnnxOptions) -> Bundle:
                 ir.save(model, base, external_data="weights")
                 del model
                 part.module.to("meta")  # the weights are in the file now
-                model, left_out = quantize_int8(base, calibration.inputs)
+                inputs = one_by_one(calibration.inputs) if sizes else calibration.inputs  # a fixed batch is 1
+                model, left_out = quantize_int8(base, inputs)
                 store_half(model)
                 for layer, snr_db in left_out.items():
                     request.tell(f"{layer} stays in float: in int8 its signal-to-noise ratio is {snr_db:.1f} dB")

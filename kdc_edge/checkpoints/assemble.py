@@ -26,8 +26,16 @@ from kdc_edge.checkpoints.single_file import (
     check_parts,
     read_single_file,
 )
+from kdc_edge.components import CHECKER
 from kdc_edge.diffusers_defaults import Settings
-from kdc_edge.diffusers_folder import PICKLES, SOURCES_FILE, hash_checkpoint, read_model
+from kdc_edge.diffusers_folder import (
+    PICKLES,
+    SOURCES_FILE,
+    check_checker,
+    hash_checkpoint,
+    optional_components,
+    read_model,
+)
 from kdc_edge.errors import CheckpointError, InputError, require, unknown_choice
 from kdc_edge.files import atomic_folder, check_writable, exclusive, read_json, sha256, user_cache, write_atomic
 from kdc_edge.hub import find_checkpoint
@@ -37,7 +45,7 @@ from kdc_edge.quiet import quiet
 from kdc_edge.text import megabytes
 from kdc_edge.weight_files import WEIGHTS, weights_of
 
-FORMAT = 1  # of assembled folders: raise it where the same files become other weights
+FORMAT = 2  # of assembled folders: raise it where the same files become other weights
 CHECKPOINTS = "checkpoints"  # their folder in the user's cache
 
 Say = Callable[[str], None]
@@ -216,6 +224,9 @@ def _copy(path: Path, folder: Path, networks: Sequence[str]) -> None:
     """The parts of a diffusers folder that stay as they are."""
     for part in (*networks, "tokenizer", "scheduler"):
         copy_part(path / part, folder / part, link=True)
+    if CHECKER in optional_components(path):
+        check_checker(path)
+        copy_part(path / CHECKER, folder / CHECKER, link=True)
     for file in path.iterdir():
         if file.suffix in (".json", ".txt") and file.is_file():
             shutil.copy2(file, folder / file.name)

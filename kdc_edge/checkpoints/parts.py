@@ -25,7 +25,7 @@ def copy_part(source: Path, target: Path, *, link: bool = False) -> None:
     for path in sorted(source.rglob("*")):
         of_weights = weights is not None and (".safetensors" in path.name or path.suffix == ".safetensors")
         if path.suffix in SUFFIXES and path.is_file() and not of_weights:
-            _place(path, target / path.relative_to(source), link=False)
+            _place(path, target / path.relative_to(source), link=link and path.suffix == ".safetensors")
     for path in weights.files if weights else ():
         name = path.name if weights and weights.index else WEIGHTS[source.name]
         _place(path, target / name, link=link)

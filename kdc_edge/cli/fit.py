@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -249,6 +250,7 @@ def _export(checkpoint: Path, row: Format, out: Path) -> str | None:
     from kdc_edge.text import last_line
 
     options = ["export", checkpoint, "--target", row.target, "--precision", row.precision, "--out", out]
+    options += ["--config", os.devnull]  # [export] of a project is for one format, and may make it another checkpoint's
 
     def tell(line: str) -> None:
         if line and not line.startswith("kdc-edge: "):  # which is said as the reason

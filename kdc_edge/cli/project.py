@@ -5,6 +5,7 @@ Every flag has its key: `[train] steps = 500` is `kdc-edge train --steps 500`; a
 
 from __future__ import annotations
 
+import os
 import sys
 import tomllib
 from pathlib import Path
@@ -33,7 +34,7 @@ def say(text: str) -> None:
 
 def _load_settings(context: typer.Context, path: Path | None) -> Path | None:
     """Make the settings file's section the command's defaults; unknown keys are refused."""
-    if path is None and not SETTINGS.exists():
+    if (path is None and not SETTINGS.exists()) or path == Path(os.devnull):
         return None
     path = path or SETTINGS
     try:
@@ -59,7 +60,7 @@ Config = Annotated[
     Path | None,
     typer.Option(
         "--config", metavar="FILE.toml", is_eager=True, callback=_load_settings,
-        help="Settings; kdc-edge.toml in this folder when there is one.",
+        help=f"Settings; kdc-edge.toml in this folder when there is one. None: {os.devnull}.",
     ),
 ]  # fmt: skip
 

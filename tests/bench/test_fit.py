@@ -19,7 +19,9 @@ from kdc_edge.bench.budget import Budget, choose, generate_command, nearest, qua
 from kdc_edge.bench.case import Case
 from kdc_edge.bench.record import Psnr, Row, Timings
 from kdc_edge.bench.search import MODES, Candidate, Mode, Trial, expected_sec, in_order, next_trial, search
+from kdc_edge.cli.fit import _export
 from kdc_edge.diffusers_folder import hash_checkpoint
+from kdc_edge.formats import find_format
 from kdc_edge.request import Request
 from tests.bench.rows import check, lines_until, make_bundle, make_row, timing
 from tests.cli.test_commands import complaint, run
@@ -303,6 +305,15 @@ def test_a_bundle_for_another_machine_is_a_row_when_all_formats_are_asked_for(
     assert row["size_bytes"] > 0
     assert row["peak_rss_bytes"] is None
     assert "measure it where its engine runs" in row["failure"]
+
+
+def test_the_projects_own_export_is_not_what_fit_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options are for one format, and refused for others."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kdc-edge.toml").write_text('[export]\ntarget = "coreml"\nattention = "split-einsum"\n')
+    said = _export(tmp_path / "nowhere", find_format("onnx", "fp16"), tmp_path / "out")
+    assert said is not None
+    assert said.startswith("no checkpoint at ")
 
 
 def test_budgets_that_cannot_be_read_or_met_by_nothing(checkpoint: Path, tmp_path: Path) -> None:

@@ -183,6 +183,12 @@ def test_a_model_is_read_without_its_weights(checkpoint: Path, own_checkpoint: P
     with pytest.raises(CheckpointError, match="no safetensors file"):
         read_shapes(weights)
     assert hash_checkpoint(checkpoint) != hash_checkpoint(own_checkpoint)
+    before = hash_checkpoint(own_checkpoint)
+    shutil.copytree(checkpoint, own_checkpoint / "bundles" / "onnx-fp16")  # made in the checkpoint's own folder
+    (own_checkpoint / "report.json").write_text("{}")
+    assert hash_checkpoint(own_checkpoint) == before
+    (own_checkpoint / "prompts.txt").write_text("a red flower")
+    assert hash_checkpoint(own_checkpoint) != before
     config = own_checkpoint / "vae" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"scaling_factor": "large"}))
     shutil.copytree(checkpoint / "unet", own_checkpoint / "unet", dirs_exist_ok=True)

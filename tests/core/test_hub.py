@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from kdc_edge.bundle import Bundle
+from kdc_edge.diffusers_folder import hash_checkpoint, training_note
 from kdc_edge.errors import BundleError, CheckpointError, HubError, InputError
 from kdc_edge.hub import hub_id, label, local, push
 from kdc_edge.hub_card import make_card
@@ -82,6 +83,8 @@ def test_what_is_pushed_opens_from_the_hub_with_the_same_image(
 def test_a_checkpoint_is_pushed_without_pickles_and_is_a_teacher_again(hub: HubServer, own_checkpoint: Path) -> None:
     (own_checkpoint / "unet" / "notes.pkl").write_bytes(b"never")
     (own_checkpoint / "prompts.txt").write_text(PROMPT)
+    (own_checkpoint / "sources.json").write_text('{"sources": []}')
+    (own_checkpoint / "training.json").write_text('{"note": "step 3 of 9"}')
     (own_checkpoint / "README.md").write_text('---\nbase_model: "garden-teacher"\n---\n\n# Mine\n')
     push(own_checkpoint, NAME, card=make_card(own_checkpoint, NAME))
     assert not [file for file in hub.head(NAME) if file.endswith(".pkl")]
@@ -93,6 +96,8 @@ def test_a_checkpoint_is_pushed_without_pickles_and_is_a_teacher_again(hub: HubS
         folder = find_teacher(name)
         assert not list(folder.rglob("*.bin"))
         assert (folder / "prompts.txt").read_text() == PROMPT
+        assert training_note(folder) == "step 3 of 9"
+        assert hash_checkpoint(folder) == hash_checkpoint(own_checkpoint)
 
 
 @pytest.mark.parametrize("size", ["same", "other"])

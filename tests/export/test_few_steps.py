@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdc_edge.diffusers_folder import read_model
+from kdc_edge.errors import CheckpointError
 from kdc_edge.export import calibration
 from kdc_edge.export.calibration import calibrate
 from kdc_edge.export.components import load_component
@@ -15,7 +16,7 @@ from kdc_edge.export.coreml.export import _Export
 from kdc_edge.export.parity import images_of
 from kdc_edge.export.reference import record
 from kdc_edge.export.targets import CoreMLOptions, ExportRequest
-from kdc_edge.request import Request, made_for
+from kdc_edge.request import Request, made_for, own_request
 
 TIMESTEPS = [999, 749, 499, 249]
 
@@ -48,6 +49,30 @@ def test_the_calibration(few_steps: Path, checkpoint: Path, monkeypatch: pytest.
     assert [int(call["timestep"][0]) for call in found.inputs] == 2 * TIMESTEPS
     assert {call["sample"].shape for call in found.inputs} == {(1, 4, 16, 16)}
     assert calibrate(checkpoint, ["a red flower", "a blue fish"]).info.samples == 4
+
+
+@pytest.mark.parametrize(
+    ("sampling", "said"),
+    [
+        ({"scheduler": "dpm2", "steps": 4}, "scheduler 'dpm2' is unknown"),
+        ({"scheduler": "lcm", "steps": 60}, "lcm takes 1 to 50 steps"),
+    ],
+)
+def test_a_sampling_that_cannot_be_is_refused_before_the_work(
+    few_steps: Path, sampling: dict[str, object], said: str
+) -> None:
+    (few_steps / "sampling.json").write_text(json.dumps(sampling | {"guidance": 1}))
+    with pytest.raises(CheckpointError, match=rf"cannot be sampled as its sampling\.json says: {said}"):
+        read_model(few_steps)
+
+
+def test_a_negative_prompt_without_guidance_is_said(few_steps: Path, checkpoint: Path) -> None:
+    asked = Request("a", negative_prompt="blue")
+    for folder, guidance, used in ((few_steps, None, False), (few_steps, 3.0, True), (checkpoint, 1.0, False),
+                                   (checkpoint, None, True)):  # fmt: skip
+        request, note = own_request(read_model(folder), asked, sampler=None, steps=None, guidance=guidance)
+        assert request.negative_prompt == ("blue" if used else "")
+        assert ("the negative prompt is not used: guidance 1 means none" in note) is not used
 
 
 @pytest.mark.parametrize(("asked", "batch"), [(None, 1), (2, 2)])

@@ -12,12 +12,13 @@ import pytest
 
 from kdc_edge.bundle import Bundle
 from kdc_edge.components import COMPONENTS
+from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.export import kept
 from kdc_edge.export.calibration import calibrate_for
 from kdc_edge.export.kept import hash_of
 from kdc_edge.export.parity import check_parity
 from kdc_edge.export.reference import Reference
-from kdc_edge.export.targets import ExportRequest
+from kdc_edge.export.targets import ExportRequest, export_checkpoint
 from kdc_edge.formats import find_format
 from kdc_edge.manifest import Provenance
 from kdc_edge.request import Request
@@ -88,6 +89,16 @@ def test_the_oldest_entries_go(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert sorted(p.name for p in cache.iterdir()) == ["a.npz", "c.npz", "d.npz"]
 
 
+def test_what_is_larger_than_all_may_be_is_not_kept_at_the_others_cost(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_reference("a", lambda: reference(1))
+    monkeypatch.setattr(kept, "MAX_BYTES", 2 * (cache / "a.npz").stat().st_size)
+    large = replace(reference(2), images=[np.zeros((kept.MAX_BYTES, 1, 1), np.uint8)])
+    assert kept_reference("b", lambda: large) is large
+    assert [p.name for p in cache.iterdir()] == ["a.npz"]
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("KDC_EDGE_CACHE", str(tmp_path / "file"))
@@ -133,6 +144,24 @@ def test_a_calibration_is_recorded_once_for_every_target(
             calibrate_for(request("openvino", **other))
     with pytest.raises(AssertionError, match="computed again"):
         calibrate_for(request("openvino"), samples_an_image=1)
+
+
+def test_what_cannot_be_exported_is_refused_before_the_calibration(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdc_edge.export.calibration.calibrate", never)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    for target in ("onnx", "openvino"):
+        request = ExportRequest(checkpoint, tmp_path / "mine", target, "int8", calibration_samples=3)
+        with pytest.raises(InputError, match="mine exists and holds other files"):
+            export_checkpoint(request)
+        request = replace(request, out=tmp_path / "mine" / "thesis.txt" / "out")
+        with pytest.raises(InputError, match="cannot be written: Not a directory"):
+            export_checkpoint(request)
+        with pytest.raises(CheckpointError, match="has no safety_checker"):
+            export_checkpoint(replace(request, out=tmp_path / "out", extra=("safety_checker",)))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_the_next_precision_needs_no_reference_of_its_own(

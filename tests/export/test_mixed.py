@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError
 from kdc_edge.export.calibration import Calibration
 from kdc_edge.export.coreml.apple_modules import AppleNetwork, AppleUNet
-from kdc_edge.export.coreml.export import convert
+from kdc_edge.export.coreml.export import _Export, convert
 from kdc_edge.export.coreml.mixed import (
     BITS,
     Budget,
@@ -27,6 +29,7 @@ from kdc_edge.export.coreml.mixed import (
 )
 from kdc_edge.export.coreml.palettize import folder_bytes, kmeans
 from kdc_edge.export.targets import CoreMLOptions, ExportRequest, export_checkpoint
+from kdc_edge.files import _lock
 from kdc_edge.guidance import guided
 from kdc_edge.manifest import CalibrationInfo, Recipe, Tensor
 from kdc_edge.runtimes.apple_layout import PROGRAM
@@ -135,6 +138,30 @@ def test_mixed_is_no_worse_than_plain(search: Search) -> None:
         plain = dict.fromkeys(search.layers, bits)
         mixed = search.find(Budget(max_size_bytes=search.size_bytes(plain)))
         assert mixed.psnr_db > search.psnr_db(plain) - 1.5  # three layers leave little to choose
+
+
+def test_searches_in_one_folder_take_turns(
+    checkpoint: Path, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same versions: what others measured would be of other weights."""
+    folders: list[Path] = []
+
+    class Found:
+        def __init__(self, _unet: Any, _package: Any, _calibration: Any, folder: Path, _tell: Any) -> None:
+            with pytest.raises(BlockingIOError):
+                os.close(_lock(folder / "lock"))
+            folders.append(folder)
+
+        def find(self, _budget: Budget) -> None: ...
+
+    monkeypatch.setattr("kdc_edge.export.coreml.export.Search", Found)
+    monkeypatch.setattr("kdc_edge.export.coreml.export.convert", lambda *_, **__: None)
+    export = _Export(ExportRequest(checkpoint, tmp_path / "out", "coreml", "mixed"), read_model(checkpoint),
+                     CoreMLOptions())  # fmt: skip
+    for versions in ({"torch": "3"}, {"torch": "3"}, {"torch": "4"}):
+        monkeypatch.setattr("kdc_edge.export.coreml.export.package_versions", lambda _, found=versions: found)
+        export.search(Budget(min_psnr_db=30.0), Calibration(inputs, INFO))
+    assert folders[0] == folders[1] != folders[2]
 
 
 def test_budgets_that_cannot_be(search: Search) -> None:

@@ -147,6 +147,27 @@ def test_original_attention_is_standard_onnx_and_equal(
         OnnxOptions(attention="sdpa")
 
 
+def test_a_fixed_batch_is_calibrated_sample_by_sample(
+    checkpoint: Path, bundle_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both halves of guidance are recorded in one call, and the graph of --static takes one sample."""
+    shapes: list[tuple[int, ...]] = []
+
+    def quantize(base: Path, inputs: list[dict[str, np.ndarray]]) -> tuple[ir.Model, dict[str, float]]:
+        shapes.extend(call["sample"].shape for call in inputs)
+        return ir.load(base), {}
+
+    monkeypatch.setattr("kdc_edge.export.onnx.export.quantize_int8", quantize)
+    monkeypatch.setattr(
+        "kdc_edge.export.onnx.export.trace", lambda part, _: ir.load(bundle_fp32 / part.name / "model.onnx")
+    )
+    for static, expected in ((True, [(1, 4, 16, 16)] * 4), (False, [(2, 4, 16, 16)] * 2)):
+        request = ExportRequest(checkpoint, tmp_path / "out", "onnx", "int8", calibration_samples=2, verify=False)
+        export_checkpoint(request, OnnxOptions(static=static))
+        assert shapes == expected
+        shapes.clear()
+
+
 def test_int8_computes_in_integers(bundles: dict[str, Path], tmp_path: Path) -> None:
     ran = optimized(unet_model(bundles["int8"]), tmp_path)
     plain = operations(unet_model(bundles["fp32"]))

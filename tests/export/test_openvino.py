@@ -17,8 +17,7 @@ import pytest
 from kdc_edge import Pipeline
 from kdc_edge.bundle import Bundle
 from kdc_edge.errors import BundleError, InputError, KdcError
-from kdc_edge.export.calibration import calibrate
-from kdc_edge.export.openvino import one_by_one
+from kdc_edge.export.calibration import calibrate, one_by_one
 from kdc_edge.export.targets import ExportRequest, export_checkpoint
 from kdc_edge.hardware import Processor
 from kdc_edge.manifest import list_files
@@ -177,6 +176,22 @@ def test_calibration_is_seeded_and_of_both_halves(checkpoint: Path) -> None:
     assert timesteps != [int(call["timestep"][0]) for call in other.inputs]
     halves = one.inputs[0]["encoder_hidden_states"]
     assert np.abs(halves[0] - halves[1]).max() > 0
+
+
+def test_calibration_of_a_scheduler_that_is_not_dpm_solvers(own_checkpoint: Path) -> None:
+    """kdc-edge has no sampler for these noise levels, DPM-Solver++ neither: generate takes DDIM."""
+    path = own_checkpoint / "scheduler" / "scheduler_config.json"
+    scheduler = {"_class_name": "DPMSolverMultistepScheduler", "use_exponential_sigmas": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | scheduler))
+    found = calibrate(own_checkpoint, ["a red flower"], 3)
+    assert (found.info.sampler, len(found.inputs)) == ("ddim", 3)
+
+
+def test_calibration_visits_every_call_of_a_sampler(own_checkpoint: Path) -> None:
+    """Heun's are two a step but the last."""
+    (own_checkpoint / "sampling.json").write_text('{"scheduler": "heun", "steps": 4, "guidance": 1}')
+    found = calibrate(own_checkpoint, ["a red flower"], 7, samples_an_image=7)
+    assert len({call["sample"].tobytes() for call in found.inputs}) == 7
 
 
 def test_prompts_to_calibrate_on(own_checkpoint: Path, tmp_path: Path) -> None:

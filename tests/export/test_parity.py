@@ -92,6 +92,22 @@ def test_without_diffusers_the_reference_says_what_it_was(checkpoint: Path, monk
     assert np.array_equal(reference.images[0], open_pipeline(checkpoint).generate(request))
 
 
+def test_a_pipeline_that_fails_midway_leaves_the_networks_as_they_were(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no such image")
+
+    monkeypatch.setattr("diffusers.image_processor.VaeImageProcessor.postprocess", fail)
+    request = Request("a red flower", steps=2, guidance=2.0, sampler="ddim")
+    reference = record(checkpoint, [request])
+    assert reference.made_by.endswith("because diffusers cannot open the checkpoint (no such image)")
+    assert {name: len(calls) for name, calls in reference.calls.items()} == {
+        "text_encoder": 1, "unet": 2, "vae_decoder": 1
+    }  # fmt: skip
+    assert np.array_equal(reference.images[0], open_pipeline(checkpoint).generate(request))
+
+
 @pytest.mark.parametrize("fault", ["scaling factor", "timesteps"])
 def test_a_fault_of_our_loop_fails_the_proof(
     checkpoint: Path, bundle_fp32: Path, monkeypatch: pytest.MonkeyPatch, fault: str

@@ -17,6 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from kdc_edge import Pipeline
 from kdc_edge.bundle import Bundle
+from kdc_edge.checkpoints import Additions, open_checkpoint
 from kdc_edge.components import CHECKER
 from kdc_edge.errors import CheckpointError
 from kdc_edge.export.bundle_writer import Interface, optimum_interface
@@ -206,6 +207,15 @@ def test_an_image_is_given_when_it_has_been_checked(onnx_bundle: Path, unchecked
     made = without(PROMPT, seed=1, scheduler="ddim", **HOW)
     assert made.nsfw_content_detected is None
     assert np.abs(np.asarray(made.images[0], int) - unchecked[1]).max() < 16
+
+
+def test_a_checkpoint_with_additions_keeps_its_checker(own_checkpoint: Path) -> None:
+    make_checker(own_checkpoint)
+    assembled = open_checkpoint(own_checkpoint, Additions(prediction_type="v_prediction"))
+    assert assembled != own_checkpoint
+    assert CHECKER in Pipeline.open(assembled).components
+    weights = [folder / CHECKER / "model.safetensors" for folder in (assembled, own_checkpoint)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_checkers_that_cannot_be_used_are_refused_before_the_work(

@@ -60,7 +60,9 @@ def test_a_weight_map_names_safetensors_of_its_own_folder(teacher: Path, name: s
             read(teacher)
 
 
-@pytest.mark.parametrize("place", ["vae/notes.json", "tokenizer/secret.txt", "text_encoder/config.json", "prompts.txt"])
+@pytest.mark.parametrize(
+    "place", ["vae/notes.json", "tokenizer/secret.txt", "text_encoder/config.json", "prompts.txt", "sampling.json"]
+)
 def test_a_link_out_of_a_teacher_lands_in_no_checkpoint(teacher: Path, tmp_path: Path, place: str) -> None:
     (tmp_path / "secret").write_text("{}")
     (teacher / place).unlink(missing_ok=True)

@@ -84,6 +84,10 @@ def test_a_full_disk_is_not_a_damaged_bundle(
         ),
         (PermissionError(errno.EACCES, "Permission denied", "a"), "a: Permission denied: choose another place"),
         (OSError(errno.EIO, "Input/output error", "a"), "a: Input/output error: check the disk"),
+        (
+            shutil.Error([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'")]),
+            "b: No space left on device: make",
+        ),
         (MemoryError(), "too little memory"),
         (RuntimeError("CUDA out of memory. Tried to"), "too little memory"),
         (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),

@@ -105,6 +105,12 @@ class OnnxComponent:
         return Execution(str(self._session.get_providers()[0]), None)
 
 
+def without_overflow(session: Any) -> None:
+    """Let a session's options ask for 8-bit products that are right on every processor: slower where it lacks VNNI."""
+    if this_processor().lacks_vnni:
+        session.add_session_config_entry("session.x64quantprecision", "1")  # in uint8 alone
+
+
 class OnnxRuntime:
     name = "onnxruntime"
     version: str = _ort.__version__
@@ -125,8 +131,8 @@ class OnnxRuntime:
         provider = next(p for p in _PROVIDERS if p.device == chosen)
         threads, cache = options.threads, options.cache
         session = _session_options(provider, threads, low_memory=options.low_memory)
-        if bundle.manifest.precision == "int8" and component == "unet" and this_processor().lacks_vnni:
-            session.add_session_config_entry("session.x64quantprecision", "1")  # in uint8 alone then: slower, right
+        if bundle.manifest.precision == "int8" and component == "unet":
+            without_overflow(session)
         if cache is not None and provider.device == "CPU" and not options.low_memory:
             made = _cached(cache, bundle, component)
             if made.is_file():

@@ -210,10 +210,13 @@ def _append(model: ir.Model, node: ir.Node, name: str) -> ir.Value:
 def _run(probe: ir.Model, base: Path, ends: Sequence[ir.Value], inputs: Inputs) -> Iterator[list[np.ndarray]]:
     """The probe's answers, call by call."""
     ort = require("onnxruntime", extra="export", purpose="an export to int8")
+    from kdc_edge.runtimes.onnxruntime import without_overflow
+
     path = base.with_name("probe.onnx")
     ir.save(probe, path)
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    without_overflow(options)
     options.enable_mem_pattern = options.enable_cpu_mem_arena = False
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # no second copy of the weights
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # by default the observers come last: all is kept

@@ -256,6 +256,7 @@ def test_int8_on_processors_whose_products_overflow(bundles: dict[str, Path], mo
 
     runtime, inputs = get_runtime("onnxruntime"), some_inputs("unet", 2, 16, 16)
     expected = runtime.load(bundles["int8"], "unet", LoadOptions(threads=1))(**inputs)
+    overflows = module.this_processor().lacks_vnni
     asked: list[str] = []
     real = ort.SessionOptions.add_session_config_entry
     monkeypatch.setattr(
@@ -267,7 +268,8 @@ def test_int8_on_processors_whose_products_overflow(bundles: dict[str, Path], mo
         asked.clear()
         found = runtime.load(bundles["int8"], "unet", LoadOptions(threads=1))(**inputs)
         assert ("session.x64quantprecision" in asked) is changed
-        np.testing.assert_allclose(found, expected, atol=0.1)
+        if changed or not overflows:  # which a processor that does is not spared otherwise
+            np.testing.assert_allclose(found, expected, atol=0.1)
     monkeypatch.setattr(module, "this_processor", lambda: Processor("old", "x86_64", ("AVX2",), None))
     asked.clear()
     open_pipeline(bundles["int8"], threads=1).generate(Request("a red flower", steps=1))

@@ -124,7 +124,7 @@ def main() -> None:
             continue
         name, rest = row.split("=", 1)
         pattern, sampling = rest.rsplit("@", 1)
-        folders = sorted(Path().glob(pattern))
+        folders = sorted(path for path in Path().glob(pattern) if (path / "checkpoint").is_dir())
         found[row] = [measure(folder, sampling, decoder, args.images) for folder in folders]
         print(name, sampling, *cells(found[row], "large"), *cells(found[row], "small"), flush=True)
         args.work.mkdir(parents=True, exist_ok=True)

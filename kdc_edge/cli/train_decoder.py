@@ -88,7 +88,7 @@ def _new(given: Given[DecoderConfig], folder: Path, task: list[str] | None, capt
     from kdc_edge.train.teachers import GARDEN_TEACHER
 
     run = run_of(folder)
-    if task is None and run is None and folder != GARDEN_TEACHER:
+    if task is None and run is None and folder.resolve() != GARDEN_TEACHER.resolve():
         raise InputError("this checkpoint belongs to no run: say what to decode, e.g. --task flowers=garden:flowers")
     tasks = TrainConfig.load(run).tasks if task is None and run else parse_tasks(task or GARDEN, caption or ())
     settings = given.make(tasks=tasks, checkpoint=folder)

@@ -172,7 +172,7 @@ def test_a_negative_prompt_is_left_out_with_a_line(consistency: Path, tmp_path: 
     said = run("generate", PROMPT, "--negative-prompt", "blue", *options, cwd=tmp_path).stderr
     assert said.count("the negative prompt is not used: this model reads the guidance scale") == 1
     said = complaint("generate", PROMPT, "--guidance-interval", "0.0:0.5", *options, cwd=tmp_path)
-    assert "--guidance-interval is for classifier-free guidance; this model reads the guidance scale" in said
+    assert "a guidance interval is for classifier-free guidance; this model reads the guidance scale" in said
     pipeline = Pipeline.open(consistency, threads=1)
     plain = ours(pipeline, num_inference_steps=1)
     with pytest.warns(KdcWarning, match="the negative prompt is not used: this model reads the guidance scale"):

@@ -70,7 +70,7 @@ def test_elsewhere_it_is_refused_in_one_line(coreml_bundle: Path) -> None:
     if base.sys.platform == "darwin":
         pytest.skip("this is a Mac")
     with pytest.raises(
-        InputError, match="coreml needs Apple's frameworks, which only macOS has: use --engine mil here"
+        InputError, match="coreml needs Apple's frameworks, which only macOS has: use the engine mil here"
     ):
         open_pipeline(coreml_bundle, engine="coreml")
 

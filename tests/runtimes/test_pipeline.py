@@ -154,7 +154,9 @@ def test_what_is_not_read_of_a_prompt_is_a_warning(pipeline: Pipeline) -> None:
     with pytest.warns(KdcWarning, match="the negative prompt is longer .* left out is 'petals petals") as streamed:
         pipeline.stream("a", num_inference_steps=1, negative_prompt=long, plain_prompt=True)
     assert [warning.filename for warning in [*called, *streamed]] == [__file__] * 2
-    pipeline("a", num_inference_steps=1, guidance_scale=1, negative_prompt=long)  # not read at all, as without guidance
+    with pytest.warns(KdcWarning) as unused:  # one line: without guidance it is not read at all
+        pipeline("a", num_inference_steps=1, guidance_scale=1, negative_prompt=long)
+    assert ["guidance 1 means none" in str(warning.message) for warning in unused] == [True]
 
 
 def test_the_working_folder_is_a_bundle_too(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,7 +195,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path: Path, checkpoint
     assert "belongs to no run" in complaint(*given, checkpoint, cwd=tmp_path)
     assert "unknown data source" in complaint(*given, "garden", "--task", "a=moon:x", cwd=tmp_path)
     unwritable = "--out", tmp_path / "decoder", "--samples", 1, "--cache", __file__
-    assert "ot a directory" in complaint(*given, "garden", *unwritable, cwd=tmp_path)
+    assert "ot a directory" in complaint(*given, GARDEN_TEACHER.resolve(), *unwritable, cwd=tmp_path)
     gone = (Task("photos", f"imagefolder:{tmp_path / 'gone'}"),)
     with pytest.raises(InputError, match="gone is no folder"):
         DecoderTrainer(config(tmp_path, tasks=gone), tmp_path / "decoder")

@@ -102,7 +102,8 @@ def chart(found: Rows) -> str:
         for at in [steps] if steps in few else few:
             best[at] = max(accuracy, best.get(at, 0.0))
     drawn = {name: sorted(points.items()) for name, points in lines.items()}
-    return standalone(line_chart(drawn, title=title, x_label="steps", y_label="prompt accuracy"), title)
+    made = line_chart(drawn, title=title, x_label="steps", y_label="prompt accuracy")
+    return standalone(made, title, keys=list(drawn))
 
 
 def _name(row: str) -> str:

@@ -21,6 +21,7 @@ COLOURS = 6
 MAX_POINTS = 300  # a line; more than the screen shows
 WIDTH, HEIGHT = 560, 330
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 34, 52
+KEY = 24  # height of a line's key in a file
 ROW = 57  # height of a horizontal bar with its name
 
 Points = Sequence[tuple[float, float]]
@@ -165,15 +166,20 @@ def _bar_texts(name: str, value: str, top: float, end: float) -> list[Markup]:
     ]
 
 
-def standalone(chart: Markup, title: str) -> str:
-    """A chart's plot as an SVG file of its own, with the title and the style sheet in it."""
+def standalone(chart: Markup, title: str, *, keys: Sequence[str] = ()) -> str:
+    """A chart's plot as an SVG file of its own, with the title, a line chart's keys and the style sheet in it."""
     height, inside = re.findall(rf'<svg class="plot" viewBox="0 0 {WIDTH} (\d+)"[^>]*>(.*)</svg>', chart, re.DOTALL)[0]
     style = Path(__file__).with_name("style.css").read_text("utf-8")
     ground = element("rect", x=-16, y=-44, width="100%", height="100%", style="fill: var(--ground)")
+    legend = []
+    for i, name in enumerate(keys):
+        y = int(height) + KEY * i + 12
+        legend += [line(LEFT, y, LEFT + 40, y, f"line c{i % COLOURS}")]
+        legend += [element("text", name, class_="tick", x=LEFT + 52, y=y, dy=".35em")]
     return element(
         "svg", element("style", Markup(style)), ground, element("text", title, class_="name", x=0, y=-16),
-        Markup(inside), xmlns="http://www.w3.org/2000/svg", class_="plot", font_family="sans-serif",
-        viewBox=f"-16 -44 {WIDTH + 32} {int(height) + 60}",
+        Markup(inside), *legend, xmlns="http://www.w3.org/2000/svg", class_="plot", font_family="sans-serif",
+        viewBox=f"-16 -44 {WIDTH + 32} {int(height) + 60 + KEY * len(keys)}",
     ) + "\n"  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from kdc_edge.bench.page import render
 from kdc_edge.bench.record import Report
-from kdc_edge.report.charts import bar_chart, line_chart, log_ticks, nice_ticks
+from kdc_edge.report.charts import HEIGHT, bar_chart, line_chart, log_ticks, nice_ticks, standalone
 from kdc_edge.report.html import (
     Section,
     bullets,
@@ -109,6 +109,17 @@ def test_line_charts_are_well_formed_and_stay_inside(series: dict[str, list[tupl
         assert len(points) <= 300
         assert all(0 <= x <= 560 and 0 <= y <= 330 for x, y in points)
         assert all(a[0] <= b[0] for a, b in pairwise(points))
+
+
+def test_a_line_chart_in_a_file_has_its_keys_below_the_plot_and_inside() -> None:
+    lines = {"a < b": [(0.0, 1.0), (1.0, 2.0)], "c": [(0.0, 2.0)]}
+    plain = line_chart(lines, title="T", x_label="x", y_label="y")
+    file = ET.fromstring(standalone(plain, "T", keys=list(lines)))
+    texts = {element.text: float(element.attrib["y"]) for element in file if element.tag.endswith("text")}
+    top, height = (float(file.attrib["viewBox"].split()[i]) for i in (1, 3))
+    assert HEIGHT < texts["a < b"] < texts["c"] < top + height
+    drawn = [element.attrib["class"] for element in file if element.attrib.get("class", "").startswith("line ")]
+    assert drawn == ["line c0", "line c1"] * 2  # the lines, and their keys
 
 
 def test_bars_are_in_proportion() -> None:

@@ -164,8 +164,7 @@ def read_model(folder: Path, *, as_teacher: bool = False) -> Model:
         try:
             make_sampler(model.sampling.scheduler, NoiseSchedule.from_config(scheduler), model.sampling.steps)
         except InputError as error:
-            said = str(error).removeprefix("--")
-            raise CheckpointError(f"{folder} cannot be sampled as its {SAMPLING_FILE} says: {said}") from None
+            raise CheckpointError(f"{folder} cannot be sampled as its {SAMPLING_FILE} says: {error}") from None
     return model
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import base64
 import secrets
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kdc_edge.errors import InputError
 from kdc_edge.pipeline import Pipeline
@@ -50,6 +50,12 @@ class Body(BaseModel):
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     scheduler: str | None = None
     plain_prompt: bool = False  # brackets are text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, body: Any) -> Any:
+        """OpenAI's schema allows null for what may be left out."""
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
     def remarks(self, note: str) -> dict[str, str]:
         """What an answer has beside every image: OpenAI's `revised_prompt` where it was too long, and the note."""

@@ -74,6 +74,13 @@ def test_an_answer_says_what_was_done_in_another_way_than_asked(pipeline: Pipeli
     worker.close()
 
 
+def test_a_null_is_what_is_left_out(client: TestClient) -> None:
+    nulls = dict.fromkeys(["n", "size", "response_format", "stream", "negative_prompt", "scheduler", "user"])
+    (item,) = ask(client, **nulls).json()["data"]
+    np.testing.assert_array_equal(pixels(item), pixels(ask(client).json()["data"][0]))
+    assert message(ask(client, prompt=None)) == "prompt: Field required"
+
+
 def test_what_is_not_read_of_a_prompt_is_said(client: TestClient) -> None:
     (item,) = ask(client, prompt="petals " * 80, num_inference_steps=1).json()["data"]
     assert item["note"].startswith("the prompt is longer than the model reads: left out are its last 5 tokens")
@@ -168,7 +175,7 @@ def test_an_image_is_changed_as_the_pipeline_does(changing: tuple[TestClient, An
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"image": None}, "image: Input should be a valid string"),
+        ({"image": None}, "image: Field required"),
         ({"image": "§"}, "image is not in base64"),
         ({"image": base64.b64encode(b"no image").decode()}, "the image cannot be used: cannot be read as an image"),
         ({"image": base64_of(Image.new("L", (200, 51)))}, "the image cannot be used: more than 0.01 million pixels"),

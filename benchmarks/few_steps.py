@@ -13,20 +13,24 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from kdc_edge.files import write_atomic
-from kdc_edge.pipeline import Pipeline
 from kdc_edge.report.charts import line_chart, standalone
 from kdc_edge.runtimes.torch import TorchComponent
 from kdc_edge.runtimes.torch.small_decoder import find_decoder_folder, load_decoder
 from kdc_edge.text import markdown_table
 from kdc_edge.train.config import TrainConfig
-from kdc_edge.train.quality.evaluate import DECODER_BATCH, Generator, ask, evaluate_tasks, open_generator
-from kdc_edge.train.quality.metrics import ImageMetrics
+from kdc_edge.train.quality.evaluate import (
+    EVALUATION_NOISE_SEED,
+    Score,
+    ask,
+    generate_with_both,
+    open_generator,
+    score_images,
+)
 
 METRICS = {"prompt_accuracy": 3, "exact": 3, "judge_frechet": 0}  # and their digits
 HEAD = (
@@ -44,28 +48,29 @@ SMALL = ("small decoder: accuracy", "right", "distance")
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def with_decoder(generator: Generator, folder: Path) -> Generator:
-    """The same generator, with a small decoder."""
-    path = generator.pipeline
-    small = TorchComponent("vae_decoder", load_decoder(folder, path.model))
-    components = {**path.components, "vae_decoder": small}
-    return replace(generator, pipeline=Pipeline(path.model, path.tokenizer, components, decoder_batch=DECODER_BATCH))
-
-
 def measure(run: Path, sampling: str, decoder: Path | None, images: int) -> dict[str, Any]:
     """How the run's student was sampled, and means over the tasks with each decoder."""
     steps, scheduler, guidance, *_ = (*sampling.split(","), None, None)
     own = open_generator(
         run / "checkpoint", steps=int(steps or 0), sampler=scheduler, guidance=float(guidance) if guidance else None
     )
-    generators = {"large": own} | ({"small": with_decoder(own, decoder)} if decoder else {})
-    asked = {t.name: ask(t, images, size=own.pipeline.model.image_size) for t in TrainConfig.load(run).tasks}
+    model = own.pipeline.model
+    small = TorchComponent("vae_decoder", load_decoder(decoder, model)) if decoder else None
+    scores: dict[str, list[Score]] = {"large": [], "small": []}
+    for task in TrainConfig.load(run).tasks:
+        asked = ask(task, images, size=model.image_size)
+        if small:
+            by_large, by_small = generate_with_both(own, small, asked.prompts)
+            scores["small"].append(score_images(by_small, asked, None))
+        else:
+            by_large = own(asked.prompts, seed=EVALUATION_NOISE_SEED)
+        scores["large"].append(score_images(by_large, asked, None))
     request = own.request
     found: dict[str, Any] = {"run": run.name, "images": images, "steps": request.steps}
     found |= {"guidance": request.guidance, "scheduler": request.sampler}
-    for name, generator in generators.items():
-        scores = [e.score.values for e in evaluate_tasks(generator, asked, metrics=ImageMetrics(None)).values()]
-        found[name] = {metric: mean(values[metric] for values in scores) for metric in METRICS}
+    for name, each in scores.items():
+        if each:
+            found[name] = {metric: mean(score.values[metric] for score in each) for metric in METRICS}
     return found
 
 

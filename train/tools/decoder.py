@@ -21,7 +21,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +37,6 @@ from kdc_edge.diffusers_folder import hash_checkpoint, read_model
 from kdc_edge.errors import CheckpointError, InputError, KdcError
 from kdc_edge.files import atomic_folder, read_json, refuse_foreign_folder, write_atomic
 from kdc_edge.image import grid, psnr_db, save_png, to_pixels
-from kdc_edge.pipeline import Pipeline
 from kdc_edge.presets import find_decoder
 from kdc_edge.quiet import quiet
 from kdc_edge.request import made_for
@@ -50,7 +49,7 @@ from kdc_edge.train.data.latents import Latents
 from kdc_edge.train.data.source import Selection
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.garden.judge import load_judge
-from kdc_edge.train.quality.evaluate import EVALUATION, Generator, ask, open_generator, score_images
+from kdc_edge.train.quality.evaluate import EVALUATION, Generator, ask, generate_with_both, open_generator, score_images
 from kdc_edge.train.quality.metrics import ImageMetrics
 
 SHEET_IMAGES = 8  # of each task
@@ -238,15 +237,16 @@ class DecoderTrainer:
         pixels: dict[str, float] = {}
         accuracy: dict[str, dict[str, float]] = {}
         rows: list[np.ndarray] = []
+        small = TorchComponent("vae_decoder", SmallDecoder(self.network, self.model.scaling_factor))
         for task in self.config.tasks:
             asked = ask(task, self.config.eval_images, size=self.model.image_size)
             if asked.references is not None:
                 scaled = torch.cat([encode_images(self.vae, part)[0].float() for part in _parts(asked.references)])
-                big, small = self.both(scaled)
-                pixels[task.name] = round(psnr_db(small, big), 2)
-                rows += [*_cells(big), *_cells(small)]
+                by_big, by_small = self.both(scaled)
+                pixels[task.name] = round(psnr_db(by_small, by_big), 2)
+                rows += [*_cells(by_big), *_cells(by_small)]
             if asked.scenes:
-                by_big, by_small = self._generate_both(asked.prompts)
+                by_big, by_small = generate_with_both(self._own, small, asked.prompts)
                 accuracy[task.name] = {
                     "vae": score_images(by_big, asked, None).values["prompt_accuracy"],
                     "small": score_images(by_small, asked, None).values["prompt_accuracy"],
@@ -255,19 +255,6 @@ class DecoderTrainer:
         if rows:
             save_png(self.out / "sheet.png", grid(rows, SHEET_IMAGES))
         return {"psnr_db": pixels, "prompt_accuracy": accuracy}
-
-    def _generate_both(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The VAE's images and the small decoder's of the same generated latents, uint8 (N, H, W, 3)."""
-        small = TorchComponent("vae_decoder", SmallDecoder(self.network, self.model.scaling_factor))
-        path, images = self._own.pipeline, []
-
-        def decode(**latents: np.ndarray) -> np.ndarray:
-            images.append(to_pixels(small(**latents)))
-            return path.components["vae_decoder"](**latents)
-
-        components = {**path.components, "vae_decoder": decode}
-        pipeline = Pipeline(path.model, path.tokenizer, components, decoder_batch=path.decoder_batch)
-        return replace(self._own, pipeline=pipeline)(prompts, seed=7), np.concatenate(images)
 
     @cached_property
     def _own(self) -> Generator:

@@ -19,7 +19,7 @@ from kdc_edge.components import CHECKER, CLIP_SIDE
 from kdc_edge.diffusers_defaults import AS_WRITTEN, AUTOENCODER_TINY, TEXT_ENCODER, UNET, VAE, Settings
 from kdc_edge.errors import CheckpointError, InputError
 from kdc_edge.files import homes, read_json, sha256
-from kdc_edge.manifest import Model
+from kdc_edge.manifest import MANIFEST, Model
 from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.presets import recognise
 from kdc_edge.samplers import make_sampler
@@ -56,6 +56,8 @@ def check_weights(folder: Path) -> None:
     """Raise CheckpointError unless the folder holds each network as whole safetensors, and nothing leads out of it."""
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}: name a diffusers folder, or run kdc-edge train")
+    if (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder} is a bundle: name the checkpoint that it was exported from")
     if not (folder / MODEL_INDEX).is_file():
         _refuse_pickle(folder)
         raise CheckpointError(f"{folder} is no checkpoint: {MODEL_INDEX} is missing")

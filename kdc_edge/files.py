@@ -14,6 +14,7 @@ import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -169,6 +170,8 @@ def check_writable(path: Path) -> None:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         nearest = next(parent for parent in path.absolute().parents if parent.exists())
+        with suppress(FileNotFoundError):
+            (nearest / f".{path.name}.part").lstat()  # as `write_atomic` names it: longer than the file's own name
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise unwritable(path, error) from None
@@ -364,7 +367,8 @@ def inside(root: Path, relative: str, error: type[KdcError]) -> Path:
 def parse_size(text: str, option: str) -> int:
     """ "300MB" -> 300,000,000 bytes. Raises InputError that names the option."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)", text.strip())
-    if not found:
-        raise InputError(f"{option} {text!r:.40} is no size: use 300MB or 1.5GB")
     units = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
-    return int(float(found[1]) * units[found[2]])
+    size = float(found[1]) * units[found[2]] if found else 0.0
+    if not 1 <= size < math.inf:
+        raise InputError(f"{option} {text!r:.40} is no size: use 300MB or 1.5GB")
+    return int(size)

@@ -21,7 +21,7 @@ from kdc_edge.bundle import MODEL_INDEX, Bundle, kind_of
 from kdc_edge.diffusers_folder import PARTS, ROOT_FILES, SUFFIXES, read_model
 from kdc_edge.errors import BundleError, CheckpointError, HubError, InputError, require
 from kdc_edge.manifest import MANIFEST, read_manifest
-from kdc_edge.text import one_line
+from kdc_edge.text import encodable, one_line
 from kdc_edge.weight_files import WEIGHTS, weights_of
 
 PREFIX = "hf:"
@@ -104,7 +104,7 @@ def label(folder: Path) -> str:
     """A folder's name in records: `owner/name@commit` (8 digits) in the hub's cache, else its last part."""
     folder = folder.resolve()
     name = _repository(folder)
-    return folder.name if name is None else f"{name}@{folder.name[:8]}"
+    return encodable(folder.name) if name is None else f"{name}@{folder.name[:8]}"
 
 
 def hub_id(text: str) -> str | None:

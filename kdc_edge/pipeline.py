@@ -39,7 +39,7 @@ from kdc_edge.image_files import ImageLike
 from kdc_edge.manifest import Model
 from kdc_edge.noise import NormalStreams
 from kdc_edge.prompt_weights import MAX_CHUNKS, Tokens, plain, unread, weighted
-from kdc_edge.request import GuidanceMode, Request
+from kdc_edge.request import GuidanceMode, Request, check_guidance
 from kdc_edge.safety import check_image
 from kdc_edge.samplers import NoiseSchedule, make_sampler
 from kdc_edge.text import megabytes
@@ -222,8 +222,7 @@ class Pipeline:
         if request.edit is not None:
             require_encoder(self.components)
         make_sampler(request.sampler, self.schedule, request.steps)
-        if not 0 <= request.guidance <= 100:  # also refuses nan
-            raise InputError(f"guidance {request.guidance} is out of range: use 1 (none) to 20 or so, at most 100")
+        check_guidance(request.guidance)
         if request.guidance_mode not in (None, *get_args(GuidanceMode)):
             raise unknown_choice("guidance mode", request.guidance_mode, get_args(GuidanceMode))
         if self.model.guidance_embedding is not None and request.guidance_interval != (0.0, 1.0):

@@ -94,6 +94,12 @@ def own_request(
     return request, note
 
 
+def check_guidance(scale: float) -> None:
+    """Raise InputError for a guidance scale that makes no image."""
+    if not 0 <= scale <= 100:  # also refuses nan
+        raise InputError(f"guidance {scale} is out of range: use 1 (none) to 20 or so, at most 100")
+
+
 def refuse_inpainting(model: Model, command: str) -> None:
     """Raise InputError for a model that needs an image and a mask, where a command has none to give it."""
     if model.inpainting:

@@ -2,6 +2,7 @@
 
 one_line(error)                     # the first line of another library's exception, printable and short
 message(text)                       # a whole line of ours that may quote foreign text
+encodable(path.name)                # for a record: JSON has no place for a name that is no UTF-8
 megabytes(1_380_000_000)            # "1,380 MB": decimal everywhere
 gigabytes(25_769_803_776)           # "25.8 GB"
 decibels(None), decibels(41.23)     # "equal", "41.2 dB"
@@ -31,6 +32,11 @@ def printable(text: str, limit: int = MAX_LINE_CHARS) -> str:
 def visible(text: str) -> str:
     """Foreign text as it is, but for control characters and escape sequences, which are shown instead of obeyed."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def encodable(text: str) -> str:
+    """Text as UTF-8 holds it: bytes of a file's name that are none, which Python has as lone surrogates, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def message(text: str) -> str:

@@ -173,4 +173,7 @@ def generate_command(row: Row) -> str:
     }  # fmt: skip
     for name, value in options.items():
         words += [] if value is None else [name, str(value)]
-    return shlex.join([*words, *(["--low-memory"] if row.low_memory else [])])
+    words += ["--low-memory"] if row.low_memory else []
+    if set("()[]\\") & set(row.prompt + row.negative_prompt):  # a benchmark takes brackets as text
+        words.append("--plain-prompt")
+    return shlex.join(words)

@@ -24,6 +24,8 @@ from kdc_edge.hardware import check_threads
 from kdc_edge.hub import label, local
 from kdc_edge.manifest import Model
 from kdc_edge.request import GuidanceMode, Request, own_request, refuse_inpainting
+from kdc_edge.text import encodable
+from kdc_edge.weight_files import WEIGHTS, weights_of
 
 TORCH = "torch:"  # in front of a checkpoint's folder
 MIN_IMAGES = 5  # that count, where `repeats` is None
@@ -66,6 +68,9 @@ class Case:
         if self.warmup < 0:
             raise InputError(f"--warmup {self.warmup} is negative: use 0 or more")
         check_threads(self.threads)
+        for text in (str(self.folder), self.request.prompt, self.request.negative_prompt):
+            if text != encodable(text):
+                raise InputError(f"{text!r:.200} is no UTF-8, which a report is: name it otherwise")
         if self.request.latents is not None:
             raise InputError("a benchmark draws its noise from the seed: give no latents")
 
@@ -208,7 +213,7 @@ def _with_folder(row: Row, folder: Path) -> Row:
         )
     else:
         model = read_model(folder)
-        size_bytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        size_bytes = sum(path.stat().st_size for part in WEIGHTS for path in weights_of(folder / part).files)
         row = replace(row, engine=row.engine or "torch", size_bytes=size_bytes)
     refuse_inpainting(model, "a benchmark")
     size = model.image_size

@@ -8,7 +8,8 @@ decides where that is not enough. Rows of one report that are alike are processe
 
 A ratio of times is new / old of the medians; its interval is the middle 95 % of 2000 bootstrap draws (Efron 1979) from
 all samples: first among the processes, then within each. What one process differs from the next is not in the samples
-of one, so differences below 5 % do not count unless both sides have three processes.
+of one, so differences below 5 % do not count unless both sides have three. A row counts as one process, for it does not
+tell the samples of several apart.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ TITLES = {f"{stage}_sec": title for stage, title in TIMED.items()} | SIZES
 HEADER = ("Row", "What", "Old", "New", "Ratio", "95 % interval", "Verdict")
 NOTE = (
     "Ratios are new / old of the medians; an interval that holds 1, or a difference below 5 % from fewer than three"
-    " processes a side, is within the noise. Measure a bundle several times in one report to see smaller differences."
+    " rows a side, is within the noise. Name a bundle three times in one report to see smaller differences."
 )
 
 

@@ -95,12 +95,12 @@ def run(cases: Sequence[Case], *, budget_sec: float | None = None, tell: Tell = 
     for case in cases:
         left = None if end is None else end - time.monotonic()
         if left is not None and left <= 0:
-            yield not_measured(case, f"not reached: --budget-sec {budget_sec:g} was used up")
+            yield not_measured(case, "not reached: --budget-sec was used up")
             continue
         tell(case, Doing("starting"))
         found = measure_in_fresh_process(case, timeout_sec=left, tell=tell)
         if end is not None and time.monotonic() >= end and found.row.failure:
-            reason = f"{found.row.failure}: --budget-sec {budget_sec:g} ended it"
+            reason = f"{found.row.failure}: --budget-sec ended it"
             found = replace(found, row=replace(found.row, failure=reason))
         yield found
 

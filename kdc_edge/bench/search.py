@@ -23,7 +23,9 @@ from kdc_edge.bench.runner import Measured, Tell, run
 from kdc_edge.bundle import Bundle, find_bundles
 from kdc_edge.errors import KdcError
 from kdc_edge.formats import Format
+from kdc_edge.noise_schedule import NoiseSchedule
 from kdc_edge.request import GuidanceMode, Request
+from kdc_edge.samplers import make_sampler
 from kdc_edge.text import megabytes
 
 TOO_SLOW = 1.25  # times the budget, by what the same bundle took for more steps: not measured any more
@@ -144,7 +146,13 @@ def expected_sec(row: Row, steps: int) -> float | None:
     """What an image of so many steps would take, from one of `row.steps`; None where its steps were not timed."""
     if row.timings is None or row.timings.unet_step is None:
         return None
-    return row.timings.end_to_end.median_sec - (row.steps - steps) * row.timings.unet_step.median_sec
+    saved = _unet_calls(row.sampler, row.steps) - _unet_calls(row.sampler, steps)
+    return row.timings.end_to_end.median_sec - saved * row.timings.unet_step.median_sec
+
+
+def _unet_calls(sampler: str, steps: int) -> int:
+    """Heun's method calls the U-Net twice a step."""
+    return len(make_sampler(sampler, NoiseSchedule(), steps).timesteps)
 
 
 @dataclass(frozen=True)

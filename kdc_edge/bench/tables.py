@@ -18,16 +18,18 @@ from dataclasses import dataclass
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from kdc_edge.bench.record import Environment, Row
 from kdc_edge.bench.values import METRICS, Shown, count_threads, timing, values
 from kdc_edge.errors import InputError
 from kdc_edge.formats import find_format
-from kdc_edge.text import csv_cell, decibels, markdown_table
+from kdc_edge.text import csv_cell, decibels, gigabytes, markdown_table
 
 UNKNOWN = "–"
 TABLE_COLUMNS = 120  # characters, where the text goes to no terminal
+NAME_COLUMNS = 40  # of a bundle's name; a longer one has more lines
 
 STAGES = {
     "load": "Load",
@@ -51,8 +53,8 @@ class Column:
 
 
 def as_text(shown: Sequence[Shown], environment: Environment) -> str:
-    """The table, notes and conditions without colours, in lines of 120 characters."""
-    return plain_text(table(shown), [*notes(shown), *conditions([s.row for s in shown], environment)])
+    """The table, notes and conditions without colours; the table is wider than 120 characters where it has to be."""
+    return plain_text(table(shown), [*notes(shown), *conditions([s.row for s in shown], environment)], whole=True)
 
 
 def as_markdown(shown: Sequence[Shown], environment: Environment) -> str:
@@ -64,9 +66,11 @@ def as_markdown(shown: Sequence[Shown], environment: Environment) -> str:
     return "\n".join([text, *(f"- {markdown_text(line)}" for line in lines)]) + "\n"
 
 
-def plain_text(table: Table, lines: Iterable[str]) -> str:
-    """A table and the lines below it, as a terminal without colours shows them."""
+def plain_text(table: Table, lines: Iterable[str], *, whole: bool = False) -> str:
+    """A table and the lines below it, as a terminal without colours shows them; `whole` cuts no number."""
     console = Console(file=io.StringIO(), width=TABLE_COLUMNS, force_terminal=False)
+    if whole:
+        console.width = max(TABLE_COLUMNS, Measurement.get(console, console.options.update(width=1000), table).minimum)
     with console.capture() as captured:
         console.print(table)
         for line in lines:
@@ -78,7 +82,7 @@ def table(shown: Sequence[Shown]) -> Table:
     """For a terminal; the failures and conditions are lines of their own."""
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     names, engines, *numbers = columns(shown)
-    found.add_column("Bundle", overflow="fold")  # the engine stands below the name: numbers need the width
+    found.add_column("Bundle", overflow="fold", max_width=NAME_COLUMNS)  # the engine below it: numbers need the width
     for column in numbers:
         found.add_column(column.header.replace(",", "").replace(" ", "\n"), justify="right", no_wrap=True)
     for name, engine, *cells in zip(names.cells, engines.cells, *(column.cells for column in numbers), strict=True):
@@ -130,7 +134,7 @@ def conditions(rows: Sequence[Row], environment: Environment) -> list[str]:
     machine = f"{environment.processor}, {environment.cores or 'unknown'} cores"
     return [
         *lines,
-        f"Machine: {machine}, {environment.memory_bytes / 2**30:.1f} GiB, {environment.os}.",
+        f"Machine: {machine}, {gigabytes(environment.memory_bytes)}, {environment.os}.",
         f"Software: Python {environment.python}, {versions}.",
     ]
 

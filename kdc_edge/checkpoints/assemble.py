@@ -42,7 +42,7 @@ from kdc_edge.hub import find_checkpoint
 from kdc_edge.manifest import MANIFEST, Source
 from kdc_edge.noise_schedule import PREDICTION_TYPES
 from kdc_edge.quiet import quiet
-from kdc_edge.text import megabytes
+from kdc_edge.text import encodable, megabytes
 from kdc_edge.weight_files import WEIGHTS, weights_of
 
 FORMAT = 2  # of assembled folders: raise it where the same files become other weights
@@ -142,7 +142,7 @@ def read_sources(checkpoint: Path) -> list[Source]:
 
 def _source(role: str, path: Path, weight: float | None = None) -> Source:
     found = sha256(path) if path.is_file() else hash_checkpoint(path)
-    return Source(role=role, name=path.resolve().name, sha256=found, weight=weight)
+    return Source(role=role, name=encodable(path.resolve().name), sha256=found, weight=weight)
 
 
 def _key(path: Path, additions: Additions) -> str:

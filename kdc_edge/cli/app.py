@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from inspect import signature as signature_of
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,10 @@ def _add(name: str, command: Callable[..., Any]) -> None:
     def run(**values: Any) -> Any:
         return command(**{key: _at_home(value) for key, value in values.items()})
 
+    # Evaluated once: typer asks for the annotations three times, at every start.
+    signature = signature_of(command, eval_str=True)
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
     app.command(name, epilog=_examples(name))(run)
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 def bench(
+    context: typer.Context,
     bundles: Annotated[
         list[str] | None,
         Argument(help="Bundles, checkpoints, or torch:CKPT for PyTorch as the reference; all in bundles/ when none."),
@@ -97,10 +98,14 @@ def bench(
     from kdc_edge.bench.reference import compare_images
     from kdc_edge.bench.values import Limit
     from kdc_edge.files import check_writable
+    from kdc_edge.request import check_guidance
 
     if format not in get_args(ReportFormat):
         raise unknown_choice("--format", format, get_args(ReportFormat))
     if compare is not None:
+        typed = (context.get_parameter_source(name) for name in ("bundles", "fail_under", "fail_over"))
+        if any(source and source.name == "COMMANDLINE" for source in typed):  # kdc-edge.toml's are for measuring
+            raise typer.BadParameter("--compare reads two reports: leave bundles, --fail-under and --fail-over out")
         _write(_compared(*compare, format), out)
         return
     if out:
@@ -109,6 +114,8 @@ def bench(
     limits += [Limit.parse(text, "over") for text in fail_over or ()]
     if budget_sec is not None and not budget_sec > 0:
         raise InputError(f"--budget-sec {budget_sec:g} is no time: use a number of seconds above 0")
+    if guidance is not None:
+        check_guidance(guidance)
     score, asked = _scorer(prompts, metric_weights)
     first, more = first_and_more(prompt)
     request = make_request(

@@ -162,6 +162,8 @@ def _tasks(run: Path | None, task: list[str] | None, caption: list[str] | None) 
 
     if task:
         return parse_tasks(task, caption or ())
+    if caption:
+        raise InputError("--caption is for the tasks of --task: name them too")
     if run is None:
         raise InputError("this checkpoint belongs to no run: say what to ask for, e.g. --task flowers=garden:flowers")
     return TrainConfig.load(run).tasks

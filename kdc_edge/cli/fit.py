@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -109,17 +110,22 @@ def fit(
     from kdc_edge.files import check_writable
     from kdc_edge.hub import local
     from kdc_edge.noise_schedule import NoiseSchedule
+    from kdc_edge.request import check_guidance
     from kdc_edge.samplers import DEFAULT_SAMPLER, make_sampler
 
     for option, limit in (("--max-sec", max_sec), ("--budget-sec", budget_sec)):
-        if limit is not None and not limit > 0:
+        if limit is not None and not 0 < limit < math.inf:
             raise InputError(f"{option} {limit:g} is no time: use a number of seconds above 0")
+    if not math.isfinite(min_psnr):
+        raise InputError(f"--min-psnr {min_psnr:g} is no number of decibels: use 30 or the like")
     budget = Budget(_bytes("--max-size", max_size), max_sec, _bytes("--max-memory", max_memory), min_psnr)
     allowed = guidance_modes(guidance_mode)
     counts = listed(steps, "--steps", int) if steps is not None else []
     samplers = listed(scheduler, "--scheduler", str) if scheduler is not None else []
     for count, sampler in itertools.product(counts or [1], samplers or [DEFAULT_SAMPLER]):
         make_sampler(sampler, NoiseSchedule(), count)  # an unknown one is refused before anything is exported
+    if guidance is not None:
+        check_guidance(guidance)
     for path in out or ():
         if path.suffix not in FILES:
             raise InputError(f"--out {path} is of no known kind: give it a name that ends in {', '.join(FILES)}")

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _CHANGE, _SAMPLING, _SIZE = "Change an image", "Sampling", "Size"  # groups of options
 NAME_CHARS, NAME_BYTES = 60, 150  # of a prompt in a file's name
+MAX_IMAGES = 10_000  # of each prompt: all requests are held at once
 
 
 def generate(
@@ -186,6 +187,8 @@ def prompts_and_seeds(prompts: list[str], images: int | None, seeds: list[int]) 
     """Prompt and seed of each image: one seed counts up over all, several hold for each prompt."""
     if images is not None and images < 1:
         raise InputError(f"--images {images} is too few: use 1 or more")
+    if images is not None and images > MAX_IMAGES:
+        raise InputError(f"--images {images} is too many: use {MAX_IMAGES} or fewer, and other seeds for more")
     if len(seeds) > 1:
         if images not in (None, len(seeds)):
             raise InputError(f"--images {images} and {len(seeds)} seeds contradict each other: leave one out")

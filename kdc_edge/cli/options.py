@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -105,10 +107,11 @@ def make_request(
 def parse_interval(text: str) -> tuple[float, float]:
     """'0.0:0.7' as two fractions; raises InputError."""
     begin, _, end = text.partition(":")
-    try:
-        return float(begin), float(end)
-    except ValueError:
-        raise InputError(f"--guidance-interval {text!r} is not understood: use 0.0:0.7 or the like") from None
+    with suppress(ValueError):
+        found = float(begin), float(end)
+        if all(map(math.isfinite, found)):
+            return found
+    raise InputError(f"--guidance-interval {text!r} is not understood: use 0.0:0.7 or the like")
 
 
 def listed(text: str, option: str, kind: Callable[[str], Any]) -> list[Any]:

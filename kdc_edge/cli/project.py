@@ -9,13 +9,13 @@ import os
 import sys
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdc_edge.errors import InputError, require
 from kdc_edge.files import read_bounded
-from kdc_edge.text import visible
+from kdc_edge.text import encodable, visible
 
 if TYPE_CHECKING:
     from kdc_edge.checkpoints import Additions
@@ -48,12 +48,18 @@ def _load_settings(context: typer.Context, path: Path | None) -> Path | None:
         if name not in commands or not isinstance(section, dict):
             raise InputError(f"{path}: {name} is no section: use [train], [export], [generate], [bench], ...")
     section = {key.replace("-", "_"): value for key, value in settings.get(str(context.info_name), {}).items()}
-    flags = {o.removeprefix("--").replace("-", "_"): str(p.name) for p in context.command.params for o in p.opts}
+    flags = {o.removeprefix("--").replace("-", "_"): p for p in context.command.params for o in p.opts}
     for key in section:
         if key not in flags or key == "config":
             raise InputError(f"{path}: [{context.info_name}] has no setting {key}: see kdc-edge {context.info_name} -h")
-    context.default_map = {flags[key]: value for key, value in section.items()}
+    context.default_map = {str(flags[key].name): _listed(flags[key], value) for key, value in section.items()}
     return path
+
+
+def _listed(parameter: Any, value: object) -> object:
+    """One value of a flag that may be repeated needs no brackets."""
+    several = getattr(parameter, "multiple", False) or parameter.nargs == -1
+    return [value] if several and not isinstance(value, list) else value
 
 
 Config = Annotated[
@@ -205,4 +211,4 @@ def command_line() -> str:
     """The command as it was typed, for the record."""
     import shlex
 
-    return shlex.join(["kdc-edge", *sys.argv[1:]])
+    return encodable(shlex.join(["kdc-edge", *sys.argv[1:]]))

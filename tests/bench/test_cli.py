@@ -92,12 +92,13 @@ def test_limits_set_the_exit_code(bundle: Path, tmp_path: Path) -> None:
         (["--fail-under", "speed=3"], "'speed' is not measured: choose from"),
         (["--threads", "1,two"], "--threads '1,two' is not understood"),
         (["--steps", ""], "--steps"),
+        (["--guidance", "nan"], "guidance nan is out of range"),
+        (["--guidance-interval", "nan:1"], "--guidance-interval 'nan:1' is not understood"),
         (["--scheduler", "ddim,"], "has an empty place"),
         (["--budget-sec", "0"], "--budget-sec 0 is no time"),
         (["--format", "xml"], "choose from table"),
         (["--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--reference", "nowhere"], "--reference nowhere: no bundle at nowhere"),
-        (["--compare", "a.json", "b.json"], "a.json does not exist"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(arguments: list[str], words: str, bundle: Path, tmp_path: Path) -> None:
@@ -147,6 +148,13 @@ def test_compare_reads_what_bench_writes(measured: Path) -> None:
     assert done.stderr == (
         "kdc-edge: old.json: this report is kdc-edge/bench/1 and this kdc-edge reads kdc-edge/bench/3: measure again\n"
     )
+    assert "a.json does not exist" in complaint("bench", "--compare", "a.json", "b.json", cwd=measured)
+    for unread in (["damaged"], ["--fail-over", "end_to_end_sec=1"]):  # a limit that is not looked at is always kept
+        said = complaint("bench", "--compare", "bench.json", "bench.json", *unread, cwd=measured, code=2)
+        assert "--compare reads two reports: leave bundles" in said
+    (measured / "kdc-edge.toml").write_text('[bench]\nfail-over = ["end_to_end_sec=1"]\n')
+    assert run("bench", "--compare", "bench.json", "bench.json", cwd=measured).stdout == found
+    (measured / "kdc-edge.toml").unlink()
 
 
 # prompts

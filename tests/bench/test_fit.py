@@ -119,6 +119,9 @@ def test_the_command_makes_the_row_again() -> None:
         "--negative-prompt": "blue", "--device": "GPU", "--threads": "3", "--width": "64", "--height": "64",
     }  # fmt: skip
     assert words[-1] == "--low-memory"
+    assert "--plain-prompt" not in words
+    for literal in ({"prompt": "a (red) flower"}, {"negative_prompt": "[blue]"}):  # text to a benchmark, not weights
+        assert "--plain-prompt" in shlex.split(generate_command(dataclasses.replace(GOOD, **literal)))
 
 
 # What is measured next.
@@ -166,6 +169,8 @@ def test_fewer_steps_where_time_is_missed_but_not_where_it_is_hopeless() -> None
     assert measured_in_turn(Budget(max_sec=3), answers, [20, 8]) == [
         "small 20 batched", "large 20 batched", "small 8 batched",
     ]  # fmt: skip
+    heun = dataclasses.replace(found, sampler="heun")  # 39 calls of the U-Net, then 15
+    assert expected_sec(heun, 8) == pytest.approx(18.0 - 24 * 18.0 / 25)
 
 
 def test_thrifty_modes_only_where_memory_is_missed_and_its_lesson_is_kept() -> None:
@@ -318,7 +323,12 @@ def test_the_projects_own_export_is_not_what_fit_makes(tmp_path: Path, monkeypat
 
 def test_budgets_that_cannot_be_read_or_met_by_nothing(checkpoint: Path, tmp_path: Path) -> None:
     assert "--max-size 'much' is no size" in complaint("fit", checkpoint, "--max-size", "much", cwd=tmp_path)
-    assert "--max-sec 0 is no time" in complaint("fit", checkpoint, "--max-sec", 0, cwd=tmp_path)
+    for option, value, words in (
+        ("--max-sec", 0, "is no time"), ("--max-sec", "inf", "is no time"), ("--min-psnr", "nan", "is no number"),
+        ("--max-memory", "0MB", "is no size"), ("--max-size", "9" * 400 + "GB", "is no size"),
+        ("--guidance", 101, "guidance 101.0 is out of range"),
+    ):  # fmt: skip
+        assert words in complaint("fit", checkpoint, option, value, cwd=tmp_path)
     assert "'magic'" in complaint("fit", checkpoint, "--scheduler", "ddim,magic", cwd=tmp_path, code=2)
     assert "0 steps" in complaint("fit", checkpoint, "--steps", "20,0", cwd=tmp_path)
     assert "'loud' is unknown" in complaint("fit", checkpoint, "--guidance-mode", "loud", cwd=tmp_path, code=2)

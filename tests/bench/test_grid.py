@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdc_edge.bench.case import Case, grid, references, with_own
+from kdc_edge.bench.case import Case, describe, grid, references, with_own
 from kdc_edge.bench.record import PromptQuality, Psnr, Row
 from kdc_edge.bench.reference import compare_images
 from kdc_edge.bench.runner import Measured, Tell, run
@@ -19,6 +21,7 @@ from kdc_edge.bench.tables import columns
 from kdc_edge.bench.values import NAMES, Limit, broken_limits, labels, show, values
 from kdc_edge.errors import InputError
 from kdc_edge.request import Request
+from kdc_edge.train.garden.assets import GARDEN_TEACHER
 from tests.bench.rows import FAILED, FEW_STEPS, MODEL, make_bundle, make_row
 
 BASE = Case(Path(), Request("x"))
@@ -58,6 +61,22 @@ def test_a_folder_is_measured_as_it_asks_to_be_used(tmp_path: Path) -> None:
     assert asked(few, guidance=7.5) == ("ddim", 4, 7.5)
     assert said == [f"{few}: guidance 7.5 is given to a student that was trained without: 1 is faster and truer to it"]
     assert asked(tmp_path / "nowhere") == ("dpm++2m", 20, 7.5)  # its row says that nothing is there
+
+
+def test_what_a_report_cannot_hold_is_refused() -> None:
+    name = os.fsdecode(b"b\xe9")
+    for change in ({"folder": Path(name)}, {"request": Request(name)}, {"request": Request("x", name)}):
+        with pytest.raises(InputError, match="is no UTF-8, which a report is"):
+            replace(BASE, **change)  # type: ignore[arg-type]
+
+
+def test_the_size_of_a_checkpoint_is_that_of_the_weights_that_are_loaded(tmp_path: Path) -> None:
+    folder = shutil.copytree(GARDEN_TEACHER, tmp_path / "c")
+    weights = ("unet", "vae", "text_encoder")
+    size = sum(path.stat().st_size for part in weights for path in (folder / part).glob("*.safetensors"))
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(unet, unet.with_suffix(".fp16.safetensors"))
+    assert describe(replace(BASE, folder=folder)).size_bytes == size
 
 
 def test_rows_of_other_steps_say_so_and_have_their_own_reference(tmp_path: Path) -> None:
@@ -118,8 +137,8 @@ def test_the_budget_bounds_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
     first, second, third = (m.row for m in run(cases, budget_sec=10))
     assert asked == [10, 4]
     assert first.failure is None
-    assert second.failure == "not done after 4 seconds: --budget-sec 10 ended it"
-    assert third.failure == "not reached: --budget-sec 10 was used up"
+    assert second.failure == "not done after 4 seconds: --budget-sec ended it"
+    assert third.failure == "not reached: --budget-sec was used up"
     assert (third.size_bytes, third.steps) == (1000, 5)  # what is known without measuring stays
     assert [m.row.failure for m in run(cases)] == [None] * 3
 

@@ -92,7 +92,7 @@ def test_markdown_has_one_unit_a_column_and_its_conditions() -> None:
         "coreml was not measured: needs macOS",
     ):
         assert condition in text
-    assert "A \\<fast\\> processor, 2 cores, 24.0 GiB" in text
+    assert "A \\<fast\\> processor, 2 cores, 25.8 GB" in text
 
 
 def test_the_terminal_table_shows_every_column() -> None:
@@ -101,6 +101,19 @@ def test_the_terminal_table_shows_every_column() -> None:
     assert "coreml was not measured: needs macOS" in text
     line = next(line for line in text.splitlines() if "[bold]x" in line)
     assert line.split() == ["[bold]x", "3.15", *["375"] * 6, "475", "262", "–", "51.7"]
+
+
+def test_the_widest_table_cuts_no_name_and_no_number() -> None:
+    quality = PromptQuality({"prompt_accuracy": 0.97, "exact": 0.85}, 40, "0" * 64)
+    common = {"energy_joules": 123.4, "prompt_quality": quality, "size_bytes": 1_380_000_000}
+    rows = (
+        make_row("openvino-int8-hybrid", sampler="dpm++2m-karras", reference=True, scale=4.0, **common),
+        make_row("few-steps", steps=4, sampler="ddim", guidance=1.0, psnr=Psnr("x", 33.3), **common),
+    )
+    text = render(Report(MACHINE, rows), "table")
+    assert "…" not in text
+    for part in ("openvino-int8-hybrid ", "few-steps ", "dpm++2m-karras ", " 1,380 ", " reference ", "accuracy"):
+        assert part in text
 
 
 def test_digits_are_three() -> None:

@@ -144,6 +144,7 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
     for folder, held in (("many", "many/a"), ("run", "run/checkpoint")):
         said = complaint("generate", "x", "--bundle", folder, cwd=tmp_path)
         assert f"{folder} is no bundle: kdc-edge.json is missing; name what it holds, such as {held}" in said
+    assert "many/a is a bundle: name the checkpoint that" in complaint("export", "many/a", cwd=tmp_path)
     assert "name its folder, many/a" in complaint("generate", "x", "--bundle", "many/a/kdc-edge.json", cwd=tmp_path)
     assert "int3" in complaint("export", "nowhere", "--precision", "int3", cwd=tmp_path, code=2)
     assert "abacus" in complaint("export", "nowhere", "--target", "abacus", cwd=tmp_path, code=2)
@@ -177,6 +178,12 @@ def test_settings_that_do_not_exist_are_named(tmp_path: Path) -> None:
     assert "no setting speed" in complaint("train", cwd=tmp_path)
     (tmp_path / "kdc-edge.toml").write_text("[trian]\nsteps = 11\n")
     assert "trian" in complaint("train", cwd=tmp_path)
+
+
+def test_one_value_of_a_flag_that_may_be_repeated_needs_no_brackets(tmp_path: Path) -> None:
+    for text in ('lora = "x.safetensors"', 'lora = ["x.safetensors"]'):
+        (tmp_path / "kdc-edge.toml").write_text(f"[generate]\n{text}\n")
+        assert "a bundle is fixed: give --vae, --lora" in complaint("generate", "x", cwd=tmp_path)
 
 
 def test_wrong_usage_is_exit_code_two(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def test_several_images_are_those_of_their_seeds(bundle_fp32: Path, tmp_path: Pa
     ("arguments", "words"),
     [
         (["x", "--images", 0], "--images 0 is too few"),
+        (["x", "--images", 10**9], "--images 1000000000 is too many"),
         (["x", "--images", 2, "--out", "x.png"], "is one file for 2 images: name a folder"),
         (["x", "--images", 3, "--seed", "1,2"], "--images 3 and 2 seeds contradict each other"),
         (["x", "--seed", "1,,2"], "--seed '1,,2' is not understood"),
@@ -83,7 +84,7 @@ def test_a_prompts_file_from_windows_holds_the_prompts_alone(tmp_path: Path) -> 
 
 def test_a_place_that_cannot_be_written_is_refused_before_an_image_is_made(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
-    for out in ("folder.png", "/dev/null", "/dev/null/x.png", "/proc/x.png", "x" * 300 + ".png"):
+    for out in ("folder.png", "/dev/null", "/dev/null/x.png", "/proc/x.png", "x" * 300 + ".png", "x" * 251 + ".png"):
         done = run("generate", "x", "--out", out, "--bundle", bundle, cwd=tmp_path, code=1)
         assert "cannot be written" in done.stderr
         assert len(done.stderr.splitlines()) == 1  # no step was taken

@@ -170,6 +170,6 @@ def test_a_file_of_several_blocks_has_the_hashes_of_its_whole(tmp_path: Path) ->
 def test_sizes_are_read_in_decimal_and_binary_units() -> None:
     assert parse_size("1.5GB", "--max-size") == 1_500_000_000
     assert parse_size(" 300 MiB", "--max-size") == 300 * 2**20
-    for text in ("much", "300", "-1MB", "1e3MB", "300KB"):
+    for text in ("much", "300", "-1MB", "1e3MB", "300KB", "0MB", "0.0000001MB"):
         with pytest.raises(InputError, match=f"--max-memory '{text}' is no size: use 300MB"):
             parse_size(text, "--max-memory")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from kdc_edge.cli.project import command_line
+from kdc_edge.hub import label
 from kdc_edge.text import (
     csv_cell,
     decibels,
+    encodable,
     invalid_field,
     last_line,
     markdown_table,
@@ -31,6 +37,15 @@ def test_text_from_outside_is_one_printable_line(text: str, limit: int) -> None:
 
 def test_escape_sequences_are_made_visible() -> None:
     assert printable("red\x1b[31m\u202eflower") == "red\\x1b[31m\\u202eflower"
+
+
+def test_a_name_that_is_no_utf8_can_stand_in_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    assert encodable("café 花") == "café 花"
+    assert encodable(name) == "caf\\udce9"
+    monkeypatch.setattr(sys, "argv", ["kdc-edge", "export", name])
+    assert label(tmp_path / name) == "caf\\udce9"
+    assert command_line() == "kdc-edge export 'caf\\udce9'"
 
 
 def test_one_line_is_the_first_of_a_message_or_the_class() -> None:

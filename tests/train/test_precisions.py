@@ -116,6 +116,7 @@ def test_bundles_of_another_checkpoint_are_refused(own_bundle: Path, checkpoint:
         "eval", checkpoint, *task, "--bundles", own_bundle, cwd=tmp_path
     )
     assert "nowhere" in complaint("eval", checkpoint, *task, "--bundles", "nowhere", cwd=tmp_path)
+    assert "--caption is for the tasks of --task" in complaint("eval", checkpoint, "--caption", "a {}", cwd=tmp_path)
 
 
 def test_a_history_of_another_version_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,6 +63,8 @@ class Distribution(Phased):
             raise InputError("--objective distribution trains on one process: its score network is not shared")
         if config.replay_teacher == "student":
             raise InputError("--objective distribution remembers by captions: give --replay-teacher teacher")
+        if config.strategy == "lwf":  # the same, under another name
+            raise InputError("--objective distribution remembers by captions: give --strategy replay instead of lwf")
 
     def __call__(self, student: nn.Module, batch: Batch, text: Tensor) -> dict[str, Tensor]:
         watch = self.setup.watch

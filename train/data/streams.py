@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -135,8 +136,8 @@ def open_hf(what: str, caption: Template) -> StreamSource:
     datasets = require("datasets", extra="train", purpose="a data source hf:")
     name, _, split = what.rpartition(":") if ":" in what else (what, "", "")
     facts = name
-    if Path(name).expanduser().is_dir():
-        name = str(Path(name).expanduser())
+    if Path(folder := os.path.expanduser(name)).is_dir():  # noqa: PTH111 - as in `open_webdataset`
+        name = folder
         _check_card(Path(name) / "README.md")
         files = sorted(p for p in Path(name).rglob("*") if p.is_file())
         facts = json.dumps([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
@@ -155,7 +156,7 @@ def open_hf(what: str, caption: Template) -> StreamSource:
 
 def open_webdataset(what: str, caption: Template) -> StreamSource:
     """Tar files by a glob pattern; in them `KEY.jpg` (or png, webp) beside `KEY.txt`, `KEY.cls` or `KEY.json`."""
-    pattern = str(Path(what).expanduser())  # which no shell does behind webdataset:
+    pattern = os.path.expanduser(what)  # noqa: PTH111 - which no shell does behind webdataset:, and Path tidies more
     files = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - the pattern may be absolute
     if not files:
         raise InputError(f"webdataset:{what} matches no file: quote the pattern, and check the folder")

@@ -121,9 +121,7 @@ def atomic_folder(out: Path, *, marker: str | None = None) -> Iterator[Path]:
         try:
             locks.callback(os.close, _new_part(part))
         except BlockingIOError:
-            raise InputError(
-                f"{out} is being written by another process: wait for its end, or choose another place"
-            ) from None
+            raise being_written(out) from None
         try:
             _clear_left_over(out.parent)
             yield part
@@ -162,6 +160,24 @@ def exclusive(lock: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """The folder is this process's alone until the block ends; raises InputError where it is another's."""
+    try:
+        lock = _lock(folder)
+    except BlockingIOError:
+        raise being_written(folder) from None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def being_written(out: Path) -> InputError:
+    """The line for a folder that another process has."""
+    return InputError(f"{out} is being written by another process: wait for its end, or choose another place")
 
 
 def check_writable(path: Path) -> None:

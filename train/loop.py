@@ -120,9 +120,9 @@ class Trainer:
     ) -> None:
         self.config, self.run_folder = config, run
         self.accelerator, model, metrics = check_run(config, run, resume=resume)
-        claim_run(run, config, self.accelerator, resume=resume)  # after what can be refused at once
         self.watch = watch or Stopwatch()
         learning = prepare_learning(config, model, self.accelerator, run, watch=self.watch, say=say)
+        claim_run(run, config, self.accelerator, resume=resume)  # after what can be refused
         self.teacher, self.student, self.objective = learning.teacher, learning.student, learning.objective
         self.stepper = Stepper(config, self.accelerator, self.teacher, self.student, self.objective, self.watch)
         self.evaluator = Evaluator(
@@ -157,6 +157,8 @@ class Trainer:
     def run(self) -> Iterator[StepDone | TaskDone]:
         """Train every task that is left, evaluate after each, and write the checkpoint at the end."""
         config, position = self.config, self.position
+        for task in config.tasks[position.task :]:  # what cannot be evaluated is refused before training
+            self.evaluator.evaluation_set(task)
         if config.baselines:
             self._measure_baselines()
             self._measure_added_tasks()

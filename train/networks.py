@@ -51,6 +51,11 @@ def image_size(config: TrainConfig, model: Model) -> int:
     return size
 
 
+def latent_side(config: TrainConfig, model: Model) -> int:
+    """Latents a side of the images that a run is trained on: what its checkpoints have as their own size."""
+    return image_size(config, model) // model.vae_scale
+
+
 def size_unit(model: Model) -> int:
     """Pixels of which an image's sides are multiples."""
     return model.vae_scale * model.latent_unit
@@ -132,6 +137,7 @@ def prepare_learning(
     """Load the networks and let the launch prepare them; `autocast` is the accelerator's where None."""
     teacher_unet = load_network(config.teacher, "unet")
     network, inherited = start_student(config, teacher_unet)
+    network.register_to_config(sample_size=latent_side(config, model))
     teacher = Teacher(config, model, teacher_unet, accelerator, run, say=say)
 
     def frozen_student(weights: Mapping[str, Tensor]) -> UNet2DConditionModel:

@@ -103,7 +103,8 @@ class Stepper:
         losses = dict(zip(sums, found, strict=False))
         if not math.isfinite(losses["total"]):
             raise KdcError(
-                f"the loss is no number at {name}: lower --learning-rate, then --resume from the last saved state"
+                f"the loss is no number at {name}: begin a new run with a lower --learning-rate, which a resumed one"
+                " cannot have"
             )
         by_timestep = zip(found[-2 * objective.bins : -objective.bins], found[-objective.bins :], strict=True)
         return losses | penalty, [t / n if n else None for t, n in by_timestep]

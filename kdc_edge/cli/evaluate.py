@@ -85,10 +85,11 @@ def evaluate(
     if any(not t.source.startswith("garden:") for t in tasks):
         for line in metrics.missing():
             say(f"not measured: {line}")
+    side = read_model(checkpoint).image_size  # of the teacher's images too: LPIPS compares them one with the other
     open_ = partial(open_generator, steps=steps, guidance=guidance, sampler=scheduler)
     measure = partial(
         evaluate_tasks, tasks=_asked(checkpoint, None if task else run, tasks, images), metrics=metrics,
-        teacher=open_(find_teacher(teacher)) if teacher else None, seed=seed,
+        teacher=open_(find_teacher(teacher), side=side) if teacher else None, seed=seed,
     )  # fmt: skip
     generator = open_(checkpoint, tell=say)
     own = measure(generator)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,6 +90,21 @@ def new_run() -> Path:
     while (RUNS / f"{number:03d}").exists():
         number += 1
     return RUNS / f"{number:03d}"
+
+
+def take_run() -> Path:
+    """The next free place in runs/ as an empty folder: commands that start at once take different ones."""
+    while True:
+        with suppress(FileExistsError):
+            (run := new_run()).mkdir(parents=True)
+            return run
+
+
+def give_back(run: Path) -> None:
+    """Remove the folder of a run that came to nothing; nothing happens where it holds something."""
+    with suppress(OSError):
+        run.rmdir()
+        run.parent.rmdir()
 
 
 def point_latest(run: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,10 @@ import typer
 from typer import Option
 
 from kdc_edge.cli.options import EmbeddingFiles, LoraFiles, PredictionType, Vae
-from kdc_edge.cli.project import LATEST, Config, need_training, new_run, point_latest, say
+from kdc_edge.cli.project import LATEST, Config, give_back, need_training, new_run, point_latest, say, take_run
 from kdc_edge.cli.settings import Given, flags
 from kdc_edge.errors import InputError, KdcError
+from kdc_edge.files import sole_writer
 from kdc_edge.settings import arguments, settings_of
 from kdc_edge.train.config import FEW_STEP_STAGE, TrainConfig
 
@@ -82,31 +84,48 @@ def train(
         additions = Additions()
     settings = replace(settings, teacher=find_teacher(str(settings.teacher), additions, say=say))
     need_training("kdc-edge train")
-    from kdc_edge.train.distributed import make_accelerator, on_main_process
-    from kdc_edge.train.loop import Trainer
-    from kdc_edge.train.runs.continuing import begin_stage, continue_run, extend_run
-
+    learns = bool(continue_from and task)
     if dry_run:
-        _dry_run(settings, run, resume=resume, more=more, source=continue_from, learns=bool(continue_from and task))
+        _dry_run(settings, run, resume=resume, more=more, source=continue_from, learns=learns)
         return
     if benchmark:
         _benchmark(settings, benchmark)
         return
-    if continue_from:
-        prepare = continue_run if task else begin_stage
+    with ExitStack() as held:
+        if out is None and not resume and "RANK" not in os.environ:  # processes of a launch must agree on the place
+            run = take_run()
+            held.callback(give_back, run)
+        _train(settings, run, held, resume=resume, more=more, source=continue_from, learns=learns)
+
+
+def _train(
+    settings: TrainConfig, run: Path, held: ExitStack, *, resume: bool, more: bool, source: Path | None, learns: bool
+) -> None:
+    """Train in a folder that is this command's alone, as long as `held` lasts, once it holds a run."""
+    from kdc_edge.train.distributed import make_accelerator, on_main_process
+    from kdc_edge.train.loop import Trainer
+    from kdc_edge.train.runs.continuing import begin_stage, continue_run, extend_run
+
+    main, lock = os.environ.get("RANK", "0") == "0", sole_writer(run)
+    if main and resume:
+        held.enter_context(lock)
+    if source:
+        prepare = continue_run if learns else begin_stage
         write_once = partial(on_main_process, make_accelerator(settings, run))
-        settings, resume = prepare(continue_from, run, settings, write_once=write_once), True
+        settings = prepare(source, run, settings, write_once=write_once)
     if more:
         accelerator = make_accelerator(settings, run)
         accelerator.wait_for_everyone()  # all have seen that it is more before one writes
         on_main_process(accelerator, lambda: extend_run(run, settings))
         say(_said_of_more(settings))
     try:
-        trainer = Trainer(settings, run, resume=resume, say=say)
+        trainer = Trainer(settings, run, resume=resume or source is not None, say=say)
     except KdcError:
-        if continue_from and os.environ.get("RANK", "0") == "0":  # the folder was made just now
+        if source and main:  # the folder was made just now
             shutil.rmtree(run)
         raise
+    if main and not resume:
+        held.enter_context(lock)
     if trainer.view.is_main_process:
         _announce(trainer, run)
     _follow(trainer)
@@ -173,7 +192,7 @@ def _dry_run(settings: TrainConfig, run: Path, *, resume: bool, more: bool, sour
         settings = prepare(source, run, settings, write_once=lambda _: None)
     asked = replace(settings, steps=settings.load(run).steps) if more else settings
     check_run(asked, run, resume=resume)
-    for one in settings.tasks:
+    for one in settings.tasks[-left:] if left else settings.tasks:  # nothing is needed of the earlier run's tasks
         one.open()
     if os.environ.get("RANK", "0") == "0":
         typer.echo("\n".join(make_plan(settings, tasks=left).lines()))

@@ -185,3 +185,18 @@ def test_captions_are_encoded_once_and_kept(tmp_path: Path) -> None:
     again._encode = fail  # type: ignore[method-assign, assignment]
     again.prepare(captions)
     assert torch.equal(torch.stack([again._known[c].float() for c in captions]), first(captions))
+
+
+def test_captions_that_an_evaluation_encoded_first_are_kept_too(tmp_path: Path) -> None:
+    """In another batch their last bits may differ: a resumed run would not train on the same."""
+    network = load_network(GARDEN_TEACHER, "text_encoder")
+    first, again = (TextEmbedder.of_teacher(GARDEN_TEACHER, network, tmp_path) for _ in range(2))
+    first(["a"])
+    first.prepare(["a", "b", "c"])
+
+    def fail(*_: object) -> None:
+        raise AssertionError("encoded again")
+
+    again._encode = fail  # type: ignore[method-assign, assignment]
+    again.prepare([])  # reads what is there
+    assert torch.equal(again(["a", "b", "c"]), first(["a", "b", "c"]))

@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from kdc_edge.cli.app import app
-from kdc_edge.cli.project import find_checkpoint, run_of
+from kdc_edge.cli.project import find_checkpoint, give_back, run_of, take_run
 from kdc_edge.cli.train import _said_of_more
 from kdc_edge.diffusers_folder import read_model, training_note
 from kdc_edge.errors import CheckpointError, InputError
+from kdc_edge.files import sole_writer
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.data.batch import Batch
-from kdc_edge.train.data.tasks import parse_task
+from kdc_edge.train.data.tasks import Task, parse_task
 from kdc_edge.train.loop import Trainer, check_run
 from kdc_edge.train.quality.evaluation_set import EvaluationSet
 from kdc_edge.train.quality.metrics import ImageMetrics
@@ -323,6 +324,47 @@ def test_resuming_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     assert isinstance(found.exception, InputError)
     assert "holds no run to resume" in str(found.exception)
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_run_that_is_going_on_is_not_resumed_beside_itself(one_task: Path, tmp_path: Path) -> None:
+    """Both would write its states and its log."""
+    run = Path(shutil.copytree(one_task, tmp_path / "run"))
+    with sole_writer(run):
+        found = CliRunner().invoke(app, ["train", "--resume", "--out", str(run), "--steps", "4"])
+    assert isinstance(found.exception, InputError)
+    assert "is being written by another process" in str(found.exception)
+    assert load_state(run)[0] == load_state(one_task)[0]
+
+
+def test_trainings_that_start_at_once_take_different_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And give them back where they are refused."""
+    monkeypatch.chdir(tmp_path)
+    assert [take_run(), take_run()] == [Path("runs/001"), Path("runs/002")]
+    (tmp_path / "runs" / "001" / "config.json").touch()
+    for number in ("001", "002"):
+        give_back(Path("runs", number))
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["001"]
+
+    def refuse(_: TrainConfig, run: Path, **__: object) -> None:
+        raise InputError(f"{run} {run.is_dir()}")
+
+    monkeypatch.setattr("kdc_edge.train.loop.Trainer", refuse)
+    found = CliRunner().invoke(app, ["train"])
+    assert str(found.exception) == f"{Path('runs', '002')} True"
+    assert not (tmp_path / "runs" / "002").exists()
+
+
+def test_a_dry_run_needs_no_more_data_than_the_run(
+    one_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the earlier run's tasks may be gone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kdc_edge.train.tools.plan._activations", lambda *_: 0)
+    run = Path(shutil.copytree(one_task, tmp_path / "run"))
+    without = replace(TrainConfig.load(run), tasks=(Task("flowers", "imagefolder:gone"),))
+    (run / "config.json").write_text(json.dumps(without.as_json()))
+    found = CliRunner().invoke(app, ["train", "--dry-run", "--continue-from", str(run), "--task", "fish=garden:fish"])
+    assert "steps 3, samples seen 12" in found.output
 
 
 def test_a_run_keeps_its_metric_where_more_can_be_measured_later(

@@ -95,7 +95,8 @@ def test_guidance_acts_below_the_phase_that_made_the_image(tmp_path: Path) -> No
     torch.testing.assert_close(target - image, 2 * (cond - uncond) / distance, rtol=1e-3, atol=1e-3)
 
 
-def test_the_previous_student_cannot_teach(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"replay_teacher": "student"}, {"strategy": "lwf"}, {"strategy": "ewc"}])
+def test_what_it_cannot_remember_by_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     with pytest.raises(InputError, match="remembers by captions"):
-        Trainer(replace(matching(), replay_teacher="student"), tmp_path / "run")
+        Trainer(matching(**change), tmp_path / "run")
     assert not (tmp_path / "run").exists()

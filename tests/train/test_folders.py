@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -111,6 +113,16 @@ def test_names_in_metadata_are_files_names_of_every_kind(tmp_path: Path) -> None
     source = open_source(f"imagefolder:{tmp_path}")
     assert captions(source) == {name: f"{i}" for i, name in enumerate(names)}
     assert all("\n" not in note for note in source.notes())
+    assert source.fingerprint() == open_source(f"imagefolder:{tmp_path}").fingerprint()
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="names of files are Unicode there")
+def test_names_that_are_no_utf8_are_read_too(tmp_path: Path) -> None:
+    save(tmp_path / os.fsdecode(b"caf\xe9") / os.fsdecode(b"\xe9t\xe9.png"))
+    source = open_source(f"imagefolder:{tmp_path}")
+    samples, left = everything(source, crop="random")
+    assert [s.caption for s in samples] == ["a photo of a caf?"]
+    assert not left
     assert source.fingerprint() == open_source(f"imagefolder:{tmp_path}").fingerprint()
 
 

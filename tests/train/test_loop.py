@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from kdc_edge.diffusers_folder import read_model
-from kdc_edge.errors import InputError
+from kdc_edge.errors import InputError, KdcError
 from kdc_edge.runtimes.torch import load_network
 from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.config import Quality, TrainConfig, learning_rate
@@ -35,8 +35,10 @@ from kdc_edge.train.quality.matrix import (
     signed_forgetting,
 )
 from kdc_edge.train.runs.continuing import branch_run, continue_run
+from kdc_edge.train.runs.states import load_state, save_state
 from kdc_edge.train.stepping import StepDone
 from tests.train.conftest import KILLED_AFTER
+from tests.train.layouts import save
 
 TASKS = (Task("flowers", "garden:flowers"), Task("butterflies", "garden:butterflies"))
 
@@ -89,6 +91,28 @@ def test_resumed_runs_end_with_the_same_weights_to_the_last_bit(two_tasks: Path,
     assert logged(cut) == logged(two_tasks)
     results = [json.loads((run / "results.json").read_text("utf-8")) for run in (cut, two_tasks)]
     assert results[0] == results[1]
+
+
+def test_a_kill_as_an_old_state_goes_leaves_nothing_of_it(
+    two_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    position, tensors, replay = load_state(two_tasks)
+
+    def save_at(total: int) -> None:
+        few = {"generator": tensors["generator"]}
+        save_state(tmp_path, replace(position, total=total), few, replay, keep=1)
+
+    def kill_half_way(folder: Path) -> None:
+        (folder / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    save_at(1)
+    with monkeypatch.context() as patch:
+        patch.setattr("kdc_edge.train.runs.states.shutil.rmtree", kill_half_way)
+        with pytest.raises(KeyboardInterrupt):
+            save_at(2)
+    save_at(3)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["00000003-2"]
 
 
 class EightBitAdam(torch.optim.AdamW):
@@ -264,3 +288,37 @@ def test_a_cache_that_cannot_be_written_is_refused_and_leaves_no_run(tmp_path: P
 
 def test_the_choices_of_quality_are_the_metrics() -> None:
     assert get_args(Quality) == ("auto", *(name for name, _ in QUALITIES))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"start": GARDEN_TEACHER}, "has a U-Net of another shape than --student"),
+        ({"student": "bk-tiny"}, "bk-tiny does not fit this teacher"),
+    ],
+)
+def test_a_student_that_cannot_be_made_leaves_no_run(tmp_path: Path, change: dict[str, object], words: str) -> None:
+    """Whose folder would be refused when the mistake is mended."""
+    with pytest.raises(InputError, match=words):
+        Trainer(config(**change), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_task_that_cannot_be_evaluated_is_refused_before_training(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    save(photos / "train" / "oak" / "a.png")
+    (photos / "test" / "oak").mkdir(parents=True)
+    (photos / "test" / "oak" / "b.png").write_bytes(b"broken")
+    trainer = Trainer(config(tasks=(TASKS[0], parse_task(f"photos=imagefolder:{photos}"))), tmp_path / "run")
+    with pytest.raises(InputError, match="photos: none of 1 images"):
+        next(trainer.run())
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_what_can_be_done(tmp_path: Path) -> None:
+    """A resumed run may have no other learning rate."""
+    trainer = Trainer(config(tasks=TASKS[:1]), tmp_path / "run")
+    with torch.no_grad():
+        next(trainer.student.network.parameters()).fill_(torch.nan)
+    with pytest.raises(KdcError, match="step 1 of flowers: begin a new run with a lower --learning-rate"):
+        next(trainer.run())

@@ -13,11 +13,13 @@ from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import InputError, MissingPackageError
 from kdc_edge.presets import find_preset
 from kdc_edge.train.checkpoint import init_checkpoint
 from kdc_edge.train.config import LossWeights
 from kdc_edge.train.loop import Trainer
+from kdc_edge.train.runs.snapshot import write_snapshot
 from kdc_edge.train.stepping import StepDone
 from kdc_edge.train.tools.benchmark import OURS, PLAIN_FP32, measure, measure_run
 from kdc_edge.train.tools.plan import _activations, make_plan, norms_in_fp32, peak_bytes, step_bytes
@@ -194,6 +196,8 @@ def test_a_constant_rate_and_a_smaller_image(tmp_path: Path) -> None:
     assert trainer.teacher.latents(TASKS[0]).shards[0][0].shape[-1] == 8
     with Image.open(tmp_path / "run" / "samples" / "00000002.png") as sheet:
         assert sheet.width >= 4 * 32
+    checkpoints = tmp_path / "run" / "checkpoint", write_snapshot(tmp_path / "run")
+    assert [read_model(folder).image_size for folder in checkpoints] == [32, 32]  # so that it makes such images
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from kdc_edge.cli.app import app
 from kdc_edge.noise import initial_latents
+from kdc_edge.train.checkpoint import GARDEN_TEACHER
 from kdc_edge.train.quality import evaluate
 from kdc_edge.train.quality.evaluate import EVALUATION, Evaluated, Score, evaluation_noise, open_generator
 from kdc_edge.train.quality.precisions import QualityDrop, compare
@@ -125,3 +128,14 @@ def test_a_history_of_another_version_is_left_out(tmp_path: Path, capsys: pytest
     (tmp_path / "results.json").write_text('{"tasks": ["a"], "prompt_accuracy": [[0.9]]}')
     assert _history(tmp_path) is None
     assert "is of another kdc-edge" in capsys.readouterr().err
+
+
+def test_images_of_a_checkpoint_are_of_the_side_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a teacher's are that another model's images are compared with."""
+    assert open_generator(GARDEN_TEACHER, steps=1, side=32)(["a red fish"], seed=7).shape == (1, 32, 32, 3)
+    asked: list[object] = []
+    monkeypatch.setattr(evaluate, "open_generator", lambda _, **more: asked.append(more.get("side")))
+    monkeypatch.setattr(evaluate, "evaluate_tasks", lambda *_, **__: 1 / 0)
+    call = ["eval", str(GARDEN_TEACHER), "--teacher", "garden", "--task", "fish=garden:fish", "--images", "2"]
+    assert isinstance(CliRunner().invoke(app, call).exception, ZeroDivisionError)
+    assert asked == [64, None]

@@ -81,6 +81,12 @@ def test_tar_files_are_streamed_and_a_pass_goes_on_where_it_stopped(tmp_path: Pa
     assert [s.name for s in rest] == [s.name for s in samples[3:]]
 
 
+def test_a_pattern_of_tar_files_may_begin_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tars(tmp_path / "tars")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(everything(open_source("webdataset:~/tars/part-*.tar"))[0]) == 5
+
+
 def test_a_data_set_in_parquet_has_its_class_names(tmp_path: Path) -> None:
     source = open_source(f"hf:{parquet(tmp_path / 'trees')}", caption="a photo of a {name}")
     samples, _ = everything(source, samples=3)

@@ -66,7 +66,8 @@ class FileSource:
         for entry in self.entries:
             stat = entry.path.stat() if entry.path.is_file() else None
             facts = (stat.st_size, stat.st_mtime_ns) if stat else ()
-            digest.update(f"{entry.path.relative_to(self.root)} {entry.caption!r} {entry.part} {facts}\n".encode())
+            line = f"{entry.path.relative_to(self.root)} {entry.caption!r} {entry.part} {facts}\n"
+            digest.update(line.encode("utf-8", "surrogatepass"))  # a name may be no UTF-8
         return digest.hexdigest()
 
     def pending(self, selection: Selection) -> Iterator[Pending]:

@@ -51,7 +51,9 @@ def read_image(
             raise BadImage(f"smaller than {-(-size // ENLARGED_AT_MOST)} pixels")
 
     name = name or str(content)[:200]
-    place = random.Random(f"{seed} {name}").random() if crop == "random" else 0.5
+    place = 0.5
+    if crop == "random":
+        place = random.Random(f"{seed} {name}".encode("utf-8", "surrogatepass")).random()  # a name may be no UTF-8
     try:
         image = decode(content, check)
     except BadImage as bad:

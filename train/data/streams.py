@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -135,7 +136,8 @@ def open_hf(what: str, caption: Template) -> StreamSource:
     datasets = require("datasets", extra="train", purpose="a data source hf:")
     name, _, split = what.rpartition(":") if ":" in what else (what, "", "")
     facts = name
-    if Path(name).is_dir():
+    if Path(folder := os.path.expanduser(name)).is_dir():  # noqa: PTH111 - as in `open_webdataset`
+        name = folder
         _check_card(Path(name) / "README.md")
         files = sorted(p for p in Path(name).rglob("*") if p.is_file())
         facts = json.dumps([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
@@ -154,7 +156,8 @@ def open_hf(what: str, caption: Template) -> StreamSource:
 
 def open_webdataset(what: str, caption: Template) -> StreamSource:
     """Tar files by a glob pattern; in them `KEY.jpg` (or png, webp) beside `KEY.txt`, `KEY.cls` or `KEY.json`."""
-    files = sorted(glob.glob(what, recursive=True))  # noqa: PTH207 - the pattern may be absolute
+    pattern = os.path.expanduser(what)  # noqa: PTH111 - which no shell does behind webdataset:, and Path tidies more
+    files = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - the pattern may be absolute
     if not files:
         raise InputError(f"webdataset:{what} matches no file: quote the pattern, and check the folder")
     facts = json.dumps([(f, Path(f).stat().st_size, Path(f).stat().st_mtime_ns) for f in files])

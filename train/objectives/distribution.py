@@ -63,6 +63,10 @@ class Distribution(Phased):
             raise InputError("--objective distribution trains on one process: its score network is not shared")
         if config.replay_teacher == "student":
             raise InputError("--objective distribution remembers by captions: give --replay-teacher teacher")
+        if config.strategy in ("lwf", "ewc"):  # that teacher under another name; gradients that move the score network
+            raise InputError(
+                f"--objective distribution remembers by captions: give --strategy replay instead of {config.strategy}"
+            )
 
     def __call__(self, student: nn.Module, batch: Batch, text: Tensor) -> dict[str, Tensor]:
         watch = self.setup.watch

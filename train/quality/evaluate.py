@@ -298,17 +298,19 @@ def open_generator(
     steps: int | None = None,
     guidance: float | None = None,
     sampler: str | None = None,
+    side: int | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Generator:
     """A checkpoint in fp32 on the best device; or a bundle, image by image, on this machine's engine for it.
 
-    What is not given is a few-step student's own, else as in EVALUATION. `tell` is called with what is to be said of
-    that. Raises CheckpointError or BundleError for a folder that cannot be read.
+    What is not given is a few-step student's own, else as in EVALUATION; the images' `side` is the model's own, in
+    pixels. `tell` is called with what is to be said of that. Raises CheckpointError or BundleError for a folder that
+    cannot be read, InputError for a size that cannot be made.
     """
     pipeline = open_pipeline(folder, safety_checker=False)
     request, note = own_request(
-        pipeline.model, EVALUATION, sampler=sampler or (None if pipeline.model.sampling else EVALUATION.sampler),
-        steps=steps, guidance=guidance,
+        pipeline.model, replace(EVALUATION, width=side, height=side), steps=steps, guidance=guidance,
+        sampler=sampler or (None if pipeline.model.sampling else EVALUATION.sampler),
     )  # fmt: skip
     pipeline.check(request)
     if note:

@@ -19,6 +19,7 @@ from kdc_edge.presets import find_preset
 from kdc_edge.train.checkpoint import write_checkpoint
 from kdc_edge.train.config import TrainConfig
 from kdc_edge.train.distributed import under
+from kdc_edge.train.networks import latent_side
 from kdc_edge.train.runs.states import CHECKPOINTS, MODEL_FILE, load_state
 from kdc_edge.train.student import student_config
 
@@ -40,6 +41,7 @@ def write_snapshot(run: Path) -> Path:
     unet.load_state_dict(under("student/", tensors) | under("ema/", tensors))  # no average is taken of buffers
     path = run / MODEL_FILE
     model = Model.model_validate(read_json(path, CheckpointError)) if path.is_file() else read_model(config.teacher)
+    unet.register_to_config(sample_size=latent_side(config, model))
     prompts = [prompt for found in position.prompts.values() for prompt in found]
     write_checkpoint(out, unet, parts_from=config.teacher, model=model, prompts=prompts, note=note)
     for older in (run / CHECKPOINTS).glob("step.*"):

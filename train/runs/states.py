@@ -91,8 +91,8 @@ def save_state(
                 before.replay.save(folder / REPLAY_BEFORE)
             write_atomic(folder / "state.json", json.dumps(asdict(position), indent=2))
     for old in list_states(run)[keep:]:
-        shutil.rmtree(old)
-    for half in states.glob(".*"):  # left by a kill in the middle of a write
+        old.rename(old.with_name(f".{old.name}"))  # one that is half removed is no state any more
+    for half in states.glob(".*"):  # also what a kill in the middle of a write or of this left
         shutil.rmtree(half)
 
 

@@ -86,7 +86,9 @@ def measure_run(config: TrainConfig, run: Path, steps: int) -> Speed:
     if steps < 1:
         raise InputError(f"--benchmark {steps} is too few: use 1 or more")
     most = WARMUP + steps + min(steps, SHARE_STEPS)
-    config = replace(config, steps=most, save_every=most, log_with="none", sample_every=0, baselines=False)
+    config = replace(
+        config, steps=most, save_every=most, log_with="none", sample_every=0, baselines=False, eval_images=2
+    )
     watch = Stopwatch()
     trainer = Trainer(config, run, watch=watch)
     events = trainer.run()

@@ -26,7 +26,7 @@ from kdc_edge.train.data.cache import encode_images
 from kdc_edge.train.data.tasks import Task
 from kdc_edge.train.garden.judge import load_judge
 from kdc_edge.train.tools import decoder as decoder_module
-from kdc_edge.train.tools.decoder import DecoderTrainer
+from kdc_edge.train.tools.decoder import DecoderTrainer, extrapolate
 from tests.cli.test_commands import complaint, run
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -216,3 +216,16 @@ def test_other_settings_and_a_damaged_state_are_refused(trained: Path, cache: Pa
 def test_images_cannot_be_encoded_for_training_by_a_small_vae() -> None:
     with pytest.raises(CheckpointError, match="AutoencoderTiny, and training needs an AutoencoderKL"):
         encode_images(AutoencoderTiny(), torch.zeros(1, 8, 8, 3, dtype=torch.uint8).numpy())
+
+
+def test_about_half_of_the_latents_are_moved_along_the_line_to_another_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(400, 4, 2, 2, generator=generator)
+    moved = extrapolate(latents, generator)
+    line = latents - latents.roll(1, 0)
+    amount = ((moved - latents) * line).sum((1, 2, 3)) / line.square().sum((1, 2, 3))
+    torch.testing.assert_close(moved, latents + amount[:, None, None, None] * line)
+    assert 0.4 < float((amount == 0).float().mean()) < 0.6
+    assert -0.501 < float(amount.min()) < -0.45
+    assert 0.95 < float(amount.max()) < 1.001
+    assert torch.equal(extrapolate(latents[:1], generator), latents[:1])

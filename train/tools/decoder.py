@@ -12,7 +12,8 @@
     loss = L1 + MSE + perceptual * features      against the VAE's image, values in [-1, 1]
 
 The features are the judge's where all tasks are the garden's, else LPIPS where its weight file is here. The only target
-is the big decoder's image, which exists for every latent; no image of the task is looked at twice.
+is the big decoder's image, which exists for every latent, also for those of no image: see `extrapolate`. No image of
+the task is looked at twice.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from kdc_edge.train.quality.evaluate import EVALUATION, Generator, ask, generate
 from kdc_edge.train.quality.metrics import ImageMetrics
 
 SHEET_IMAGES = 8  # of each task
+EXTRAPOLATION = (-0.5, 1.0)  # of the difference to another latent: -0.5 is the mean of both
 Features = Callable[[Tensor, Tensor], Tensor]  # the distance of two batches of images (B, 3, H, W)
 
 
@@ -184,7 +186,7 @@ class DecoderTrainer:
         return DecoderStep(self.step, losses, 10 * math.log10(4 / losses["mse"]), speed)
 
     def _draw(self, latents: list[Latents]) -> Tensor:
-        """Scaled latents (B, C, h, w), drawn from their distributions, of all tasks in turn."""
+        """Scaled latents (B, C, h, w), drawn from their distributions, of all tasks in turn; see `extrapolate`."""
         generator, found = self.generator, []
         for i in range(self.config.batch_size):
             one = latents[(self.step * self.config.batch_size + i) % len(latents)]
@@ -192,7 +194,7 @@ class DecoderTrainer:
             flipped = torch.rand(1, generator=generator) < 0.5 if one.flips > 1 else None
             mean, std = one.take(number, flipped)
             found.append(mean.float() + std.float() * torch.randn(mean.shape, generator=generator))
-        return torch.cat(found)
+        return extrapolate(torch.cat(found), generator)
 
     # --- saved states ---
 
@@ -269,6 +271,18 @@ class DecoderTrainer:
         big = [self.vae.decode(part / self.model.scaling_factor).sample.cpu() for part in parts]
         small = [self.decoder(part).cpu() for part in parts]
         return to_pixels(torch.cat(big).numpy()), to_pixels(torch.cat(small).numpy())
+
+
+def extrapolate(latents: Tensor, generator: torch.Generator) -> Tensor:
+    """Latents (B, C, h, w), about half of them moved along the line to another one: blended with it, or away from it.
+
+    Few steps and guidance make latents that no image has, of up to twice the spread. The VAE's image of them is as
+    good a target as any.
+    """
+    low, high = EXTRAPOLATION
+    drawn = torch.rand((2, len(latents), 1, 1, 1), generator=generator)
+    amount = (low + (high - low) * drawn[0]) * (drawn[1] < 0.5)
+    return latents + amount * (latents - latents.roll(1, 0))
 
 
 def _parts(images: np.ndarray) -> list[np.ndarray]:

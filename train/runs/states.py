@@ -99,7 +99,8 @@ def save_state(
 def list_states(run: Path) -> list[Path]:
     """Whole states, the newest first."""
     found = (p for p in (run / "state").glob("*") if not p.name.startswith("."))
-    return sorted((p for p in found if (p / "state.json").is_file()), reverse=True)
+    whole = (p for p in found if (p / "state.json").is_file())
+    return sorted(whole, key=lambda p: [int(number) for number in p.name.split("-")], reverse=True)  # 9 before 10
 
 
 def load_state(run: Path) -> tuple[Position, dict[str, Tensor], ReplayBuffer]:

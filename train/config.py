@@ -209,6 +209,10 @@ class DecoderConfig(TaskConfig):
     perceptual: float = setting(
         0.1, "Weight of the perceptual loss: the judge's features on the garden, else LPIPS.", "Optimization", ge=0
     )
+    extrapolated: float = setting(
+        0.5, "Share of latents that are moved to what few steps make; 0 for a short training.", "Optimization",
+        ge=0, le=1,
+    )  # fmt: skip
     seed: int = setting(0, "Seed of all randomness.", "Optimization", ge=0, lt=2**63)
 
     eval_images: int = setting(32, "Images of each task, at the end.", "Evaluation", free=True, ge=2)

@@ -179,6 +179,7 @@ def test_the_learning_rate_warms_up_and_falls(cache: Path) -> None:
         ({"steps": 0}, "--steps 0"),
         ({"learning_rate": 1.0}, "--learning-rate"),
         ({"perceptual": -1.0}, "--perceptual"),
+        ({"extrapolated": 1.5}, "--extrapolated"),
         ({"eval_images": 1}, "--eval-images 1"),
         ({"tasks": ()}, "nothing to learn"),
     ],
@@ -218,14 +219,15 @@ def test_images_cannot_be_encoded_for_training_by_a_small_vae() -> None:
         encode_images(AutoencoderTiny(), torch.zeros(1, 8, 8, 3, dtype=torch.uint8).numpy())
 
 
-def test_about_half_of_the_latents_are_moved_along_the_line_to_another_one() -> None:
+def test_a_share_of_the_latents_is_moved_along_the_line_to_another_one() -> None:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(400, 4, 2, 2, generator=generator)
-    moved = extrapolate(latents, generator)
+    moved = extrapolate(latents, 0.5, generator)
     line = latents - latents.roll(1, 0)
     amount = ((moved - latents) * line).sum((1, 2, 3)) / line.square().sum((1, 2, 3))
     torch.testing.assert_close(moved, latents + amount[:, None, None, None] * line)
     assert 0.4 < float((amount == 0).float().mean()) < 0.6
     assert -0.501 < float(amount.min()) < -0.45
     assert 0.95 < float(amount.max()) < 1.001
-    assert torch.equal(extrapolate(latents[:1], generator), latents[:1])
+    assert torch.equal(extrapolate(latents[:1], 1.0, generator), latents[:1])
+    assert extrapolate(latents, 0.0, generator) is latents

@@ -194,7 +194,7 @@ class DecoderTrainer:
             flipped = torch.rand(1, generator=generator) < 0.5 if one.flips > 1 else None
             mean, std = one.take(number, flipped)
             found.append(mean.float() + std.float() * torch.randn(mean.shape, generator=generator))
-        return extrapolate(torch.cat(found), generator)
+        return extrapolate(torch.cat(found), self.config.extrapolated, generator)
 
     # --- saved states ---
 
@@ -273,15 +273,17 @@ class DecoderTrainer:
         return to_pixels(torch.cat(big).numpy()), to_pixels(torch.cat(small).numpy())
 
 
-def extrapolate(latents: Tensor, generator: torch.Generator) -> Tensor:
-    """Latents (B, C, h, w), about half of them moved along the line to another one: blended with it, or away from it.
+def extrapolate(latents: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Latents (B, C, h, w), a share of them moved along the line to another one: blended with it, or away from it.
 
     Few steps and guidance make latents that no image has, of up to twice the spread. The VAE's image of them is as
     good a target as any.
     """
+    if not share:
+        return latents
     low, high = EXTRAPOLATION
     drawn = torch.rand((2, len(latents), 1, 1, 1), generator=generator)
-    amount = (low + (high - low) * drawn[0]) * (drawn[1] < 0.5)
+    amount = (low + (high - low) * drawn[0]) * (drawn[1] < share)
     return latents + amount * (latents - latents.roll(1, 0))
 
 

@@ -166,7 +166,7 @@ def exclusive(lock: Path) -> Iterator[None]:
 def sole_writer(folder: Path) -> Iterator[None]:
     """The folder is this process's alone until the block ends; raises InputError where it is another's."""
     try:
-        lock = _lock(folder)
+        lock = _lock(folder.resolve())  # runs/latest is a link
     except BlockingIOError:
         raise being_written(folder) from None
     try:

@@ -336,8 +336,9 @@ def test_resuming_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 def test_a_run_that_is_going_on_is_not_resumed_beside_itself(one_task: Path, tmp_path: Path) -> None:
     """Both would write its states and its log."""
     run = Path(shutil.copytree(one_task, tmp_path / "run"))
+    (link := tmp_path / "latest").symlink_to(run)
     with sole_writer(run):
-        found = CliRunner().invoke(app, ["train", "--resume", "--out", str(run), "--steps", "4"])
+        found = CliRunner().invoke(app, ["train", "--resume", "--out", str(link), "--steps", "4"])
     assert isinstance(found.exception, InputError)
     assert "is being written by another process" in str(found.exception)
     assert load_state(run)[0] == load_state(one_task)[0]

@@ -209,9 +209,9 @@ class DecoderConfig(TaskConfig):
     perceptual: float = setting(
         0.1, "Weight of the perceptual loss: the judge's features on the garden, else LPIPS.", "Optimization", ge=0
     )
-    extrapolated: float = setting(
-        0.5, "Share of latents that are moved to what few steps make; 0 for a short training.", "Optimization",
-        ge=0, le=1,
+    extrapolated: float | None = setting(
+        None, "Share of latents that are moved to where few steps make theirs; 0.5 for a few-step student, else 0.",
+        "Optimization", ge=0, le=1,
     )  # fmt: skip
     seed: int = setting(0, "Seed of all randomness.", "Optimization", ge=0, lt=2**63)
 

@@ -83,7 +83,7 @@ def train(config: TrainConfig, folder: Path, bundle: Path) -> Trained:
         kept.teacher.latents(task)  # encoded once, for all trainings
     decoding = DecoderConfig(
         tasks=config.tasks, checkpoint=config.teacher, samples=config.samples, steps=5 * config.steps // 4,
-        batch_size=DECODER_BATCH, learning_rate=2e-3, extrapolated=0.0, seed=config.seed,
+        batch_size=DECODER_BATCH, learning_rate=2e-3, seed=config.seed,
         eval_images=min(DECODER_IMAGES, config.eval_images), save_every=5 * config.steps // 4,
     )  # fmt: skip
     write_atomic(folder / DECODER / "config.json", json.dumps(decoding.as_json(), indent=2))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from kdc_edge.diffusers_folder import read_model
 from kdc_edge.errors import CheckpointError, InputError
+from kdc_edge.manifest import Sampling
 from kdc_edge.presets import DECODERS, DecoderPreset, find_decoder
 from kdc_edge.quiet import quiet
 from kdc_edge.runtimes.torch.small_decoder import ThinDecoder, find_decoder_folder, load_decoder, new_decoder
@@ -35,7 +36,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def config(cache: Path, **changes: object) -> DecoderConfig:
     small = DecoderConfig(
         (Task("flowers", "garden:flowers"), Task("fish", "garden:fish")), GARDEN_TEACHER, "garden-decoder",
-        steps=5, batch_size=2, samples=4, save_every=2, eval_images=2, cache=cache,
+        steps=5, batch_size=2, samples=4, save_every=2, eval_images=2, extrapolated=0.5, cache=cache,
     )  # fmt: skip
     return replace(small, **changes)  # type: ignore[arg-type]
 
@@ -231,3 +232,14 @@ def test_a_share_of_the_latents_is_moved_along_the_line_to_another_one() -> None
     assert 0.95 < float(amount.max()) < 1.001
     assert torch.equal(extrapolate(latents[:1], 1.0, generator), latents[:1])
     assert extrapolate(latents, 0.0, generator) is latents
+
+
+def test_latents_are_moved_for_few_step_students(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unsaid = config(cache, extrapolated=None)
+    assert DecoderTrainer(unsaid, tmp_path / "guided").extrapolated == 0
+    few_steps = read_model(GARDEN_TEACHER).model_copy(
+        update={"sampling": Sampling(scheduler="ddim", steps=4, guidance=1.0)}
+    )
+    monkeypatch.setattr(decoder_module, "read_model", lambda _: few_steps)
+    assert DecoderTrainer(unsaid, tmp_path / "few").extrapolated == 0.5
+    assert DecoderTrainer(config(cache, extrapolated=0.25), tmp_path / "said").extrapolated == 0.25

@@ -55,6 +55,7 @@ from kdc_edge.train.quality.metrics import ImageMetrics
 
 SHEET_IMAGES = 8  # of each task
 EXTRAPOLATION = (-0.5, 1.0)  # of the difference to another latent: -0.5 is the mean of both
+EXTRAPOLATED = 0.5  # share of the latents, for a few-step student
 Features = Callable[[Tensor, Tensor], Tensor]  # the distance of two batches of images (B, 3, H, W)
 
 
@@ -75,6 +76,8 @@ class DecoderTrainer:
         self.config, self.out, self.say = config, out, say
         self.model = read_model(config.checkpoint)
         self.preset = find_decoder(config.preset, self.model.vae_scale)
+        usual = 0.0 if self.model.guided else EXTRAPOLATED
+        self.extrapolated = usual if config.extrapolated is None else config.extrapolated
         self.metrics = ImageMetrics(config.metric_weights)
         for task in config.tasks:
             task.open()
@@ -194,7 +197,7 @@ class DecoderTrainer:
             flipped = torch.rand(1, generator=generator) < 0.5 if one.flips > 1 else None
             mean, std = one.take(number, flipped)
             found.append(mean.float() + std.float() * torch.randn(mean.shape, generator=generator))
-        return extrapolate(torch.cat(found), self.config.extrapolated, generator)
+        return extrapolate(torch.cat(found), self.extrapolated, generator)
 
     # --- saved states ---
 

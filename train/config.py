@@ -210,7 +210,7 @@ class DecoderConfig(TaskConfig):
         0.1, "Weight of the perceptual loss: the judge's features on the garden, else LPIPS.", "Optimization", ge=0
     )
     extrapolated: float | None = setting(
-        None, "Share of latents that are moved to where few steps make theirs; 0.5 for a few-step student, else 0.",
+        None, "Share of latents that are extrapolated, to those of few-step students; 0.5 for such a student, else 0.",
         "Optimization", ge=0, le=1,
     )  # fmt: skip
     seed: int = setting(0, "Seed of all randomness.", "Optimization", ge=0, lt=2**63)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -15,6 +16,7 @@ from kdc_edge.cli.options import Vae
 from kdc_edge.cli.project import RUNS, Config, need_training, run_of, say
 from kdc_edge.cli.settings import Given, flags
 from kdc_edge.errors import InputError
+from kdc_edge.files import sole_writer
 from kdc_edge.train.config import DecoderConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -63,16 +65,21 @@ def train_decoder(
         settings = given.change(given.kind.load(_claimed(home)), checkpoint=folder, **learnt)
     else:
         settings = replace(_new(given, folder, task, caption), preset=chosen.name)
-    trainer = DecoderTrainer(settings, home, resume=resume, say=say)
-    parameters = sum(p.numel() for p in trainer.decoder.parameters())
-    say(f"{trainer.preset.name}: {trainer.preset.description}, {parameters:,} parameters, to {home}")
-    if trainer.step == settings.steps:
-        say(f"all {trainer.step} steps are done: for more of them begin anew, with another --out")
-    elif trainer.step:
-        say(f"going on after step {trainer.step}")
-    _follow(trainer)
-    _report(trainer)
-    typer.echo(home / "decoder")
+    with ExitStack() as held:
+        if resume:
+            held.enter_context(sole_writer(home))
+        trainer = DecoderTrainer(settings, home, resume=resume, say=say)
+        if not resume:  # it is there now
+            held.enter_context(sole_writer(home))
+        parameters = sum(p.numel() for p in trainer.decoder.parameters())
+        say(f"{trainer.preset.name}: {trainer.preset.description}, {parameters:,} parameters, to {home}")
+        if trainer.step == settings.steps:
+            say(f"all {trainer.step} steps are done: for more of them begin anew, with another --out")
+        elif trainer.step:
+            say(f"going on after step {trainer.step}")
+        _follow(trainer)
+        _report(trainer)
+        typer.echo(home / "decoder")
 
 
 def _claimed(home: Path | None) -> Path:

@@ -278,10 +278,10 @@ def test_the_kept_evaluation_set_follows_eval_images_and_serves_eval(
 
 
 def test_the_state_of_the_tenth_task_is_newer_than_the_ninths(tmp_path: Path) -> None:
-    for name in ("00000090-9", "00000090-10", "00000085-9"):
+    for name in ("00000090-9", "00000090-10", "00000085-9", "copy"):
         (tmp_path / "state" / name).mkdir(parents=True)
         (tmp_path / "state" / name / "state.json").write_text("{}")
-    assert [path.name for path in list_states(tmp_path)] == ["00000090-10", "00000090-9", "00000085-9"]
+    assert [path.name for path in list_states(tmp_path)] == ["00000090-10", "00000090-9", "00000085-9", "copy"]
 
 
 def test_a_state_that_is_removed_as_it_is_read_makes_room_for_the_newest(

@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kdc_edge.diffusers_folder import read_model
-from kdc_edge.errors import CheckpointError, InputError
+from kdc_edge.errors import CheckpointError, InputError, KdcError
+from kdc_edge.files import sole_writer
 from kdc_edge.manifest import Sampling
 from kdc_edge.presets import DECODERS, DecoderPreset, find_decoder
 from kdc_edge.quiet import quiet
@@ -143,6 +144,8 @@ def test_resume_takes_the_settings_that_the_training_was_started_with(
     assert "--batch-size is 3 and the run was started with 2" in complaint(*again, "--batch-size", 3, cwd=tmp_path)
     assert "no training to resume" in complaint(*again[:3], "nowhere", cwd=tmp_path)
     assert "needs --from" in complaint("train-decoder", cwd=tmp_path)
+    with sole_writer(tmp_path / "out"):
+        assert "is being written by another process" in complaint(*again, cwd=tmp_path)
     assert "going on after" not in run(*again, "--eval-images", 3, cwd=tmp_path).stderr
     assert "steps are done" in run(*again, cwd=tmp_path).stderr
     expected, found = (load_file(out / "decoder" / WEIGHTS) for out in (trained, tmp_path / "out"))
@@ -155,6 +158,14 @@ def test_the_decoder_learns(cache: Path, tmp_path: Path) -> None:
     assert {*found[0]} == {"l1", "mse", "features", "total"}
     assert found[-1]["total"] < 0.6 * found[0]["total"]
     assert found[-1]["features"] < found[0]["features"]
+
+
+def test_a_loss_that_is_no_number_ends_the_training_with_what_can_be_done(cache: Path, tmp_path: Path) -> None:
+    """A resumed training refuses another learning rate."""
+    trainer = DecoderTrainer(config(cache), tmp_path / "out")
+    trainer.features = lambda images, _: images.sum() * float("nan")
+    with pytest.raises(KdcError, match="at step 1: begin a new training with a lower --learning-rate"):
+        next(iter(trainer.run()))
 
 
 def test_the_judges_maps_are_its_trunks_stages_with_a_gradient() -> None:

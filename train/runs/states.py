@@ -11,6 +11,7 @@ place and renamed in; older ones are removed after that, so a kill at any moment
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -100,7 +101,7 @@ def list_states(run: Path) -> list[Path]:
     """Whole states, the newest first."""
     found = (p for p in (run / "state").glob("*") if not p.name.startswith("."))
     whole = (p for p in found if (p / "state.json").is_file())
-    return sorted(whole, key=lambda p: [int(number) for number in p.name.split("-")], reverse=True)  # 9 before 10
+    return sorted(whole, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)], reverse=True)  # 9 before 10
 
 
 def load_state(run: Path) -> tuple[Position, dict[str, Tensor], ReplayBuffer]:

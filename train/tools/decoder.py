@@ -179,7 +179,10 @@ class DecoderTrainer:
             total = total + self.config.perceptual * terms["features"]
         losses = {n: float(t.detach()) for n, t in (terms | {"total": total}).items()}
         if not math.isfinite(losses["total"]):
-            raise KdcError(f"the loss is no number at step {self.step + 1}: lower --learning-rate, then --resume")
+            raise KdcError(
+                f"the loss is no number at step {self.step + 1}: begin a new training with a lower --learning-rate,"
+                " which a resumed one cannot have"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), 1.0)
